@@ -1,0 +1,68 @@
+"""The seam to environments: what a task, its tools and its verifier must offer.
+
+A complete example of an environment of one's own is in the README.
+"""
+
+from collections.abc import Sequence
+from random import Random
+from typing import Protocol, runtime_checkable
+
+from trace_async.types import Prompt, Split, StepResult, Task
+
+
+class EnvError(Exception):
+    """The environment itself broke down (a tool server gone, a sandbox lost): never the model's fault, never a reward.
+
+    The rollout is retried elsewhere, then dropped and counted as failed.
+    """
+
+
+class Env(Protocol):
+    """One running task: its state, its tools, its verifier. Holds its state until `close`."""
+
+    async def init(self) -> Prompt:
+        """Start the task; called once, first."""
+        ...
+
+    async def step(self, action: str, *, truncated: bool = False) -> StepResult:
+        """Carry out one turn of the model. `truncated`: the turn hit its token limit.
+
+        Whatever the model did wrong is answered by an observation or a reward, never by an exception;
+        raises EnvError only where the environment itself broke down.
+        """
+        ...
+
+    async def fork(self) -> "Env":
+        """An independent copy of the state after the last turn; neither sees the other's later steps."""
+        ...
+
+    async def close(self) -> None:
+        """Give back what the state holds; may be called twice."""
+        ...
+
+
+class Domain(Protocol):
+    """A kind of environment with its tasks: what `env.name` in the config names."""
+
+    name: str
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        """All tasks of a split, in a fixed order; train and heldout do not overlap."""
+        ...
+
+    def make_env(self, task: Task) -> Env:
+        """A fresh environment for `task`; cheap: heavy parts (an index, a server) belong to the domain."""
+        ...
+
+
+@runtime_checkable
+class Demonstrator(Protocol):
+    """A domain that can also show how its tasks are solved, to warm-start a small policy (`make-policy`)."""
+
+    def demonstrate(self, task: Task, rng: Random) -> Sequence[str]:
+        """The turns (actions) of one demonstration, imperfect on purpose; the environment supplies observations."""
+        ...
+
+    def vocabulary(self) -> Sequence[str]:
+        """Every word that prompts, observations and demonstrations may contain, for a small own tokenizer."""
+        ...

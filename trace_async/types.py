@@ -1,0 +1,122 @@
+"""The carriers: small frozen records that every part passes around. Imports nothing of ours."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+Role = Literal["system", "user", "assistant", "tool"]
+Split = Literal["train", "heldout"]
+FinishReason = Literal["stop", "length", "abort"]
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One chat message. `content` is data: the renderer never lets it become control tokens."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What a rollout starts from: messages, and tool schemas for chat templates that know tools."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Json], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One row of a data set: a prompt to be solved and what its verifier needs.
+
+    `kind` groups tasks in reports (for example "2-hop"); the method never looks at it.
+    """
+
+    id: str
+    domain: str
+    kind: str
+    data: Mapping[str, Json]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What an environment answers to one turn.
+
+    `messages`: the observation (empty when `done`). `reward`: in [0, 1], given by the verifier, exactly when `done`.
+    `metrics`: further numbers of a finished rollout, such as token F1.
+    """
+
+    messages: tuple[Message, ...] = ()
+    done: bool = False
+    reward: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.done != (self.reward is not None):
+            raise ValueError("StepResult: a reward is given exactly when done")
+        if self.done == bool(self.messages):
+            raise ValueError("StepResult: an observation is given exactly when not done")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a turn is sampled. `temperature` 0 is greedy. `stop` strings end a turn and stay in its tokens."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 64
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be ≥ 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be ≥ 0 (0: off), not {self.top_k}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be ≥ 1, not {self.max_new_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens from `start` (index into the generated tokens) up to the next span were written by `policy_version`."""
+
+    start: int
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What an engine generated for one prompt.
+
+    `logprobs[i]` is log p(token_ids[i]) under the temperature-scaled distribution of the weights that wrote it
+    (greedy, temperature 0: of the unscaled distribution). `cached_tokens` of the `prompt_tokens` were served from
+    the KV cache.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    version_spans: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities")
+        if self.token_ids and (not self.version_spans or self.version_spans[0].start != 0):
+            raise ValueError("version_spans must start at token 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixQuery:
+    """Asks for V(H) after `positions[k]` tokens of `token_ids`, for each k (ascending, each in 1..len(token_ids))."""
+
+    token_ids: tuple[int, ...]
+    positions: tuple[int, ...]
