@@ -1,0 +1,151 @@
+"""Messages to tokens and a turn's tokens to text, through the chat template of any Hugging Face tokenizer.
+
+Token-in, token-out: what the model wrote is never tokenised again; only the text around it is. Contents are data: they
+are put through the template as sentinels and encoded apart from it, so that no content can become a control token.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from trace_async.types import Json, Message, Prompt
+
+_REPLACEMENT = "\ufffd"
+
+
+class Renderer:
+    """Renders with `tokenizer`'s chat template; raises ValueError where the template cannot be used."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError(f"the tokenizer {_name(tokenizer)} has no chat template")
+        if not tokenizer.is_fast:
+            raise ValueError(f"the tokenizer {_name(tokenizer)} is not a fast tokenizer (tokenizer.json is missing)")
+        self._tokenizer = tokenizer
+        added = dict(tokenizer.added_tokens_decoder)
+        self._added_texts = tuple(token.content for token in added.values())
+        # The unknown token stands for any odd word, so it is no control token although it is listed as added.
+        self._control_ids = frozenset(added) - {tokenizer.unk_token_id}
+        self._encode_template = lru_cache(maxsize=512)(self._encode_template_text)
+        self._end_of_turn_id = self._find_end_of_turn()
+        eos = tokenizer.eos_token_id
+        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([self._end_of_turn_id, *_as_ids(eos)]))
+        self.vocab_size: int = len(tokenizer)
+
+    def render_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens of the prompt up to and including the generation prompt."""
+        self._check_tools(prompt.tools)
+        return self._encode(self._template_pieces(prompt.messages, prompt.tools), prompt.messages)
+
+    def render_observation(self, messages: Sequence[Message], *, turn_ended: bool) -> tuple[int, ...]:
+        """The tokens between the model's turn and its next one, next generation prompt included.
+
+        `turn_ended`: the turn's own tokens end with the end-of-turn token; otherwise (cut at its limit) it comes first.
+        """
+        turn = (Message(role="user", content=""), Message(role="assistant", content=""))
+        pieces = self._template_pieces((*turn, *messages), ())
+        if [index for _, index in pieces[:2]] != [0, 1]:
+            raise self._template_error("the assistant's turn does not follow the user's message")
+        token_ids = self._encode(pieces[2:], (*turn, *messages))
+        start = token_ids.index(self._end_of_turn_id) + 1 if turn_ended else 0
+        return token_ids[start:]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a turn without its end-of-turn token."""
+        end = len(token_ids)
+        while end and token_ids[end - 1] in self.stop_token_ids:
+            end -= 1
+        return self._tokenizer.decode(list(token_ids[:end]), clean_up_tokenization_spaces=False)
+
+    def encode_data(self, text: str) -> list[int]:
+        """Tokens of `text` as data: no id of an added token ever comes out, whatever the text spells."""
+        encoding = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        token_ids = encoding["input_ids"]
+        starts = [
+            start
+            for token_id, (start, _) in zip(token_ids, encoding["offset_mapping"], strict=True)
+            if token_id in self._control_ids
+        ]
+        if not starts:
+            return token_ids
+        if len(text) == 1:
+            return [] if text == _REPLACEMENT else self.encode_data(_REPLACEMENT)
+        # Tokens that are added but not "special" are matched all the same; cut inside them and they are plain text.
+        cuts = sorted({0, len(text), *(start + 1 if start + 1 < len(text) else start for start in starts)})
+        pieces = [text[start:end] for start, end in pairwise(cuts)]
+        return [token_id for piece in pieces for token_id in self.encode_data(piece)]
+
+    def _encode(self, pieces: Sequence[tuple[str, int | None]], messages: Sequence[Message]) -> tuple[int, ...]:
+        token_ids: list[int] = []
+        for text, index in pieces:
+            if text:
+                token_ids += self._encode_template(text)
+            if index is not None:
+                token_ids += self.encode_data(messages[index].content)
+        return tuple(token_ids)
+
+    def _encode_template_text(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+
+    def _template_pieces(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Json]]
+    ) -> list[tuple[str, int | None]]:
+        """Template text and, after each piece but the last, the index of the message whose content follows."""
+        sentinels = [f"content{index}of{len(messages)}x7f3a9c" for index in range(len(messages))]
+        chat = [{"role": message.role, "content": mark} for message, mark in zip(messages, sentinels, strict=True)]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                chat, tools=[dict(tool) for tool in tools] or None, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise self._template_error(f"it refuses messages of the roles {roles}: {error}") from error
+        positions = sorted((text.find(mark), index) for index, mark in enumerate(sentinels))
+        pieces: list[tuple[str, int | None]] = []
+        done = 0
+        for position, index in positions:
+            mark = sentinels[index]
+            if text.count(mark) != 1:
+                raise self._template_error(
+                    f"the content of message {index} ({messages[index].role}) comes out "
+                    f"{text.count(mark)} times instead of once, verbatim"
+                )
+            pieces.append((text[done:position], index))
+            done = position + len(mark)
+        return [*pieces, (text[done:], None)]
+
+    def _find_end_of_turn(self) -> int:
+        turn = (Message(role="user", content=""), Message(role="assistant", content=""))
+        follow_up = Message(role="user", content="")
+        for token_id in self._encode_template(self._template_pieces((*turn, follow_up), ())[2][0]):
+            if token_id in self._control_ids:
+                return token_id
+        raise self._template_error("no control token ends the assistant's turn")
+
+    def _check_tools(self, tools: Sequence[Mapping[str, Json]]) -> None:
+        if not tools:
+            return
+        schemas = json.dumps([dict(tool) for tool in tools], ensure_ascii=False)
+        for text in self._added_texts:
+            if text in schemas:
+                raise ValueError(f"a tool schema contains the control token {text!r}")
+
+    def _template_error(self, problem: str) -> ValueError:
+        head = " ".join(str(self._tokenizer.chat_template).split())[:80]
+        return ValueError(f"chat template of {_name(self._tokenizer)} ({head!r} …): {problem}")
+
+
+def _as_ids(eos: int | list[int] | None) -> list[int]:
+    if eos is None:
+        return []
+    return list(eos) if isinstance(eos, list) else [eos]
+
+
+def _name(tokenizer: PreTrainedTokenizerFast) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__
