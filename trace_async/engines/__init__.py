@@ -1,0 +1,39 @@
+"""Inference engines behind the `Engine` protocol; a backend's libraries are imported when it is made, not before."""
+
+import importlib
+from pathlib import Path
+
+from trace_async.config import ConfigError, EngineConfig
+from trace_async.engine import Engine, EngineError
+
+# Every class is called as Class(config, policy_path=…, max_context_tokens=…, seed=…, log_dir=…).
+BACKENDS: dict[str, str] = {
+    "torch": "trace_async.engines.torch:TorchEngine",
+    "sglang": "trace_async.engines.sglang:SGLangEngine",
+    "vllm": "trace_async.engines.vllm:VLLMEngine",
+    "fake": "trace_async.engines.fake:RandomReplyEngine",
+}
+
+
+def make_engine(
+    config: EngineConfig, *, policy_path: Path, max_context_tokens: int, seed: int, log_dir: Path
+) -> Engine:
+    """The engine of `config.backend`, not started yet.
+
+    `max_context_tokens`: prompt and answer together; `seed`: for requests that bring none; `log_dir`: where a server
+    writes its log. Raises ConfigError for an unknown backend or a `policy_path` that is no model directory, EngineError
+    when the backend cannot be imported.
+    """
+    if config.backend not in BACKENDS:
+        raise ConfigError(f"engine.backend={config.backend}: must be one of {', '.join(BACKENDS)}")
+    if not config.url and not (policy_path / "config.json").is_file():
+        raise ConfigError(f"policy.path={policy_path}: no Hugging Face model directory (it has no config.json)")
+    module_name, class_name = BACKENDS[config.backend].split(":")
+    try:
+        engine_class = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise EngineError(f"engine.backend={config.backend} cannot be imported: {error}") from error
+    engine: Engine = engine_class(
+        config, policy_path=policy_path, max_context_tokens=max_context_tokens, seed=seed, log_dir=log_dir
+    )
+    return engine

@@ -1,0 +1,180 @@
+"""A scripted engine without a model, for tests of everything that stands in front of an engine."""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trace_async.config import EngineConfig
+from trace_async.engine import EngineDeadError, EngineHealth, EngineRequestError, WeightSyncError
+from trace_async.types import Completion, FinishReason, SamplingParams, VersionSpan
+from trace_async.weights import WeightUpdate, unpack_weights
+
+Reply = Callable[[tuple[int, ...], int], Sequence[int]]
+
+FAKE_LOGPROB = -0.5
+
+
+class FakeEngine:
+    """Answers the prompt of sample `i` with `reply(prompt_ids, i)`, cut at a stop token or `max_new_tokens`.
+
+    `token_latency_s`: wait before each token, so that updates and pauses fall between tokens. `failures`: number of
+    the `generate` call (from 0) → the error it raises in place of an answer. Every log-probability is FAKE_LOGPROB;
+    cached tokens are the longest prefix shared with anything seen before under the same weights.
+    """
+
+    def __init__(
+        self,
+        reply: Reply,
+        *,
+        vocab_size: int = 1_000,
+        max_context_tokens: int = 4_096,
+        token_latency_s: float = 0.0,
+        failures: Mapping[int, Exception] | None = None,
+    ) -> None:
+        self._reply = reply
+        self._vocab_size = vocab_size
+        self._max_context_tokens = max_context_tokens
+        self._token_latency_s = token_latency_s
+        self._failures = dict(failures or {})
+        self._running = asyncio.Event()
+        self._running.set()
+        self._dead = asyncio.Event()
+        self._seen: list[tuple[int, ...]] = []
+        self._policy_version = 0
+        self._checksum = ""
+        self._num_running = 0
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self.num_calls = 0
+
+    async def start(self) -> None:
+        self._dead.clear()
+
+    def kill(self) -> None:
+        """From now on the engine is dead: everything in flight and everything new raises EngineDeadError."""
+        self._dead.set()
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, n: int = 1
+    ) -> tuple[Completion, ...]:
+        self._check_alive()
+        call, self.num_calls = self.num_calls, self.num_calls + 1
+        if call in self._failures:
+            raise self._failures[call]
+        prompt = tuple(prompt_ids)
+        if not prompt or len(prompt) >= self._max_context_tokens:
+            raise EngineRequestError(f"{len(prompt)} prompt tokens, the context holds {self._max_context_tokens}")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise EngineRequestError(f"a prompt id is outside the vocabulary of {self._vocab_size}")
+        self._num_running += n
+        try:
+            return tuple(await asyncio.gather(*(self._sample(prompt, params, i) for i in range(n))))
+        finally:
+            self._num_running -= n
+
+    async def _sample(self, prompt: tuple[int, ...], params: SamplingParams, index: int) -> Completion:
+        cached = max((_num_shared(prompt, seen) for seen in self._seen), default=0)
+        cached = min(cached, len(prompt) - 1)
+        self._seen.append(prompt)
+        limit = min(params.max_new_tokens, self._max_context_tokens - len(prompt))
+        tokens: list[int] = []
+        spans: list[VersionSpan] = []
+        finish_reason: FinishReason = "length"
+        for token in list(self._reply(prompt, index))[:limit]:
+            await asyncio.sleep(self._token_latency_s)
+            await self._until_running()
+            if not spans or spans[-1].policy_version != self._policy_version:
+                spans.append(VersionSpan(len(tokens), self._policy_version))
+            tokens.append(token)
+            if token in params.stop_token_ids:
+                finish_reason = "stop"
+                break
+        self._seen.append((*prompt, *tokens))
+        self._prompt_tokens += len(prompt)
+        self._cached_tokens += cached
+        self._generated_tokens += len(tokens)
+        return Completion(
+            token_ids=tuple(tokens),
+            logprobs=(FAKE_LOGPROB,) * len(tokens),
+            version_spans=tuple(spans),
+            finish_reason=finish_reason,
+            prompt_tokens=len(prompt),
+            cached_tokens=cached,
+        )
+
+    async def _until_running(self) -> None:
+        self._check_alive()
+        if self._running.is_set():
+            return
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._running, self._dead)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        if self._dead.is_set():
+            raise EngineDeadError("the fake engine was killed or closed")
+
+    async def update_weights(self, update: WeightUpdate) -> None:
+        self._check_alive()
+        manifest = update.manifest
+        if update.tensors is not None:
+            try:
+                unpack_weights(update)
+            except ValueError as error:
+                raise WeightSyncError(str(error)) from error
+        if manifest.checksum == self._checksum and manifest.policy_version != self._policy_version:
+            raise WeightSyncError(f"version {manifest.policy_version} is the same as {self._policy_version}")
+        self._policy_version, self._checksum = manifest.policy_version, manifest.checksum
+        self._seen.clear()
+
+    async def pause(self) -> None:
+        self._check_alive()
+        self._running.clear()
+
+    async def resume(self) -> None:
+        self._check_alive()
+        self._running.set()
+
+    async def health(self) -> EngineHealth:
+        self._check_alive()
+        return EngineHealth(
+            policy_version=self._policy_version,
+            num_running=self._num_running,
+            num_waiting=0,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+        )
+
+    async def close(self) -> None:
+        self._dead.set()
+
+
+def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+class RandomReplyEngine(FakeEngine):
+    """`engine.backend=fake`: uniform random tokens of the policy's vocabulary, a function of seed, prompt and sample.
+
+    Good for trying the plumbing of a run; no model is loaded and nothing is learnt from it.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, policy_path: Path, max_context_tokens: int, seed: int, log_dir: Path
+    ) -> None:
+        vocab_size = int(json.loads((policy_path / "config.json").read_text())["vocab_size"])
+
+        def reply(prompt: tuple[int, ...], index: int) -> list[int]:
+            rng = np.random.default_rng([seed, index, *prompt])
+            return [int(token) for token in rng.integers(vocab_size, size=max_context_tokens)]
+
+        super().__init__(reply, vocab_size=vocab_size, max_context_tokens=max_context_tokens)
