@@ -1,0 +1,146 @@
+"""PromptActor: hosts prompts, each a coroutine that goes from Stage 1 to Stage 2 without waiting for any other."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from actors.generator import GeneratorRouter
+from envs import load_domain
+from trace_async.allocation import plan_prefixes
+from trace_async.config import Config
+from trace_async.policy import load_tokenizer
+from trace_async.renderer import Renderer
+from trace_async.rollout import Expansion, PrefixCandidates, RolloutLimits, run_tree
+from trace_async.tree import RolloutTree
+from trace_async.types import PrefixQuery, SamplingParams, Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRollout:
+    """One held-out rollout; `error` names what broke down when it was lost (then it has no reward)."""
+
+    task_id: str
+    domain: str
+    kind: str
+    reward: float | None
+    metrics: Mapping[str, float]
+    generated_tokens: int
+    num_turns: int
+    error: str = ""
+
+
+class PromptActor:
+    """A Ray actor with one event loop; `actors.prompts_per_actor` prompts at a time."""
+
+    def __init__(self, config: Config, policy_path: str, predictor: ActorHandle | None) -> None:
+        self.config = config
+        self.domain = load_domain(config.env)
+        self.renderer = Renderer(load_tokenizer(policy_path))
+        self.predictor = predictor
+        self.router = GeneratorRouter(
+            spill_requests=config.actors.spill_requests,
+            wait_s=config.engine.start_timeout_s,
+            max_retries=config.actors.max_rollout_retries,
+        )
+        self.slots = asyncio.Semaphore(config.actors.prompts_per_actor)
+
+    async def announce(self, generators: Mapping[str, ActorHandle]) -> None:
+        self.router.announce(generators)
+
+    async def run_prompt(
+        self, task: Task, num_roots: int, policy_version: int, root_value: float | None, seed: int
+    ) -> RolloutTree:
+        """Grow the tree of one prompt; it has no rollouts when all broke down."""
+        budget = self.config.budget
+        rng = np.random.default_rng(seed)
+
+        def plan(candidates: PrefixCandidates, continuations: int) -> np.ndarray:
+            return plan_prefixes(budget, candidates, continuations, rng)
+
+        needs_values = budget.stage2 not in ("none", "random")
+        expansion = Expansion(
+            plan=plan,
+            per_root=budget.continuations_per_root,
+            rounds=budget.stage2_rounds,
+            value=self._values if needs_values else None,
+        )
+        async with self.slots:
+            return await run_tree(
+                task,
+                self.domain.make_env,
+                self.renderer,
+                lambda prompt_ids, params: self.router.generate(task.id, prompt_ids, params),
+                self._limits(self.config.sampling.temperature),
+                num_roots=num_roots,
+                expansion=expansion if budget.stage2 != "none" and budget.continuations_per_root else None,
+                policy_version=policy_version,
+                root_value=root_value,
+            )
+
+    async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
+        """One rollout per task, all at once within the actor's slots."""
+        return list(await asyncio.gather(*(self._evaluate(task, temperature) for task in tasks)))
+
+    async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery]:
+        """The predictor's question for every task's prompt: its tokens, all of them."""
+        return [await self._prompt_query(task) for task in tasks]
+
+    async def _prompt_query(self, task: Task) -> PrefixQuery:
+        env = self.domain.make_env(task)
+        try:
+            prompt_ids = self.renderer.render_prompt(await env.init())
+        finally:
+            await env.close()
+        return PrefixQuery(token_ids=prompt_ids, positions=(len(prompt_ids),))
+
+    async def _evaluate(self, task: Task, temperature: float) -> EvalRollout:
+        async with self.slots:
+            tree = await run_tree(
+                task,
+                self.domain.make_env,
+                self.renderer,
+                lambda prompt_ids, params: self.router.generate(task.id, prompt_ids, params),
+                self._limits(temperature),
+                num_roots=1,
+            )
+        rollout = tree.rollouts[0] if tree.rollouts else None
+        return EvalRollout(
+            task_id=task.id,
+            domain=task.domain,
+            kind=task.kind,
+            reward=rollout.reward if rollout else None,
+            metrics=rollout.metrics if rollout else {},
+            generated_tokens=tree.num_generated_tokens,
+            num_turns=len(tree.nodes) - 1,
+            error=", ".join(tree.failures),
+        )
+
+    async def _values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
+        assert self.predictor is not None
+        return await self.predictor.values.remote(list(queries))
+
+    def _limits(self, temperature: float) -> RolloutLimits:
+        sampling = self.config.sampling
+        params = SamplingParams(
+            temperature=temperature,
+            max_new_tokens=sampling.max_turn_tokens,
+            stop_token_ids=self.renderer.stop_token_ids,
+        )
+        if temperature > 0:
+            params = replace(params, top_p=sampling.top_p, top_k=sampling.top_k)
+        return RolloutLimits(
+            sampling=params,
+            max_context_tokens=sampling.max_context_tokens,
+            max_retries=self.config.actors.max_rollout_retries,
+        )
+
+
+def remote_prompt_actor(config: Config, policy_path: str, predictor: ActorHandle | None) -> ActorHandle:
+    actor = ray.remote(PromptActor).options(
+        num_cpus=0, max_concurrency=8192, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
+    )
+    return actor.remote(config, policy_path, predictor)

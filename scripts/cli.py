@@ -1,0 +1,41 @@
+"""`trace-async`: the console command. Each subcommand is a module of `scripts/`, imported when it is called."""
+
+import argparse
+import importlib
+import sys
+
+from trace_async.config import ConfigError
+
+COMMANDS = {
+    "train": ("scripts.train", "train a policy; --dry-run shows the plan, --resume RUN goes on"),
+    "eval": ("scripts.evaluate", "evaluate a policy on held-out tasks"),
+    "compare": ("scripts.compare", "methods × seeds at equal generated tokens, with a report"),
+    "tree": ("scripts.show_tree", "show a rollout tree of a run"),
+    "make-policy": ("scripts.make_policy", "build the small start policy of an environment"),
+    "env": ("scripts.env_check", "check an environment's contract"),
+    "export": ("scripts.export", "write a checkpoint's policy as a Hugging Face directory"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 the run failed, 2 the command or a setting is wrong."""
+    parser = argparse.ArgumentParser(prog="trace-async", description="RL of LLM agents with TRACE, asynchronously.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    arguments = sys.argv[1:] if argv is None else argv
+    for name, (module, help_text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help_text)
+        if arguments[:1] == [name]:
+            importlib.import_module(module).add_arguments(sub)
+    args = parser.parse_args(arguments)
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except ConfigError as error:
+        print(f"trace-async: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("trace-async: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

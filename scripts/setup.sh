@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes the virtual environment .venv and installs the project into it; quick when nothing has changed.
+# Needs Python 3.11 or newer, git and a C++ compiler. PYTHON names another interpreter than python3.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+"$PYTHON" - <<'CHECK'
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; name another one: PYTHON=/path/to/python")
+CHECK
+stamp=.venv/installed
+wanted=$(cat pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+echo "Installing into $PWD/.venv (a few minutes, once) ..."
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+log=$(mktemp)
+if ! .venv/bin/python -m pip install --disable-pip-version-check -e ".[dev,lora]" >"$log" 2>&1; then
+  tail -n 30 "$log"
+  echo "The installation failed; its whole output is in $log" >&2
+  exit 1
+fi
+rm -f "$log"
+echo "$wanted" >"$stamp"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything that must hold: installs what is missing, then format, lint, types and all tests (real Ray, DeepSpeed,
+# SGLang and vLLM servers, MLflow's store, a page in Chromium where there is one).
+#   bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
+bash scripts/setup.sh
+bash scripts/setup_engines.sh
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,325 @@
+"""The story of one prompt: root rollouts, values of their prefixes, Stage 2, continuations, one finished tree.
+
+        prompt ──► m root rollouts ──► values of their turns ──► Stage 2: counts per turn ──► continuations ──► tree
+
+Nothing here waits for another prompt. A rollout that breaks down through no fault of the policy is tried again from
+its anchor, then dropped and counted by kind; it never becomes a reward.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from trace_async.engine import EngineError
+from trace_async.env import Env, EnvError
+from trace_async.renderer import Renderer
+from trace_async.tree import ROOT, Node, Rollout, RolloutKind, RolloutTree
+from trace_async.types import Completion, PrefixQuery, SamplingParams, Task
+
+log = logging.getLogger(__name__)
+
+Generate = Callable[[tuple[int, ...], SamplingParams], Awaitable[Completion]]
+Value = Callable[[Sequence[PrefixQuery]], Awaitable[Sequence[np.ndarray]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixCandidates:
+    """The turns from which a prompt may continue: arrays of one length, one entry per non-terminal turn.
+
+    `success`: V(H) in [0, 1]; `rewards`: how the rollout that passed there ended; `remaining_tokens`: tokens that
+    rollout generated after the turn, the expected cost of a continuation.
+    """
+
+    success: np.ndarray
+    rewards: np.ndarray
+    remaining_tokens: np.ndarray
+
+
+class PlanPrefixes(Protocol):
+    """Stage 2: how many of `budget` continuations each candidate gets."""
+
+    def __call__(self, candidates: PrefixCandidates, budget: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutLimits:
+    """Sampling of a turn, tokens of a whole context, and how often a broken rollout is tried again."""
+
+    sampling: SamplingParams
+    max_context_tokens: int
+    max_retries: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expansion:
+    """Stage 2 of a prompt: `per_root` continuations for every finished root rollout, spent in `rounds` rounds."""
+
+    plan: PlanPrefixes
+    per_root: int
+    rounds: int = 1
+    value: Value | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """One turn of a rollout under way; `state` is the frozen environment after it (None: cannot be continued)."""
+
+    token_ids: tuple[int, ...]
+    completion: Completion
+    state: Env | None = None
+    value: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Chain:
+    """One rollout under way: its fresh turns below `anchor` (a turn of another chain, or None for the prompt)."""
+
+    kind: RolloutKind
+    anchor: "tuple[_Chain, int] | None" = None
+    turns: list[_Turn] = field(default_factory=list)
+    reward: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def history(self, prompt_ids: tuple[int, ...]) -> list[int]:
+        """All tokens up to the end of the last turn."""
+        above = list(prompt_ids)
+        if self.anchor is not None:
+            chain, turn = self.anchor
+            above = _Chain(chain.kind, chain.anchor, chain.turns[: turn + 1]).history(prompt_ids)
+        return above + [token for turn in self.turns for token in turn.token_ids]
+
+
+class PromptRun:
+    """Grows the tree of one task; use `run_tree`."""
+
+    def __init__(
+        self,
+        task: Task,
+        make_env: Callable[[Task], Env],
+        renderer: Renderer,
+        generate: Generate,
+        limits: RolloutLimits,
+        *,
+        keep_states: bool,
+    ) -> None:
+        self.task = task
+        self.make_env = make_env
+        self.renderer = renderer
+        self.generate = generate
+        self.limits = limits
+        self.keep_states = keep_states
+        self.prompt_ids: tuple[int, ...] = ()
+        self.started: list[_Chain] = []
+        self.finished: list[_Chain] = []
+        self.failures: Counter[str] = Counter()
+
+    async def roots(self, count: int) -> None:
+        await _run_all(self._attempt("root", None) for _ in range(count))
+
+    async def expand(self, expansion: Expansion) -> int:
+        """Spend the prompt's continuation budget; returns how many continuations were allocated."""
+        budget = expansion.per_root * sum(chain.kind == "root" for chain in self.finished)
+        allocated = 0
+        for left in range(expansion.rounds, 0, -1):
+            share = -(-(budget - allocated) // left)
+            anchors = [(c, t) for c in self.finished for t, turn in enumerate(c.turns) if turn.state is not None]
+            if not anchors or share == 0:
+                break
+            if expansion.value is not None:
+                await self._fill_values(expansion.value)
+            counts = expansion.plan(_candidates(anchors), share)
+            chosen = [anchor for anchor, count in zip(anchors, counts, strict=True) for _ in range(int(count))]
+            await _run_all(self._attempt("continuation", anchor) for anchor in chosen)
+            allocated += len(chosen)
+        return allocated
+
+    async def _fill_values(self, value: Value) -> None:
+        """One forward per rollout gives the value at the end of each of its turns."""
+        chains = [c for c in self.finished if any(t.value is None and t.state is not None for t in c.turns)]
+        queries = []
+        for chain in chains:
+            tokens = chain.history(self.prompt_ids)
+            ends = np.cumsum([len(turn.token_ids) for turn in chain.turns])
+            start = len(tokens) - int(ends[-1])
+            queries.append(PrefixQuery(token_ids=tuple(tokens), positions=tuple(int(start + end) for end in ends)))
+        for chain, values in zip(chains, await value(queries), strict=True):
+            for turn, estimate in zip(chain.turns, values, strict=True):
+                turn.value = float(estimate)
+
+    async def _attempt(self, kind: RolloutKind, anchor: tuple[_Chain, int] | None) -> None:
+        for attempt in range(self.limits.max_retries + 1):
+            chain = _Chain(kind, anchor)
+            self.started.append(chain)
+            try:
+                await self._roll(chain)
+            except (EngineError, EnvError) as error:
+                log.warning("task %s: %s failed, attempt %d: %r", self.task.id, kind, attempt + 1, error)
+                failure = type(error).__name__
+            else:
+                self.finished.append(chain)
+                return
+        self.failures[failure] += 1
+
+    async def _roll(self, chain: _Chain) -> None:
+        """Play turns until the environment says done or the context is full."""
+        if chain.anchor is None:
+            env = self.make_env(self.task)
+        else:
+            state = chain.anchor[0].turns[chain.anchor[1]].state
+            assert state is not None
+            with _as_env_error("fork"):
+                env = await state.fork()
+        try:
+            if chain.anchor is None:
+                with _as_env_error("init"):
+                    prompt = await env.init()
+                prompt_ids = self.renderer.render_prompt(prompt)
+                assert not self.prompt_ids or self.prompt_ids == prompt_ids, "a task's prompt must not change"
+                self.prompt_ids = prompt_ids
+            history = chain.history(self.prompt_ids)
+            while chain.reward is None:
+                await self._turn(env, chain, history)
+        finally:
+            await env.close()
+
+    async def _turn(self, env: Env, chain: _Chain, history: list[int]) -> None:
+        room = self.limits.max_context_tokens - len(history)
+        if room < 1:
+            if not chain.turns:
+                raise ValueError(
+                    f"task {self.task.id}: its prompt of {len(history)} tokens leaves no room in "
+                    f"sampling.max_context_tokens={self.limits.max_context_tokens}; raise it"
+                )
+            # The policy filled its context without an answer: its own doing, a reward of 0.
+            chain.reward, chain.metrics = 0.0, {"overlong": 1.0}
+            return
+        sampling = self.limits.sampling
+        completion = await self.generate(
+            tuple(history), replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        )
+        ended = bool(completion.token_ids) and completion.token_ids[-1] in self.renderer.stop_token_ids
+        with _as_env_error("step"):
+            result = await env.step(self.renderer.decode(completion.token_ids), truncated=not ended)
+        observed: tuple[int, ...] = ()
+        if not result.done:
+            observed = self.renderer.render_observation(result.messages, turn_ended=ended)
+        turn = _Turn(completion.token_ids + observed, completion)
+        chain.turns.append(turn)
+        history.extend(turn.token_ids)
+        if result.done:
+            chain.reward, chain.metrics = result.reward, result.metrics
+        elif self.keep_states and len(history) < self.limits.max_context_tokens:
+            with _as_env_error("fork"):
+                turn.state = await env.fork()
+
+    async def close(self) -> None:
+        for chain in self.started:
+            for turn in chain.turns:
+                if turn.state is not None:
+                    await turn.state.close()
+                    turn.state = None
+
+    def tree(
+        self, *, policy_version: int, num_roots: int, num_continuations: int, root_value: float | None
+    ) -> RolloutTree:
+        nodes = [Node(parent=-1, rollout=-1, token_ids=self.prompt_ids, num_generated=0, value=root_value)]
+        rollouts: list[Rollout] = []
+        index: dict[tuple[_Chain, int], int] = {}
+        for number, chain in enumerate(self.finished):
+            anchor = ROOT if chain.anchor is None else index[chain.anchor]
+            parent = anchor
+            for position, turn in enumerate(chain.turns):
+                nodes.append(_node(turn, parent, number))
+                parent = index[chain, position] = len(nodes) - 1
+            assert chain.reward is not None
+            rollouts.append(
+                Rollout(kind=chain.kind, anchor=anchor, leaf=parent, reward=chain.reward, metrics=chain.metrics)
+            )
+        return RolloutTree(
+            task=self.task,
+            nodes=tuple(nodes),
+            rollouts=tuple(rollouts),
+            policy_version_started=policy_version,
+            num_roots_allocated=num_roots,
+            num_continuations_allocated=num_continuations,
+            failures=dict(self.failures),
+        )
+
+
+async def run_tree(
+    task: Task,
+    make_env: Callable[[Task], Env],
+    renderer: Renderer,
+    generate: Generate,
+    limits: RolloutLimits,
+    *,
+    num_roots: int,
+    expansion: Expansion | None = None,
+    policy_version: int = 0,
+    root_value: float | None = None,
+) -> RolloutTree:
+    """The whole life of one prompt. The tree has no rollouts when all broke down (`failures` says of what)."""
+    run = PromptRun(task, make_env, renderer, generate, limits, keep_states=expansion is not None)
+    try:
+        await run.roots(num_roots)
+        num_continuations = await run.expand(expansion) if expansion is not None else 0
+        return run.tree(
+            policy_version=policy_version,
+            num_roots=num_roots,
+            num_continuations=num_continuations,
+            root_value=root_value,
+        )
+    finally:
+        await run.close()
+
+
+def _candidates(anchors: Sequence[tuple[_Chain, int]]) -> PrefixCandidates:
+    remaining = [sum(len(t.completion.token_ids) for t in chain.turns[turn + 1 :]) for chain, turn in anchors]
+    values = [chain.turns[turn].value for chain, turn in anchors]
+    return PrefixCandidates(
+        success=np.array([0.5 if value is None else value for value in values], dtype=np.float64),
+        rewards=np.array([chain.reward for chain, _ in anchors], dtype=np.float64),
+        remaining_tokens=np.array(remaining, dtype=np.float64),
+    )
+
+
+def _node(turn: _Turn, parent: int, rollout: int) -> Node:
+    completion = turn.completion
+    return Node(
+        parent=parent,
+        rollout=rollout,
+        token_ids=turn.token_ids,
+        num_generated=len(completion.token_ids),
+        logprobs=completion.logprobs,
+        version_spans=completion.version_spans,
+        value=turn.value,
+        prompt_tokens=completion.prompt_tokens,
+        cached_tokens=completion.cached_tokens,
+    )
+
+
+@contextmanager
+def _as_env_error(method: str) -> Iterator[None]:
+    """What an environment's code raises is its own break-down: dropped and counted, never the end of the run."""
+    try:
+        yield
+    except EnvError:
+        raise
+    except Exception as error:
+        raise EnvError(f"the environment's {method}() raised {error!r}") from error
+
+
+async def _run_all(attempts: Iterable[Coroutine[None, None, None]]) -> None:
+    """All at once; when one raises, the others are cancelled and its error is raised plainly."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for attempt in attempts:
+                group.create_task(attempt)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
