@@ -1,0 +1,64 @@
+"""`<run_dir>/metrics.jsonl`, the source of truth about a run's figures.
+
+One flat JSON object a line: `step`, `time` (Unix seconds) and the metrics. Step s is after s updates of the policy;
+step 0 is the start policy. Several lines may have the same step (figures of the update, then of its evaluation).
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The metrics of one step. `time`: Unix seconds."""
+
+    step: int
+    time: float
+    metrics: Mapping[str, float]
+
+
+def read_metrics(run_dir: str | Path) -> list[Point]:
+    """The points of a run in the order they were logged; NaN where a metric was not finite.
+
+    A last line that a killed process left unfinished is passed over; any other broken line is a ValueError that
+    names file and line.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        return []
+    points = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+            step, seconds = int(record.pop("step")), float(record.pop("time"))
+            metrics = {key: math.nan if value is None else float(value) for key, value in record.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: not a line of metrics ({error})") from error
+        points.append(Point(step, seconds, metrics))
+    return points
+
+
+def point_line(point: Point) -> str:
+    """One line of the file."""
+    # JSON has no NaN; None stands for it and for the infinities.
+    metrics = {key: value if math.isfinite(value) else None for key, value in point.metrics.items()}
+    return json.dumps({"step": point.step, "time": round(point.time, 3), **metrics}) + "\n"
+
+
+def write_metrics(run_dir: str | Path, points: Iterable[Point]) -> None:
+    """Replace the file of a run in one step."""
+    write_whole(Path(run_dir) / METRICS_FILE, "".join(map(point_line, points)))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a resumed process, sees the old one or the new one, never a half."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
