@@ -1,0 +1,98 @@
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from trace_async.progress import Progress, printable, sparkline
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+METRICS = {
+    "train/reward": 0.4,
+    "train/effective_ratio": 0.5625,
+    "train/prompts_both_outcomes": 18.0,
+    "train/staleness_mean": 0.5,
+    "train/staleness_max": 1.0,
+    "tokens/generated": 6000.0,
+    "tokens/trained": 2500.0,
+    "tokens/cached_share": 0.75,
+    "time/generate_s": 3.0,
+    "time/update_s": 1.0,
+}
+
+
+def plain(**options: object) -> tuple[Progress, io.StringIO, Clock]:
+    out, clock = io.StringIO(), Clock()
+    return Progress(40, console=Console(file=out, width=60), clock=clock, **options), out, clock
+
+
+def test_without_a_terminal_each_update_is_one_line() -> None:
+    progress, out, clock = plain()
+    with progress:
+        progress.message("policy: a\x1b[31mb")
+        clock.now += 2.0
+        progress.update(1, METRICS)
+        clock.now += 4.0
+        progress.update(2, {**METRICS, "heldout/success_t1.0": 0.25, "heldout/success_t0.0": 0.75})
+        progress.update(3, {})
+    assert out.getvalue().splitlines() == [
+        "policy: a\\x1b[31mb",
+        "update 1/40  success 0.40  effective 0.56 (18)  staleness 0.5/1  6000 tokens (3000/s)  left 1m18s",
+        "update 2/40  success 0.40  effective 0.56 (18)  staleness 0.5/1  12.0k tokens (2000/s)"
+        "  heldout t=1 0.250 greedy 0.750  left 1m54s",
+        "update 3/40  success –  effective – (–)  staleness –/–  12.0k tokens (2000/s)"
+        "  heldout t=1 0.250 greedy 0.750  left 1m14s",
+    ]
+
+
+def test_the_token_budget_can_end_the_run_first() -> None:
+    progress, _, clock = plain(token_budget=30_000, tokens_before=12_000, first_update=2)
+    assert progress.seconds_left() is None
+    with progress:
+        clock.now += 5.0
+        progress.update(3, METRICS)
+    assert progress.seconds_left() == pytest.approx((30_000 - 12_000 - 6_000) / 6_000 * 5.0)
+
+
+def test_a_terminal_gets_a_table_that_is_redrawn() -> None:
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=True, width=140, height=40)
+    with Progress(40, console=console, clock=clock) as progress:
+        progress.evaluated({"heldout/success_t1.0": 0.25})
+        clock.now += 2.0
+        progress.update(1, METRICS)
+        progress.update(2, {**METRICS, "heldout/success_t1.0": 0.5})
+    shown = out.getvalue()
+    for expected in (
+        "held-out t=1 0.250",
+        "0.250 → 0.500",
+        "update 2/40",
+        "generate 75%  update 25%",
+        "75% of prefill",
+    ):
+        assert expected in shown
+    assert "\x1b[" in shown
+
+
+@given(st.text())
+def test_nothing_printable_steers_a_terminal(text: str) -> None:
+    shown = printable(text)
+    assert all(c == "\n" or c.isprintable() for c in shown)
+    assert printable(shown) == shown
+
+
+def test_terminal_escapes_and_reordering_are_shown_as_escapes() -> None:
+    assert printable("a\x1b]0;title\x07\r\u202eb\u200b\x9b1m\nü") == "a\\x1b]0;title\\x07\\r\\u202eb\\u200b\\x9b1m\nü"
+
+
+def test_sparkline() -> None:
+    assert sparkline([0.0, 0.5, 1.0, float("nan"), -1.0, 2.0]) == "▁▅█▁█"

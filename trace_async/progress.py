@@ -1,0 +1,222 @@
+"""What a run says while it trains: a live table in a terminal, one short line per update anywhere else.
+
+Metrics that are read, when there (a missing one shows as –). Shares and probabilities are in 0..1; everything is of the
+update itself, not a total; held-out figures stay shown until newer ones come:
+
+    train/reward                    mean reward of the trees of the update
+    train/effective_ratio           share of its prompts whose leaves disagree; train/prompts_both_outcomes: how many
+    train/staleness_mean, _max      weight versions between a tree's oldest token and the update
+    tokens/generated                all tokens generated since the last update (warm-up and lost trees too)
+    tokens/trained                  generated tokens with a gradient
+    tokens/cached_share             share of prefill tokens served from the KV cache
+    heldout/success_t1.0, _t0.0     held-out success at temperature 1 and greedy
+    predictor/brier, predictor/auc  of the values used for allocation, against outcomes
+    learner/mismatch                mean |learner − generator log-probability| before the update
+    learner/loss, learner/grad_norm
+    budget/roots, budget/continuations   rollouts spent
+    time/generate_s, time/update_s, time/sync_s, time/predictor_s   seconds in each phase (phases may overlap)
+"""
+
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PHASES = ("generate", "update", "sync", "predictor")
+RECENT = 10  # updates that the time left is judged by
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Progress:
+    """Shows a run of `total_updates` updates that may end sooner, after `token_budget` generated tokens (0: no bound).
+
+    `tokens_before`: tokens spent before a resumed run went on. `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        total_updates: int,
+        *,
+        token_budget: int = 0,
+        first_update: int = 0,
+        tokens_before: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console(file=sys.stdout, highlight=False)
+        self._total = total_updates
+        self._token_budget = token_budget
+        self._clock = clock
+        self._update = first_update
+        self._tokens = float(tokens_before)
+        self._latest: dict[str, float] = {}
+        self._heldout: dict[str, list[float]] = {}
+        self._rewards: deque[float] = deque(maxlen=24)
+        self._durations: deque[float] = deque(maxlen=RECENT)
+        self._recent_tokens: deque[float] = deque(maxlen=RECENT)
+        self._last = self._started = clock()
+        self._live = (
+            Live(console=self._console, auto_refresh=False, transient=False) if self._console.is_terminal else None
+        )
+
+    def __enter__(self) -> "Progress":
+        self._last = self._started = self._clock()
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the table."""
+        self._console.print(Text(printable(text)), soft_wrap=True)
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Held-out figures that do not belong to an update: of the start policy, or of the end."""
+        self._note_heldout(metrics)
+        shown = [f"{_NAMES.get(key, key)} {values[-1]:.3f}" for key, values in self._heldout.items() if key in metrics]
+        self.message("held-out " + "  ".join(shown))
+
+    def update(self, update_index: int, metrics: Mapping[str, float]) -> None:
+        """Update number `update_index` (the first is 1) is done, with these metrics."""
+        now = self._clock()
+        self._durations.append((now - self._last) / max(1, update_index - self._update))
+        self._last = now
+        self._update = update_index
+        self._latest = dict(metrics)
+        self._tokens += metrics.get("tokens/generated", 0.0)
+        self._recent_tokens.append(metrics.get("tokens/generated", 0.0))
+        if "train/reward" in metrics:
+            self._rewards.append(metrics["train/reward"])
+        self._note_heldout(metrics)
+        if self._live is None:
+            self._console.print(Text(self.line()), soft_wrap=True)
+        else:
+            self._live.update(self.table(), refresh=True)
+
+    def seconds_left(self) -> float | None:
+        """Until the last update or the end of the token budget, whichever comes first; None: nothing to judge by."""
+        if not self._durations:
+            return None
+        updates_left = float(max(0, self._total - self._update))
+        tokens_per_update = statistics.mean(self._recent_tokens)
+        if self._token_budget and tokens_per_update > 0:
+            updates_left = min(updates_left, max(0.0, self._token_budget - self._tokens) / tokens_per_update)
+        return updates_left * statistics.mean(self._durations)
+
+    def line(self) -> str:
+        """The run in one line."""
+        parts = [
+            f"update {self._update}/{self._total}",
+            f"success {self._show('train/reward')}",
+            f"effective {self._show('train/effective_ratio')} ({self._show('train/prompts_both_outcomes', '.0f')})",
+            f"staleness {self._show('train/staleness_mean', '.1f')}/{self._show('train/staleness_max', '.0f')}",
+            f"{_thousands(self._tokens)} tokens ({self._speed()}/s)",
+        ]
+        if self._heldout:
+            parts.append("heldout " + " ".join(f"{_NAMES.get(k, k)} {v[-1]:.3f}" for k, v in self._heldout.items()))
+        return "  ".join([*parts, f"left {_duration(self.seconds_left())}"])
+
+    def table(self) -> Group:
+        """The run as a table."""
+        head = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self._total, completed=self._update, width=32)
+        left = f"{_duration(self._last - self._started)} so far, {_duration(self.seconds_left())} left"
+        head.add_row(Text(f"update {self._update}/{self._total}", style="bold"), bar, left)
+        grid = Table.grid(padding=(0, 3))
+        for style in ("dim", "", "dim", ""):
+            grid.add_column(style=style)
+        cells = self._cells()
+        for i in range(0, len(cells), 2):
+            grid.add_row(*cells[i], *(cells[i + 1] if i + 1 < len(cells) else ("", "")))
+        return Group(head, grid)
+
+    def _cells(self) -> list[tuple[str, str]]:
+        show = self._show
+        budget = f"{_thousands(self._tokens)}" + (f" of {_thousands(self._token_budget)}" if self._token_budget else "")
+        both = f"{show('train/effective_ratio')}   {show('train/prompts_both_outcomes', '.0f')} prompts"
+        cached = show("tokens/cached_share", ".0%")
+        return [
+            ("success of trees", f"{show('train/reward')}  {sparkline(self._rewards)}"),
+            ("effective ratio", both),
+            ("held-out", self._show_heldout()),
+            ("staleness", f"mean {show('train/staleness_mean', '.2f')}  max {show('train/staleness_max', '.0f')}"),
+            ("generated tokens", budget),
+            ("speed", f"{self._speed()} tokens/s   {cached} of prefill cached"),
+            ("spent", f"{show('budget/roots', '.0f')} roots  {show('budget/continuations', '.0f')} continuations"),
+            ("trained tokens", _thousands(self._latest.get("tokens/trained"))),
+            ("time", self._phase_shares()),
+            ("predictor", f"Brier {show('predictor/brier', '.3f')}  AUC {show('predictor/auc', '.3f')}"),
+            ("learner", f"loss {show('learner/loss', '.4f')}  grad norm {show('learner/grad_norm')}"),
+            ("mismatch", show("learner/mismatch", ".1e")),
+        ]
+
+    def _phase_shares(self) -> str:
+        seconds = {phase: self._latest[f"time/{phase}_s"] for phase in PHASES if f"time/{phase}_s" in self._latest}
+        total = sum(seconds.values())
+        return "  ".join(f"{phase} {s / total:.0%}" for phase, s in seconds.items()) if total > 0 else "–"
+
+    def _show_heldout(self) -> str:
+        entries = []
+        for key, values in self._heldout.items():
+            change = f"{values[0]:.3f} → {values[-1]:.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+            entries.append(f"{_NAMES.get(key, key)} {change}")
+        return "   ".join(entries) or "–"
+
+    def _note_heldout(self, metrics: Mapping[str, float]) -> None:
+        for key in _NAMES:
+            if key in metrics:
+                self._heldout.setdefault(key, []).append(metrics[key])
+
+    def _show(self, key: str, form: str = ".2f") -> str:
+        return format(self._latest[key], form) if key in self._latest else "–"
+
+    def _speed(self) -> str:
+        seconds = sum(self._durations)
+        return _thousands(sum(self._recent_tokens) / seconds) if seconds > 0 else "–"
+
+
+_NAMES = {"heldout/success_t1.0": "t=1", "heldout/success_t0.0": "greedy"}
+
+
+def sparkline(values: "deque[float] | list[float]") -> str:
+    """Shares in 0..1 as a row of bars."""
+    return "".join(BARS[min(len(BARS) - 1, max(0, int(value * len(BARS))))] for value in values if value == value)
+
+
+def printable(text: str) -> str:
+    """`text` with nothing left in it that could steer a terminal: control characters show as escapes.
+
+    Newlines stay; bidirectional overrides and other format characters are shown, not obeyed.
+    """
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _thousands(count: float | None) -> str:
+    if count is None:
+        return "–"
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if count >= limit:
+            size = {"G": 1e9, "M": 1e6, "k": 1e3}[unit]
+            return f"{count / size:.1f}{unit}"
+    return f"{count:.0f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
