@@ -1,0 +1,303 @@
+"""TRACE's allocation of the rollout budget (arXiv 2606.11119): Stage 1 over prompts, Stage 2 over prefixes.
+
+Both maximise the chance that the descendants of an anchor hold a success and a failure, and are exact: equal to
+exhaustive dynamic programming (tests/test_allocation.py). The rules of the baselines are in `selection_rules.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from trace_async.config import BudgetConfig
+from trace_async.estimates import Estimates
+from trace_async.marginals import Cut, FloatArray, IntArray, Marginals, cut, hand_out, spend
+from trace_async.selection_rules import (
+    nearest_half_roots,
+    random_prefixes,
+    uniform_roots,
+    variance_optimal_roots,
+)
+from trace_async.tree import ROOT, RolloutTree
+
+
+def root_value(success: ArrayLike, num_rollouts: ArrayLike, *, strength: ArrayLike | None = None) -> FloatArray:
+    """V_root: the probability that `num_rollouts` rollouts (≥ 0) of a prompt hold both outcomes; broadcasts.
+
+    V_root(v, m) = 1 − v^m − (1−v)^m, and 0 for m = 0 (METHOD 2, Stage 1). With `strength` s, v is not known but has the
+    posterior Beta(v·s, (1−v)·s): E[v^m] = Π_{j<m} (v·s + j)/(s + j).
+    """
+    v, m = np.broadcast_arrays(np.asarray(success, dtype=float), np.asarray(num_rollouts))
+    c = np.broadcast_to(_uncertainty(strength), v.shape)
+    all_succeed, all_fail = np.ones(v.shape), np.ones(v.shape)
+    for j in range(int(m.max(initial=0))):
+        all_succeed = np.where(j < m, all_succeed * (v + c * j) / (1 + c * j), all_succeed)
+        all_fail = np.where(j < m, all_fail * (1 - v + c * j) / (1 + c * j), all_fail)
+    return np.asarray(np.where(m == 0, 0.0, 1 - all_succeed - all_fail), dtype=float)
+
+
+def allocate_roots(
+    success: ArrayLike,
+    budget: int,
+    *,
+    min_rollouts: int = 0,
+    max_rollouts: int | None = None,
+    strength: ArrayLike | None = None,
+) -> IntArray:
+    """Stage 1: how many root rollouts each prompt gets, so that Σ V_root(success_i, m_i) is greatest.
+
+    `success` [prompts]: estimated probability that a rollout succeeds. `strength` [prompts] or scalar: pseudo rollouts
+    behind each estimate; then E[V_root] under a Beta posterior is maximised. Returns integers [prompts] with
+    min_rollouts ≤ m_i ≤ max_rollouts and Σ m_i = budget, or all at max_rollouts when the budget exceeds that. Raises
+    ValueError when the budget cannot give everyone min_rollouts.
+
+    Exactness. With u = E[v(1−v)], V_root's marginals are 0, 2u, u, then falling: concave but for the first unit. From
+    min_rollouts ≥ 1 on, taking the largest marginals is exact. Otherwise replace 0, 2u, u by u, u, u (the concave
+    envelope: the first two are a bundle) and cut at threshold λ. Ties at λ can be filled in any number but 1 (bundles
+    bring 2 or 3), so the envelope's bound is reached unless one unit is left over; see `_place_last_unit`.
+    """
+    v = _probabilities("success", success)
+    c = np.broadcast_to(_uncertainty(strength), v.shape)
+    cap = budget if max_rollouts is None else min(max_rollouts, budget)
+    if budget < 0 or min_rollouts < 0 or (max_rollouts is not None and max_rollouts < min_rollouts):
+        raise ValueError(f"need 0 ≤ {min_rollouts=} ≤ {max_rollouts=} and {budget=} ≥ 0")
+    if len(v) * min_rollouts > budget:
+        raise ValueError(f"{budget=} cannot give min_rollouts={min_rollouts} to each of {len(v)} prompts")
+    units = min(budget, len(v) * cap)
+    if min_rollouts >= 1 or cap < 2 or units == 0:
+        first = max(1, min_rollouts) + 1
+        spare = cap - min_rollouts if cap >= 2 else 0
+        counts = np.full(len(v), min_rollouts) + spend(
+            lambda items, width: _root_marginals(v[items], c[items], first, width),
+            len(v), units - len(v) * min_rollouts, spare,
+        )  # fmt: skip
+        return counts + hand_out(cap - counts, units - int(counts.sum()))
+
+    def envelope(items: IntArray, width: int) -> FloatArray:
+        u = (v[items] * (1 - v[items]) / (1 + c[items]))[:, None]
+        rest = _root_marginals(v[items], c[items], 4, width - 3) if width > 3 else u[:, :0]
+        return np.concatenate([np.repeat(u, min(width, 3), axis=1), np.minimum(rest, u)], axis=1)
+
+    return _fill_bundles(cut(envelope, len(v), units, cap), units, cap)
+
+
+def _fill_bundles(found: Cut, units: int, cap: int) -> IntArray:
+    """Counts from the envelope's cut: prompts tied at the threshold are opened by twos, as many as the units allow."""
+    left = units - int(found.above.sum())
+    bundle = (found.above == 0) & (found.tied > 0)
+    opened = hand_out(2 * bundle.astype(np.int64), left - left % 2)
+    counts = found.above + opened
+    room = np.where(counts > 0, found.tied - opened, 0)
+    counts = counts + hand_out(room, units - int(counts.sum()))
+    left = units - int(counts.sum())
+    assert left in (0, 1)
+    return _place_last_unit(found, counts, bundle) if left else counts
+
+
+def _place_last_unit(found: Cut, counts: IntArray, bundle: NDArray[np.bool_]) -> IntArray:
+    """Spends the one unit that is left before a bundle (two units worth 2λ) at threshold λ, the best way there is.
+
+    Either it goes to the open prompt with the best next marginal d < λ (loses λ − d against the bound), or the bundle
+    is bought and the open prompt with the lowest last marginal D ≥ λ gives one up (loses D − λ), or it is wasted
+    (loses λ). Every other exchange contains one of these: whoever closes a prompt of m ≥ 3, or opens one worth u ≤ λ,
+    loses at least as much. With cap = 2 only waste remains.
+    """
+    counts = counts.copy()
+    is_open = found.above >= 3
+    lasts, followings = np.where(is_open, found.last, np.inf), np.where(is_open, found.following, -np.inf)
+    gives, takes = int(np.argmin(lasts)), int(np.argmax(followings))
+    gain_swap, gain_add = 2 * found.threshold - lasts[gives], followings[takes]
+    closed = int(np.flatnonzero(bundle & (counts == 0))[0])
+    if max(gain_swap, gain_add) < 0:
+        counts[closed] += 1
+    elif gain_swap > gain_add:
+        counts[closed] += 2
+        counts[gives] -= 1
+    else:
+        counts[takes] += 1
+    return counts
+
+
+def _root_marginals(v: FloatArray, c: FloatArray, first: int, width: int) -> FloatArray:
+    """E[V_root(m)] − E[V_root(m − 1)] for m = first … first + width − 1 (first ≥ 2), [len(v), width].
+
+    That is E[v^{m−1}(1−v)] + E[(1−v)^{m−1}v]; each step m → m + 1 multiplies the first term by (a + m)/(a + b + m + 1).
+    """
+    m = np.arange(2, first + width - 1)
+    v, c = v[:, None], c[:, None]
+    start = v * (1 - v) / (1 + c)
+    total = np.zeros((len(v), 1))
+    for x in (v, 1 - v):
+        ratios = (x + c * (m - 1)) / (1 + c * m)
+        total = total + np.cumprod(np.concatenate([start, ratios], axis=1), axis=1)
+    return total[:, first - 2 :]
+
+
+def prefix_value(success: ArrayLike, rewards: ArrayLike, num_continuations: ArrayLike) -> FloatArray:
+    """V_pref = 1 − [r·V + (1−r)·(1−V)]^k: the chance that one of k continuations ends unlike the rollout with r."""
+    v, r = np.asarray(success, dtype=float), np.asarray(rewards, dtype=float)
+    return np.asarray(1 - (r * v + (1 - r) * (1 - v)) ** np.asarray(num_continuations), dtype=float)
+
+
+def allocate_prefixes(
+    success: ArrayLike,
+    rewards: ArrayLike,
+    budget: int,
+    *,
+    max_per_prefix: int | None = None,
+    cost: ArrayLike | None = None,
+) -> IntArray:
+    """Stage 2: how many continuations each prefix gets, so that Σ V_pref(prefix, k) is greatest.
+
+    `success` [prefixes]: V(H); `rewards` [prefixes]: outcome in [0, 1] of the rollout that passed there. Returns
+    integers [prefixes] summing to `budget` (or all at max_per_prefix). V_pref is concave in k, so taking the largest
+    marginals is exact. `cost` [prefixes] > 0, expected generated tokens of a continuation: marginals are ranked by
+    value per token (beyond the paper).
+    """
+    v, r = _probabilities("success", success), _probabilities("rewards", rewards)
+    if v.shape != r.shape:
+        raise ValueError(f"success has {len(v)} entries but rewards {len(r)}")
+    alike = r * v + (1 - r) * (1 - v)
+
+    def marginals(items: IntArray, width: int) -> FloatArray:
+        same = np.repeat(alike[items, None], width, axis=1)
+        same[:, 0] = 1 - alike[items]
+        return np.cumprod(same, axis=1, dtype=np.float64)
+
+    return _spend_on_prefixes(marginals, len(v), budget, max_per_prefix, cost)
+
+
+def allocate_prefixes_by_value(
+    success: ArrayLike, budget: int, *, max_per_prefix: int | None = None, cost: ArrayLike | None = None
+) -> IntArray:
+    """As `allocate_prefixes`, blind to the outcomes: Σ 1 − V^{k+1} − (1−V)^{k+1} is greatest (METHOD 3, last lines).
+
+    The choice then depends on nothing sampled after the prefix, so pooling the continuations with the rollout that
+    passed there estimates V without bias.
+    """
+    v = _probabilities("success", success)
+    none = np.zeros(len(v))
+    return _spend_on_prefixes(
+        lambda items, width: _root_marginals(v[items], none[items], 2, width), len(v), budget, max_per_prefix, cost
+    )
+
+
+def _spend_on_prefixes(
+    marginals: Marginals, num_prefixes: int, budget: int, max_per_prefix: int | None, cost: ArrayLike | None
+) -> IntArray:
+    if budget < 0 or (max_per_prefix is not None and max_per_prefix < 0):
+        raise ValueError(f"need {budget=} ≥ 0 and {max_per_prefix=} ≥ 0")
+    cap = budget if max_per_prefix is None else min(max_per_prefix, budget)
+    if cost is None:
+        return spend(marginals, num_prefixes, budget, cap)
+    tokens = np.asarray(cost, dtype=float)
+    if tokens.shape != (num_prefixes,) or not (tokens > 0).all():
+        raise ValueError(f"cost must be {num_prefixes} numbers > 0")
+    return spend(lambda items, width: marginals(items, width) / tokens[items, None], num_prefixes, budget, cap)
+
+
+def _probabilities(name: str, values: ArrayLike) -> FloatArray:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not ((array >= 0) & (array <= 1)).all():
+        raise ValueError(f"{name} must be a flat array of numbers in [0, 1]")
+    return array
+
+
+def _uncertainty(strength: ArrayLike | None) -> FloatArray:
+    """1 / (a + b) of the Beta posterior; 0 for a point estimate."""
+    if strength is None:
+        return np.zeros(())
+    array = np.asarray(strength, dtype=float)
+    if not (array > 0).all():
+        raise ValueError("strength must be > 0 (pseudo rollouts behind an estimate)")
+    return 1 / array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anchor:
+    """A prefix where Stage 2 can spend: a turn of a finished rollout that is not its last.
+
+    `value`: V(H) of the history up to and including `node`; `reward`: outcome of the rollout that passed there;
+    `expected_tokens`: generated tokens that a continuation is expected to cost.
+    """
+
+    node: int
+    value: float
+    reward: float
+    expected_tokens: float
+
+
+def find_anchors(tree: RolloutTree) -> list[Anchor]:
+    """All anchors of a tree whose nodes carry the predictor's values (a node without one counts as 0.5).
+
+    A continuation's expected cost is the mean of what the finished rollouts generated beyond the anchor's depth.
+    """
+    after = _mean_tokens_after_depth(tree)
+    return [
+        Anchor(
+            node=index,
+            value=0.5 if node.value is None else node.value,
+            reward=tree.rollouts[node.rollout].reward,
+            expected_tokens=after[tree.depths[index]],
+        )
+        for index, node in enumerate(tree.nodes)
+        if index != ROOT and tree.children[index]
+    ]
+
+
+def _mean_tokens_after_depth(tree: RolloutTree) -> list[float]:
+    """Per depth, generated tokens beyond it, averaged over the rollouts that go on beyond it; at least 1."""
+    paths = [[tree.nodes[index].num_generated for index in path] for _, path in tree.branches()]
+    means = []
+    for depth in range(max(tree.depths) + 1):
+        rests = [sum(path[depth + 1 :]) for path in paths if len(path) > depth + 1]
+        means.append(max(1.0, sum(rests) / len(rests)) if rests else 1.0)
+    return means
+
+
+def plan_roots(config: BudgetConfig, estimates: Estimates, rng: np.random.Generator) -> IntArray:
+    """Stage 1 by `config.stage1`: root rollouts for each candidate, summing to `root_rollouts` where caps allow."""
+    budget, cap, group = config.root_rollouts, config.max_rollouts, config.uniform_rollouts
+    match config.stage1:
+        case "uniform" | "dapo":
+            return uniform_roots(len(estimates.a), budget, group=group, cap=cap)
+        case "pcl":
+            return nearest_half_roots(estimates.mean, budget, group=group, cap=cap)
+        case "thompson":
+            return nearest_half_roots(rng.beta(estimates.a, estimates.b), budget, group=group, cap=cap)
+        case "vip":
+            return variance_optimal_roots(estimates.mean, budget, group=group, cap=cap)
+        case "point" | "beta":
+            strength = estimates.strength if config.stage1 == "beta" else None
+            return allocate_roots(
+                estimates.mean, budget, min_rollouts=config.min_rollouts, max_rollouts=cap, strength=strength
+            )
+
+
+def is_trained_on(config: BudgetConfig, tree: RolloutTree) -> bool:
+    """Whether a finished tree enters the learner's batch: all do, but DAPO's dynamic sampling drops what agrees.
+
+    DAPO (arXiv 2503.14476) samples on until the batch is full of prompts with both outcomes; what it drops was
+    generated and is charged.
+    """
+    return config.stage1 != "dapo" or tree.has_both_outcomes
+
+
+def plan_prefixes(config: BudgetConfig, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:
+    """Stage 2 by `config.stage2`: continuations for each anchor, summing to `budget` where caps allow."""
+    cap = config.max_per_prefix
+    values = [anchor.value for anchor in anchors]
+    rewards = [anchor.reward for anchor in anchors]
+    if config.stage2 == "none" or not anchors:
+        return np.zeros(len(anchors), dtype=np.int64)
+    match config.stage2:
+        case "random":
+            return random_prefixes(len(anchors), budget, cap=cap, rng=rng)
+        case "contrast":
+            return allocate_prefixes(values, rewards, budget, max_per_prefix=cap)
+        case "contrast_per_token":
+            cost = [anchor.expected_tokens for anchor in anchors]
+            return allocate_prefixes(values, rewards, budget, max_per_prefix=cap, cost=cost)
+        case "contrast_value_only":
+            return allocate_prefixes_by_value(values, budget, max_per_prefix=cap)
