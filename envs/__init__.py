@@ -1,0 +1,43 @@
+"""Domains by name: built in, or `package.module:Class` of one's own."""
+
+import difflib
+import importlib
+import inspect
+
+from trace_async.config import ConfigError, EnvConfig
+from trace_async.env import Domain
+
+BUILT_IN: dict[str, str] = {
+    "multihop": "envs.multihop:MultiHop",
+    "qa_files": "envs.qa_files:QaFiles",
+    "math": "envs.math:Math",
+    "functions": "envs.functions:Functions",
+    "mixed": "envs.mixed:Mixed",
+}
+
+
+def load_domain(config: EnvConfig) -> Domain:
+    """The domain that `env.name` names, built with `env.args`. Raises ConfigError in words."""
+    target = BUILT_IN.get(config.name, config.name)
+    module_name, colon, class_name = target.partition(":")
+    if not colon or not module_name or not class_name:
+        near = difflib.get_close_matches(config.name, BUILT_IN, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"env.name={config.name}: no such environment{hint} Built in: {', '.join(BUILT_IN)}; "
+            "or name your own as package.module:Class"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"env.name={config.name}: cannot import {module_name}: {error}") from error
+    domain_class = getattr(module, class_name, None)
+    if domain_class is None:
+        raise ConfigError(f"env.name={config.name}: module {module_name} has no {class_name}")
+    try:
+        inspect.signature(domain_class).bind(**config.args)
+    except TypeError as error:
+        raise ConfigError(
+            f"env.args={dict(config.args)}: {error}; {class_name} takes {inspect.signature(domain_class)}"
+        ) from error
+    return domain_class(**config.args)

@@ -1,0 +1,108 @@
+"""Tasks in an endless, resumable order, and rows read from JSON files with errors that name file and line."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+from trace_async.types import Json, Task
+
+
+class TaskIterator:
+    """Endless passes over `tasks`, each in a new order that depends only on `seed` and the pass (epoch)."""
+
+    def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
+        if not tasks:
+            raise ValueError("TaskIterator: there are no tasks")
+        self._tasks = tasks
+        self._seed = seed
+        self._epoch = 0
+        self._position = 0
+        self._order = self._shuffled(0)
+
+    def take(self, n: int) -> list[Task]:
+        """The next `n` tasks; every task comes once per epoch."""
+        taken: list[Task] = []
+        while len(taken) < n:
+            if self._position == len(self._order):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._shuffled(self._epoch)
+            indices = self._order[self._position : self._position + n - len(taken)]
+            self._position += len(indices)
+            taken += [self._tasks[index] for index in indices]
+        return taken
+
+    def state(self) -> dict[str, int]:
+        """Where it stands; plain numbers, for a checkpoint."""
+        return {
+            "seed": self._seed,
+            "num_tasks": len(self._tasks),
+            "epoch": self._epoch,
+            "position": self._position,
+        }
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was taken; ValueError when it belongs to another seed or data set."""
+        for name, own in (("seed", self._seed), ("num_tasks", len(self._tasks))):
+            if state[name] != own:
+                raise ValueError(f"the checkpoint's task order has {name}={state[name]}, this run has {own}")
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = self._shuffled(self._epoch)
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self._tasks)))
+        Random(f"{self._seed}/{epoch}").shuffle(order)
+        return order
+
+
+def read_json(path: str | Path) -> Json:
+    """One JSON document. Raises ValueError naming the file, and the line of a syntax error."""
+    return _parse(_read(path), f"{path}")
+
+
+def read_rows(path: str | Path, required: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Json]]:
+    """Objects of a JSON array or of JSON lines, each with the `required` fields of the given types.
+
+    Raises ValueError naming the file and the line (JSON lines) or row (array).
+    """
+    text = _read(path)
+    if text.lstrip().startswith("["):
+        document = _parse(text, f"{path}")
+        assert isinstance(document, list)
+        rows = [(f"{path}, row {number}", row) for number, row in enumerate(document, 1)]
+    else:
+        # Not splitlines(): it would also split at U+2028 and the like inside a string.
+        lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [(where, _parse(line, where)) for where, line in lines]
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return [_checked(row, required, where) for where, row in rows]
+
+
+def _checked(row: Json, required: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Json]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+    for name, kind in required.items():
+        if name not in row:
+            raise ValueError(f"{where}: field {name!r} is missing; there are {', '.join(row)}")
+        if not isinstance(row[name], kind):
+            wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise ValueError(f"{where}: field {name!r} must be {wanted}, found {type(row[name]).__name__}")
+    return row
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+
+
+def _parse(text: str, where: str) -> Json:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f":{error.lineno}" if "\n" in text.strip() else ""
+        raise ValueError(f"{where}{line}: not JSON: {error.msg} (column {error.colno})") from error
