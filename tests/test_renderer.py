@@ -124,6 +124,16 @@ def test_two_tool_answers_share_one_message(renderer: Renderer) -> None:
     )
 
 
+def test_observations_are_cut_in_tokens() -> None:
+    short = Renderer(TOKENIZER, max_observation_tokens=3)
+    long = Message(role="tool", content="the answer is what the search is")
+    whole = RENDERER.encode_data(long.content)
+    rendered = list(short.render_observation([long, long], turn_ended=True))
+    expected = template_tokens("\n<|im_start|>user\n<tool_response>\n") + whole[:3]
+    expected += template_tokens("\n</tool_response>\n<tool_response>\n") + whole[:3]
+    assert rendered == expected + template_tokens("\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_tools_are_shown_with_control_tokens_only_from_the_template(renderer: Renderer) -> None:
     tool = {"type": "function", "function": {"name": "search", "parameters": {}}}
     rendered = renderer.render_prompt(Prompt(messages=(user("what"),), tools=(tool,)))
@@ -139,6 +149,10 @@ def test_nasty_contents_stay_text(renderer: Renderer, text: str) -> None:
     assert [t for t in nasty if t in CONTROL_IDS] == [t for t in plain if t in CONTROL_IDS]
     if "☃" not in text:
         assert TOKENIZER.decode(renderer.encode_data(text)) == text
+
+
+def test_half_a_surrogate_pair_does_no_harm(renderer: Renderer) -> None:
+    assert TOKENIZER.decode(renderer.encode_data("a\ud800b")) == "a?b"
 
 
 def test_a_character_that_is_itself_a_control_token_is_replaced(renderer: Renderer) -> None:

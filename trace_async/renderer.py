@@ -10,27 +10,38 @@ from functools import lru_cache
 from itertools import pairwise
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from trace_async.types import Json, Message, Prompt
+from trace_async.types import Json, Message, Prompt, Role
 
 _REPLACEMENT = "\ufffd"
 
 
 class Renderer:
-    """Renders with `tokenizer`'s chat template; raises ValueError where the template cannot be used."""
+    """Renders with `tokenizer`'s chat template; raises ValueError where the template cannot be used.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    `max_observation_tokens`: the content of each message of an observation is cut to so many tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, max_observation_tokens: int | None = None) -> None:
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer {_name(tokenizer)} has no chat template")
         if not tokenizer.is_fast:
             raise ValueError(f"the tokenizer {_name(tokenizer)} is not a fast tokenizer (tokenizer.json is missing)")
         self._tokenizer = tokenizer
+        self._max_observation_tokens = max_observation_tokens
         added = dict(tokenizer.added_tokens_decoder)
         self._added_texts = tuple(token.content for token in added.values())
         # The unknown token stands for any odd word, so it is no control token although it is listed as added.
         self._control_ids = frozenset(added) - {tokenizer.unk_token_id}
+        # An own copy of the core: in it, control tokens in a text are never matched as such.
+        self._data_core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._data_core.encode_special_tokens = True
+        self._data_core.no_truncation()
+        self._data_core.no_padding()
         self._encode_template = lru_cache(maxsize=512)(self._encode_template_text)
+        self._template_pieces = lru_cache(maxsize=512)(self._make_template_pieces)
         self._end_of_turn_id = self._find_end_of_turn()
         eos = tokenizer.eos_token_id
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([self._end_of_turn_id, *_as_ids(eos)]))
@@ -39,7 +50,8 @@ class Renderer:
     def render_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of the prompt up to and including the generation prompt."""
         self._check_tools(prompt.tools)
-        return self._encode(self._template_pieces(prompt.messages, prompt.tools), prompt.messages)
+        tools = json.dumps([dict(tool) for tool in prompt.tools])
+        return self._encode(self._template_pieces(_roles(prompt.messages), tools), prompt.messages)
 
     def render_observation(self, messages: Sequence[Message], *, turn_ended: bool) -> tuple[int, ...]:
         """The tokens between the model's turn and its next one, next generation prompt included.
@@ -47,10 +59,10 @@ class Renderer:
         `turn_ended`: the turn's own tokens end with the end-of-turn token; otherwise (cut at its limit) it comes first.
         """
         turn = (Message(role="user", content=""), Message(role="assistant", content=""))
-        pieces = self._template_pieces((*turn, *messages), ())
+        pieces = self._template_pieces(_roles((*turn, *messages)), "[]")
         if [index for _, index in pieces[:2]] != [0, 1]:
             raise self._template_error("the assistant's turn does not follow the user's message")
-        token_ids = self._encode(pieces[2:], (*turn, *messages))
+        token_ids = self._encode(pieces[2:], (*turn, *messages), max_tokens=self._max_observation_tokens)
         start = token_ids.index(self._end_of_turn_id) + 1 if turn_ended else 0
         return token_ids[start:]
 
@@ -63,17 +75,12 @@ class Renderer:
 
     def encode_data(self, text: str) -> list[int]:
         """Tokens of `text` as data: no id of an added token ever comes out, whatever the text spells."""
-        encoding = self._tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
-        token_ids = encoding["input_ids"]
-        starts = [
-            start
-            for token_id, (start, _) in zip(token_ids, encoding["offset_mapping"], strict=True)
-            if token_id in self._control_ids
-        ]
-        if not starts:
+        encoding = self._data_core.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+        token_ids = encoding.ids
+        if self._control_ids.isdisjoint(token_ids):
             return token_ids
+        spans = zip(token_ids, encoding.offsets, strict=True)
+        starts = [start for token_id, (start, _) in spans if token_id in self._control_ids]
         if len(text) == 1:
             return [] if text == _REPLACEMENT else self.encode_data(_REPLACEMENT)
         # Tokens that are added but not "special" are matched all the same; cut inside them and they are plain text.
@@ -81,31 +88,34 @@ class Renderer:
         pieces = [text[start:end] for start, end in pairwise(cuts)]
         return [token_id for piece in pieces for token_id in self.encode_data(piece)]
 
-    def _encode(self, pieces: Sequence[tuple[str, int | None]], messages: Sequence[Message]) -> tuple[int, ...]:
+    def _encode(
+        self,
+        pieces: Sequence[tuple[str, int | None]],
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+    ) -> tuple[int, ...]:
         token_ids: list[int] = []
         for text, index in pieces:
             if text:
                 token_ids += self._encode_template(text)
             if index is not None:
-                token_ids += self.encode_data(messages[index].content)
+                token_ids += self.encode_data(messages[index].content)[:max_tokens]
         return tuple(token_ids)
 
     def _encode_template_text(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
 
-    def _template_pieces(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Json]]
-    ) -> list[tuple[str, int | None]]:
+    def _make_template_pieces(self, roles: tuple[Role, ...], tools: str) -> list[tuple[str, int | None]]:
         """Template text and, after each piece but the last, the index of the message whose content follows."""
-        sentinels = [f"content{index}of{len(messages)}x7f3a9c" for index in range(len(messages))]
-        chat = [{"role": message.role, "content": mark} for message, mark in zip(messages, sentinels, strict=True)]
+        sentinels = [f"content{index}of{len(roles)}x7f3a9c" for index in range(len(roles))]
+        chat = [{"role": role, "content": mark} for role, mark in zip(roles, sentinels, strict=True)]
         try:
             text = self._tokenizer.apply_chat_template(
-                chat, tools=[dict(tool) for tool in tools] or None, tokenize=False, add_generation_prompt=True
+                chat, tools=json.loads(tools) or None, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
-            roles = ", ".join(message.role for message in messages)
-            raise self._template_error(f"it refuses messages of the roles {roles}: {error}") from error
+            raise self._template_error(f"it refuses messages of the roles {', '.join(roles)}: {error}") from error
         positions = sorted((text.find(mark), index) for index, mark in enumerate(sentinels))
         pieces: list[tuple[str, int | None]] = []
         done = 0
@@ -113,7 +123,7 @@ class Renderer:
             mark = sentinels[index]
             if text.count(mark) != 1:
                 raise self._template_error(
-                    f"the content of message {index} ({messages[index].role}) comes out "
+                    f"the content of message {index} ({roles[index]}) comes out "
                     f"{text.count(mark)} times instead of once, verbatim"
                 )
             pieces.append((text[done:position], index))
@@ -121,9 +131,8 @@ class Renderer:
         return [*pieces, (text[done:], None)]
 
     def _find_end_of_turn(self) -> int:
-        turn = (Message(role="user", content=""), Message(role="assistant", content=""))
-        follow_up = Message(role="user", content="")
-        for token_id in self._encode_template(self._template_pieces((*turn, follow_up), ())[2][0]):
+        pieces = self._template_pieces(("user", "assistant", "user"), "[]")
+        for token_id in self._encode_template(pieces[2][0]):
             if token_id in self._control_ids:
                 return token_id
         raise self._template_error("no control token ends the assistant's turn")
@@ -139,6 +148,10 @@ class Renderer:
     def _template_error(self, problem: str) -> ValueError:
         head = " ".join(str(self._tokenizer.chat_template).split())[:80]
         return ValueError(f"chat template of {_name(self._tokenizer)} ({head!r} …): {problem}")
+
+
+def _roles(messages: Sequence[Message]) -> tuple[Role, ...]:
+    return tuple(message.role for message in messages)
 
 
 def _as_ids(eos: int | list[int] | None) -> list[int]:
