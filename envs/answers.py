@@ -1,0 +1,151 @@
+"""Is a mathematical answer right? Numbers are compared exactly; everything else by `math-verify`, in a process apart.
+
+A model's answer may be a formula on which computer algebra never ends or takes all memory (9^(9^(9^9))), and
+math-verify's own time limits need signals, which only a main thread gets. So it runs in a small process of its own,
+with bounded memory, that is ended when it takes too long.
+"""
+
+import asyncio
+import contextlib
+import json
+import re
+import sys
+from fractions import Fraction
+from typing import Literal
+
+from trace_async.env import EnvError
+
+AnswerCheck = Literal["math_verify", "numeric"]
+
+_MAX_ANSWER_CHARS = 500
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(/\d+)?")
+_START_TIMEOUT_S = 60.0
+_MEMORY_BYTES = 2 * 2**30
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of a plain number (`1,234`, `$5.50`, `3/4`, `12 %` as 12), or None. Never raises."""
+    plain = text.strip().removeprefix("$").removesuffix("%").removesuffix(".").replace("\\$", "").strip()
+    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain)
+    if len(plain) > 100 or not plain.isascii() or not _NUMBER.fullmatch(plain):
+        return None
+    numerator, _, denominator = plain.partition("/")
+    if denominator and int(denominator) == 0:
+        return None
+    return Fraction(numerator) / int(denominator or 1)
+
+
+def unbox(text: str) -> str:
+    """The content of the last `\\boxed{…}`, or the text itself."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return text
+    depth = 0
+    for position in range(start + 6, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start + 7 : position]
+    return text
+
+
+def _one_formula(text: str) -> str:
+    """Without what would make it several formulas, any of which math-verify would take for the answer."""
+    return " ".join(re.sub(r"\\[()\[\]]|\\boxed|\$", " ", text).split())
+
+
+class AnswerChecker:
+    """Compares answers; `close` ends its process. `timeout_s` is what one comparison may take.
+
+    An answer on which math-verify takes longer than `timeout_s`, or more than 2 GB, twice, counts as wrong: the model
+    wrote it. Raises EnvError where math-verify cannot be started.
+    """
+
+    def __init__(self, check: AnswerCheck = "math_verify", *, timeout_s: float = 10.0) -> None:
+        self._check = check
+        self._timeout_s = timeout_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+
+    async def is_right(self, answer: str, gold: str) -> bool:
+        answer, gold = _one_formula(unbox(answer)), _one_formula(unbox(gold))
+        if len(answer) > _MAX_ANSWER_CHARS or answer.count("{") != answer.count("}"):
+            return False
+        given, wanted = parse_number(answer), parse_number(gold)
+        if given is not None and wanted is not None:
+            return given == wanted
+        if self._check == "numeric":
+            return answer.strip() == gold.strip()
+        async with self._turn:
+            for _ in range(2):
+                verdict = await self._ask({"answer": answer, "gold": gold})
+                if verdict is not None:
+                    return verdict
+        return False
+
+    async def close(self) -> None:
+        """End the process; a later comparison starts a new one."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+
+    async def _ask(self, question: dict[str, str]) -> bool | None:
+        """The verdict, or None where the process did not survive the question."""
+        process = self._process or await self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(question).encode() + b"\n")
+            await process.stdin.drain()
+            line = await asyncio.wait_for(process.stdout.readline(), self._timeout_s)
+        except (TimeoutError, OSError):
+            line = b""
+        except asyncio.CancelledError:
+            await self.close()  # a later question must not read this one's verdict
+            raise
+        if not line:
+            await self.close()
+            return None
+        return bool(json.loads(line))
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "envs.answers"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        self._process = process
+        assert process.stdout is not None
+        try:
+            ready = await asyncio.wait_for(process.stdout.readline(), _START_TIMEOUT_S)
+        except TimeoutError:
+            ready = b""
+        if ready != b"ready\n":
+            await self.close()
+            raise EnvError("math-verify cannot be started; try: python -m envs.answers < /dev/null")
+        return process
+
+
+def _serve() -> None:
+    """One JSON question a line in, one verdict a line out, until the input ends."""
+    import resource
+
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    targets = [LatexExtractionConfig(), ExprExtractionConfig()]
+    print("ready", flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        gold = parse(f"${question['gold']}$", targets)
+        answer = parse(f"${question['answer']}$", targets)
+        print(json.dumps(bool(gold and answer and verify(gold, answer))), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

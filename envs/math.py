@@ -1,0 +1,259 @@
+"""Mathematics with a Python tool: code runs in a sandbox whose variables last over turns, answers are verified.
+
+A turn is free thought and then one action: `<python> code </python>` or `<answer> result </answer>`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+from envs import math_problems
+from envs.actions import REASONS, TRUNCATED, Malformed, cut_text, parse_block
+from envs.answers import AnswerCheck, AnswerChecker
+from envs.sandbox import Sandbox, SandboxLimits
+from trace_async.config import ConfigError
+from trace_async.dataset import read_rows
+from trace_async.types import Message, Prompt, Split, StepResult, Task
+
+INSTRUCTIONS = (
+    "Solve the problem. Think step by step. To calculate, end your turn with <python> code </python>: it is run, you "
+    "see what it prints and the value of its last line, and variables keep their values in later turns. When you know "
+    "the result, end your turn with <answer> result </answer>."
+)
+_REMINDER = "end your turn with <python> code </python> or <answer> result </answer>"
+_NO_OUTPUT = "no output"
+_ERROR_TYPES = (
+    *("ArithmeticError", "AssertionError", "AttributeError", "Exception", "ImportError", "IndexError", "KeyError"),
+    *("MemoryError", "ModuleNotFoundError", "NameError", "NotImplementedError", "OverflowError", "PermissionError"),
+    *("RecursionError", "RuntimeError", "SyntaxError", "TimeoutError", "TypeError", "UnboundLocalError"),
+    *("ValueError", "ZeroDivisionError"),
+)
+
+
+class MathEnv:
+    """One problem. `word_level`: code, output and answers have each digit as a word, and errors only their type."""
+
+    def __init__(
+        self,
+        task: Task,
+        sandbox: Sandbox,
+        checker: AnswerChecker,
+        *,
+        max_turns: int,
+        max_observation_chars: int,
+        word_level: bool,
+    ) -> None:
+        self._task = task
+        self._sandbox = sandbox
+        self._checker = checker
+        self._max_turns = max_turns
+        self._max_observation_chars = max_observation_chars
+        self._word_level = word_level
+        self._state: bytes | None = None
+        self._turns = 0
+        self._failed_turns = 0
+
+    async def init(self) -> Prompt:
+        question = Message(role="user", content=str(self._task.data["question"]))
+        if self._word_level:
+            return Prompt(messages=(question,))
+        return Prompt(messages=(Message(role="system", content=INSTRUCTIONS), question))
+
+    async def step(self, action: str, *, truncated: bool = False) -> StepResult:
+        self._turns += 1
+        block = Malformed(TRUNCATED) if truncated else parse_block(action, ("python", "answer"))
+        if isinstance(block, Malformed):
+            self._failed_turns += 1
+            return self._observe(f"error : {block.reason} ; {_REMINDER}")
+        if block.tag == "answer":
+            answer = block.content.replace(" ", "") if self._word_level else block.content
+            is_right = await self._checker.is_right(answer, str(self._task.data["answer"]))
+            return self._end(float(is_right))
+        return self._observe(await self._run(block.content))
+
+    async def fork(self) -> "MathEnv":
+        copy = MathEnv(
+            self._task,
+            self._sandbox,
+            self._checker,
+            max_turns=self._max_turns,
+            max_observation_chars=self._max_observation_chars,
+            word_level=self._word_level,
+        )
+        copy._state, copy._turns, copy._failed_turns = self._state, self._turns, self._failed_turns
+        return copy
+
+    async def close(self) -> None:
+        self._state = None
+
+    async def _run(self, code: str) -> str:
+        result = await self._sandbox.run(_join_digits(code) if self._word_level else code, self._state)
+        self._state = result.state
+        self._failed_turns += bool(result.error_type)
+        if self._word_level:
+            output = _in_words(result.output)
+            return " ".join(part for part in (output, result.error_type and f"error : {result.error_type}") if part)
+        error = f"{result.error_type}: {result.error}" if result.error_type else ""
+        return "\n".join(part for part in (result.output, error) if part)
+
+    def _observe(self, text: str) -> StepResult:
+        if self._turns >= self._max_turns:
+            return self._end(0.0)
+        content = cut_text(text or _NO_OUTPUT, max_chars=self._max_observation_chars)
+        return StepResult(messages=(Message(role="tool", content=content),))
+
+    def _end(self, reward: float) -> StepResult:
+        metrics = {"turns": float(self._turns), "failed_turns": float(self._failed_turns)}
+        return StepResult(done=True, reward=reward, metrics=metrics)
+
+
+class MathProblems:
+    """Generated word problems (`math_problems`), for small policies; the domain can demonstrate its tasks.
+
+    `shares`: of easy, middle (learnable) and hard problems. `misread_rate`, `early_rate`: errors of demonstrations.
+    """
+
+    name = "math"
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        num_train: int = 10_000,
+        num_heldout: int = 2_000,
+        shares: Mapping[str, float] | None = None,
+        misread_rate: float = 0.65,
+        early_rate: float = 0.1,
+        max_turns: int = 9,
+        limits: Mapping[str, float] | None = None,
+    ) -> None:
+        self._seed = seed
+        self._counts: dict[Split, int] = {"train": num_train, "heldout": num_heldout}
+        self._shares = dict(shares or {"easy": 0.3, "middle": 0.4, "hard": 0.3})
+        if set(self._shares) - set(math_problems.LEVELS) or not sum(self._shares.values()) > 0:
+            raise ConfigError(f"env.args.shares={self._shares}: positive shares of {', '.join(math_problems.LEVELS)}")
+        self._misread_rate = misread_rate
+        self._early_rate = early_rate
+        self._max_turns = max_turns
+        self._sandbox = Sandbox(_limits(limits))
+        self._checker = AnswerChecker("numeric")
+        self._tasks: dict[Split, list[Task]] = {}
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        if split not in self._tasks:
+            heldout = [] if split == "heldout" else [str(task.data["question"]) for task in self.tasks("heldout")]
+            found = math_problems.problems(
+                self._shares, self._counts[split], seed=f"{split}-{self._seed}", without=heldout
+            )
+            self._tasks[split] = [
+                Task(id=f"math-{split}-{index}", domain=self.name, kind=level, data=problem)
+                for index, (level, problem) in enumerate(found)
+            ]
+        return self._tasks[split]
+
+    def make_env(self, task: Task) -> MathEnv:
+        return MathEnv(
+            task,
+            self._sandbox,
+            self._checker,
+            max_turns=self._max_turns,
+            max_observation_chars=200,
+            word_level=True,
+        )
+
+    def demonstrate(self, task: Task, rng: Random) -> Sequence[str]:
+        return math_problems.demonstrate(task.data, rng, misread_rate=self._misread_rate, early_rate=self._early_rate)
+
+    def vocabulary(self) -> Sequence[str]:
+        said = [*REASONS, _REMINDER, _NO_OUTPUT, "error : ; ( ) [ ] , + * / inf nan e True False None cut"]
+        return sorted({*math_problems.words(), *_ERROR_TYPES, *(word for text in said for word in text.split())})
+
+    async def close(self) -> None:
+        """End the sandbox's workers."""
+        await self._sandbox.close()
+
+
+class MathFiles:
+    """Problems from JSONL or JSON files: GSM8K (`question`, `answer` ending in `#### number`), DeepScaleR and AIME
+    (`problem`, `answer`).
+
+    Without `heldout_path` the last `num_heldout` rows of `path` are held out. `answer_check`: math_verify | numeric.
+    """
+
+    name = "math_files"
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        heldout_path: str = "",
+        num_heldout: int = 200,
+        max_turns: int = 8,
+        max_observation_chars: int = 2000,
+        answer_check: AnswerCheck = "math_verify",
+        limits: Mapping[str, float] | None = None,
+    ) -> None:
+        rows = load_problems(path)
+        if heldout_path:
+            heldout = load_problems(heldout_path)
+        else:
+            if not 0 < num_heldout < len(rows):
+                raise ConfigError(f"env.args.num_heldout={num_heldout}: {path} has {len(rows)} problems")
+            rows, heldout = rows[:-num_heldout], rows[-num_heldout:]
+        self._tasks: dict[Split, list[Task]] = {"train": rows, "heldout": heldout}
+        self._max_turns = max_turns
+        self._max_observation_chars = max_observation_chars
+        self._sandbox = Sandbox(_limits(limits))
+        self._checker = AnswerChecker(answer_check)
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        return self._tasks[split]
+
+    def make_env(self, task: Task) -> MathEnv:
+        return MathEnv(
+            task,
+            self._sandbox,
+            self._checker,
+            max_turns=self._max_turns,
+            max_observation_chars=self._max_observation_chars,
+            word_level=False,
+        )
+
+    async def close(self) -> None:
+        """End the sandbox's workers and the verifier's process."""
+        await self._sandbox.close()
+        await self._checker.close()
+
+
+def load_problems(path: str | Path) -> list[Task]:
+    """The problems of a JSONL file or a JSON list. Raises ValueError naming file and line (or row)."""
+    path = Path(path)
+    fields = {name.lower(): name for name in read_rows(path, {})[0]}
+    question = fields.get("question", fields.get("problem", "question"))
+    answer = fields.get("answer", "answer")
+    rows = read_rows(path, {question: str, answer: (str, int, float)})
+    tasks = []
+    for number, row in enumerate(rows, 1):
+        gold = str(row[answer]).rpartition("####")[2].strip()
+        if not gold:
+            raise ValueError(f"{path}, problem {number}: the answer is empty")
+        data = {"question": row[question], "answer": gold}
+        tasks.append(Task(id=f"{path.stem}-{number}", domain=MathFiles.name, kind=path.stem, data=data))
+    return tasks
+
+
+def _limits(limits: Mapping[str, float] | None) -> SandboxLimits:
+    try:
+        return SandboxLimits(**dict(limits or {}))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ConfigError(f"env.args.limits: {error}") from error
+
+
+def _join_digits(text: str) -> str:
+    return re.sub(r"(?<=\d) (?=[\d.])|(?<=\.) (?=\d)", "", text)
+
+
+def _in_words(text: str) -> str:
+    """Numbers digit by digit, every sign apart: `(49, -1.5)` as `( 4 9 , - 1 . 5 )`."""
+    return " ".join(re.findall(r"[A-Za-z_]+|\S", text))

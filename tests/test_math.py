@@ -1,0 +1,203 @@
+"""The mathematics domain: generated problems, real file formats, the turns of an episode, the verifier."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from envs.answers import AnswerChecker, parse_number, unbox
+from envs.math import MathFiles, MathProblems, load_problems
+from envs.math_problems import make_problem
+from trace_async.config import ConfigError
+from trace_async.env import Demonstrator
+from trace_async.types import Task
+
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test_600.jsonl"
+ANN = {
+    "question": "monday : ann has 3 7 pens . tuesday : ann doubles them . how many pens has ann on tuesday ?",
+    "answer": "74",
+    "steps": [["monday", "has 37", "37", ""], ["tuesday", "doubles them", "n * 2", "n + 2"]],
+}
+
+
+@pytest.fixture
+async def domain() -> AsyncIterator[MathProblems]:
+    domain = MathProblems(num_train=200, num_heldout=100)
+    yield domain
+    await domain.close()
+
+
+def task(data: dict) -> Task:
+    return Task(id="t", domain="math", kind="middle", data=data)
+
+
+async def test_an_episode_word_for_word(domain: MathProblems) -> None:
+    env = domain.make_env(task(ANN))
+    assert (await env.init()).messages[0].content == ANN["question"]
+    turns = [
+        ("monday has 3 7 <python> n = 3 7 ; n </python>", "3 7"),
+        ("<python> n = n * 2 ; n </python>", "7 4"),
+        ("<python> 1 / 0 </python>", "error : ZeroDivisionError"),
+        ("<python> m = n </python>", "no output"),
+        ("<python> ( n , - 1 . 5 ) </python>", "( 7 4 , - 1 . 5 )"),
+        ("hm", "error : no action found ; end your turn with <python> code </python> or <answer> result </answer>"),
+    ]
+    for action, observation in turns:
+        result = await env.step(action)
+        assert [message.content for message in result.messages] == [observation]
+    result = await env.step("<answer> 7 4 </answer>")
+    assert (result.done, result.reward) == (True, 1.0)
+    assert result.metrics == {"turns": 7.0, "failed_turns": 2.0}
+
+
+async def test_a_truncated_turn_is_not_carried_out(domain: MathProblems) -> None:
+    env = domain.make_env(task(ANN))
+    result = await env.step("<answer> 7 4 </answer>", truncated=True)
+    assert not result.done
+    assert "cut at its token limit" in result.messages[0].content
+
+
+async def test_the_last_turn_ends_without_reward(domain: MathProblems) -> None:
+    env = MathProblems(max_turns=2, num_train=1, num_heldout=1).make_env(task(ANN))
+    assert not (await env.step("hm")).done
+    assert (await env.step("hm")).reward == 0.0
+
+
+async def test_forks_do_not_see_each_other(domain: MathProblems) -> None:
+    env = domain.make_env(task(ANN))
+    await env.step("<python> n = 1 0 ; n </python>")
+    fork = await env.fork()
+    await env.step("<python> n = n * 2 ; n </python>")
+    assert (await fork.step("<python> n = n + 5 ; n </python>")).messages[0].content == "1 5"
+    assert (await env.step("<python> n </python>")).messages[0].content == "2 0"
+
+
+def test_demonstrations_err_as_told() -> None:
+    right = MathProblems(misread_rate=0, early_rate=0).demonstrate(task(ANN), Random(0))
+    wrong = MathProblems(misread_rate=1, early_rate=0).demonstrate(task(ANN), Random(0))
+    assert list(right) == [
+        "monday has 3 7 <python> n = 3 7 ; n </python>",
+        "tuesday doubles them <python> n = n * 2 ; n </python>",
+        "<answer> 7 4 </answer>",
+    ]
+    assert list(wrong[1:]) == ["tuesday doubles them <python> n = n + 2 ; n </python>", "<answer> 3 9 </answer>"]
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+async def test_faultless_demonstrations_succeed_and_misread_ones_mostly_fail(rate: float) -> None:
+    domain = MathProblems(num_train=120, num_heldout=1, misread_rate=rate, early_rate=0)
+    known = set(domain.vocabulary())
+    rewards: dict[str, list[float]] = {"easy": [], "middle": [], "hard": []}
+    for one in domain.tasks("train"):
+        env = domain.make_env(one)
+        text = [(await env.init()).messages[0].content]
+        for action in domain.demonstrate(one, Random(0)):
+            result = await env.step(action)
+            text += [action, *(message.content for message in result.messages)]
+        assert set(" ".join(text).split()) <= known
+        assert result.reward is not None
+        rewards[one.kind].append(result.reward)
+    assert set(rewards["easy"]) == {1.0}
+    if rate == 0:
+        assert set(rewards["middle"] + rewards["hard"]) == {1.0}
+    else:
+        assert sum(rewards["middle"]) < 0.2 * len(rewards["middle"])
+    await domain.close()
+
+
+def test_tasks_are_fixed_by_the_seed_and_splits_do_not_overlap() -> None:
+    one, two, other = (MathProblems(seed=s, num_train=300, num_heldout=200) for s in (1, 1, 2))
+    assert list(one.tasks("train")) == list(two.tasks("train"))
+    assert list(one.tasks("train")) != list(other.tasks("train"))
+    questions = {split: {t.data["question"] for t in one.tasks(split)} for split in ("train", "heldout")}
+    assert (len(questions["train"]), len(questions["heldout"])) == (300, 200)
+    assert not questions["train"] & questions["heldout"]
+    assert isinstance(one, Demonstrator)
+
+
+def test_problems_stay_whole_and_small() -> None:
+    rng = Random(3)
+    for _ in range(300):
+        problem = make_problem("hard", rng)
+        assert 1 <= int(str(problem["answer"])) <= 199
+
+
+def test_unknown_shares_and_limits_name_the_setting() -> None:
+    with pytest.raises(ConfigError, match=r"env\.args\.shares"):
+        MathProblems(shares={"simple": 1})
+    with pytest.raises(ConfigError, match=r"env\.args\.limits"):
+        MathProblems(limits={"minutes": 1})
+
+
+async def test_text_mode_keeps_code_as_it_is_and_checks_with_math_verify(tmp_path: Path) -> None:
+    path = tmp_path / "aime.jsonl"
+    rows = [{"problem": "Half?", "answer": "\\frac{1}{2}"}, {"Problem": "x", "Answer": 33, "ID": "2024-I-1"}]
+    path.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps({"problem": "x", "answer": 33}) + "\n")
+    domain = MathFiles(path=str(path), num_heldout=1)
+    assert [t.data["answer"] for t in (*domain.tasks("train"), *domain.tasks("heldout"))] == ["\\frac{1}{2}", "33"]
+    env = domain.make_env(domain.tasks("train")[0])
+    assert [message.role for message in (await env.init()).messages] == ["system", "user"]
+    result = await env.step("Let me see.\n<python>\nx = 2\nfor i in range(2):\n    print(i, x / 4)\n</python>")
+    assert result.messages[0].content == "0 0.5\n1 0.5"
+    result = await env.step("<python>y</python>")
+    assert result.messages[0].content == "NameError: name 'y' is not defined"
+    assert (await env.step("<answer>\\boxed{\\dfrac{2}{4}}</answer>")).reward == 1.0
+    await domain.close()
+
+
+def test_file_errors_name_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    good = json.dumps({"question": "q", "answer": "#### 4"})
+    for bad, found in (
+        ("{", r"p\.jsonl:3: not JSON"),
+        ('{"question": "q"}', r"p\.jsonl:3: field 'answer' is missing"),
+        ('{"question": 5, "answer": "4"}', r"p\.jsonl:3: field 'question' must be str"),
+        ('{"question": "q", "answer": " #### "}', r"p\.jsonl, problem 2: the answer is empty"),
+    ):
+        path.write_text(good + "\n\n" + bad + "\n")
+        with pytest.raises(ValueError, match=found):
+            load_problems(path)
+    with pytest.raises(ValueError, match="no such file"):
+        load_problems(tmp_path / "none.jsonl")
+    path.write_text(json.dumps([{"Problem": "x", "Answer": 33, "ID": "2024-I-1"}]))
+    assert load_problems(path)[0].data == {"question": "x", "answer": "33"}
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K sample is not here")
+async def test_gsm8k_rows_load_and_their_own_answers_are_right() -> None:
+    tasks = load_problems(GSM8K)
+    assert len(tasks) == 600
+    assert tasks[0].data["answer"] == "18"
+    checker = AnswerChecker("numeric")
+    for one in tasks:
+        gold = str(one.data["answer"])
+        assert parse_number(gold) is not None
+        assert await checker.is_right(f"${gold}", gold)
+        assert not await checker.is_right(f"{gold}7", gold)
+
+
+def test_numbers_are_read_exactly() -> None:
+    for text, value in (("1,234", 1234), ("$5.50", 5.5), ("3/4", 0.75), ("-2.", -2), (" 12 % ", 12), (".5", 0.5)):
+        assert parse_number(text) == value
+    for text in ("", "1,23", "3/0", "1e3", "٣", "2 3", "x", "--2", "9" * 200):
+        assert parse_number(text) is None
+    assert unbox("so \\boxed{\\frac{1}{2}} or") == "\\frac{1}{2}"
+    assert unbox("\\boxed{3") == "\\boxed{3"
+
+
+async def test_several_answers_are_not_one() -> None:
+    checker = AnswerChecker()
+    for answer in ("3 or 4", "$3$ $4$", "3 \\] \\[ 4", "\\boxed{3} and 4 \\boxed{", "3\n4", "x" * 1000):
+        assert not await checker.is_right(answer, "\\frac{8}{2}")
+    assert await checker.is_right("\\sqrt{16}", "\\frac{8}{2}")
+    await checker.close()
+
+
+async def test_an_answer_that_never_ends_is_wrong_and_the_checker_goes_on() -> None:
+    checker = AnswerChecker(timeout_s=1.5)
+    assert not await checker.is_right("9^{9^{9^9}}", "\\pi")
+    assert await checker.is_right("\\frac{\\pi}{1}", "\\pi")
+    await checker.close()
+    await checker.close()
