@@ -77,7 +77,7 @@ def test_a_terminal_gets_a_table_that_is_redrawn() -> None:
         "0.250 → 0.500",
         "update 2/40",
         "generate 75%  update 25%",
-        "75% of prefill",
+        "75% cached",
     ):
         assert expected in shown
     assert "\x1b[" in shown

@@ -154,7 +154,7 @@ class Progress:
             ("held-out", self._show_heldout()),
             ("staleness", f"mean {show('train/staleness_mean', '.2f')}  max {show('train/staleness_max', '.0f')}"),
             ("generated tokens", budget),
-            ("speed", f"{self._speed()} tokens/s   {cached} of prefill cached"),
+            ("speed", f"{self._speed()} tokens/s   {cached} cached"),
             ("spent", f"{show('budget/roots', '.0f')} roots  {show('budget/continuations', '.0f')} continuations"),
             ("trained tokens", _thousands(self._latest.get("tokens/trained"))),
             ("time", self._phase_shares()),

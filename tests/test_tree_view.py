@@ -1,0 +1,175 @@
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_async.tree import Node, Rollout, RolloutTree
+from trace_async.tree_page import TreeSection, trees_page
+from trace_async.tree_view import tree_text, view_nodes
+from trace_async.types import Task, VersionSpan
+
+HOSTILE = (
+    "</pre><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">\x1b]0;taken\x07\u202e"
+)
+
+
+class Words:
+    """Token ids for whole texts, so that a test reads like the tree it shows."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        self.texts.append(text)
+        return (len(self.texts) - 1,)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(self.texts[token] for token in token_ids)
+
+
+def turn(words: Words, parent: int, rollout: int, said: str, seen: str = "", value: float | None = None) -> Node:
+    return Node(
+        parent=parent,
+        rollout=rollout,
+        token_ids=words(said) + (words(seen) if seen else ()),
+        num_generated=1,
+        logprobs=(-0.5,),
+        version_spans=(VersionSpan(0, 7),),
+        value=value,
+        prompt_tokens=10,
+        cached_tokens=8,
+    )
+
+
+def make_tree(words: Words, said: str = "answer b") -> RolloutTree:
+    """Root rollout 0 (turns 1, 2) fails; root rollout 1 (turn 3) fails; a continuation after turn 1 (4, 5) succeeds."""
+    return RolloutTree(
+        task=Task(id="q7", domain="multihop", kind="2-hop", data={}),
+        nodes=(
+            Node(parent=-1, rollout=-1, token_ids=words("who?"), num_generated=0, value=0.25),
+            turn(words, 0, 0, "search a", "seen\na\nb", 0.5),
+            turn(words, 1, 0, said),
+            turn(words, 0, 1, "answer c"),
+            turn(words, 1, 2, "search d", "found d", 0.875),
+            turn(words, 4, 2, "answer d"),
+        ),
+        rollouts=(
+            Rollout(kind="root", anchor=0, leaf=2, reward=0.0),
+            Rollout(kind="root", anchor=0, leaf=3, reward=0.0),
+            Rollout(kind="continuation", anchor=1, leaf=5, reward=1.0),
+        ),
+        failures={"timeout": 2},
+    )
+
+
+CREDIT = (0.0, 0.0, 0.0, 0.0, 0.5, 0.5)
+
+
+def test_the_tree_as_text() -> None:
+    words = Words()
+    assert tree_text(make_tree(words), words.decode, CREDIT, max_lines=2).plain.splitlines() == [
+        "task q7 (multihop, 2-hop) · 2 root rollouts + 1 continuations · 1 of 3 succeeded · 5 tokens generated"
+        " · lost: 2 timeout",
+        "● prompt  V 0.25  1/3 succeed",
+        "│ who?",
+        "├─● turn 1, rollout 0  V 0.50  1/2 succeed  credit +0.000",
+        "│ │ search a",
+        "│ │   seen",
+        "│ │   a",
+        "│ │   … 1 more lines",
+        "│ ├─● turn 2, rollout 0  credit +0.000  ✗ reward 0",
+        "│ │   answer b",
+        "│ └─● turn 2, continuation 2  V 0.88  credit +0.500",
+        "│   │ search d",
+        "│   │   found d",
+        "│   ● turn 3, continuation 2  credit +0.500  ✓ reward 1",
+        "│     answer d",
+        "└─● turn 1, rollout 1  credit +0.000  ✗ reward 0",
+        "    answer c",
+    ]
+
+
+def test_what_is_known_of_a_node() -> None:
+    words = Words()
+    view = view_nodes(make_tree(words), words.decode)[4]
+    assert (view.turn, view.value, view.num_leaves, view.num_succeeded) == (2, 0.875, 1, 1)
+    assert (view.versions, view.cached_share, view.mean_logprob, view.credit) == ((7,), 0.8, -0.5, None)
+    with pytest.raises(ValueError, match="2 credits for 6 nodes"):
+        view_nodes(make_tree(words), words.decode, [1.0, 2.0])
+
+
+class Reader(HTMLParser):
+    """The text and the elements of a page, as a browser would see them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None, max_examples=50)
+def test_no_text_adds_an_element_to_the_page(text: str) -> None:
+    harmless, given_text = Words(), Words()
+    expected, found = Reader(), Reader()
+    expected.feed(trees_page("t", [TreeSection("s", make_tree(harmless, "answer b"))], harmless.decode))
+    section = TreeSection(f"s{text}", make_tree(given_text, f"answer {text}"))
+    found.feed(trees_page(f"t{text}", [section], given_text.decode))
+    skip = {"details", "summary"}
+    assert [tag for tag, _ in found.elements if tag not in skip] == [
+        tag for tag, _ in expected.elements if tag not in skip
+    ]
+
+
+def test_the_page_loads_nothing_and_says_so() -> None:
+    words = Words()
+    page = trees_page("Run", [TreeSection("one", make_tree(words, HOSTILE), CREDIT)] * 2, words.decode)
+    reader = Reader()
+    reader.feed(page)
+    assert not {tag for tag, _ in reader.elements} & {"script", "link", "img", "iframe", "object"}
+    for _, attributes in reader.elements:
+        assert not {name for name in attributes if name.startswith("on") or name == "src"}
+        assert attributes.get("href", "#").startswith("#")
+    assert not re.search(r"https?://|url\(", page)
+    assert "default-src 'none'" in page
+    assert "\x1b" not in page
+    ids = [attributes["id"] for _, attributes in reader.elements if "id" in attributes]
+    assert len(ids) == len(set(ids)) == 12
+    assert {a["href"] for _, a in reader.elements if "href" in a} == {f"#{name}" for name in ids}
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+def test_a_browser_shows_hostile_text_and_does_not_obey_it(tmp_path: Path) -> None:
+    words = Words()
+    path = tmp_path / "tree.html"
+    path.write_text(trees_page("Trees", [TreeSection("one", make_tree(words, HOSTILE), CREDIT)], words.decode))
+    assert CHROMIUM is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    reader = Reader()
+    reader.feed(done.stdout)
+    assert "<title>Trees</title>" in done.stdout
+    assert not {tag for tag, _ in reader.elements} & {"script", "img"}
+    assert "document.title='taken'" in reader.text
+    assert "\\x1b]0;taken\\x07\\u202e" in reader.text

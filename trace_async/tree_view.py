@@ -1,0 +1,157 @@
+"""One rollout tree to look at: as text for a terminal, and as a self-contained HTML page.
+
+Both show by node: V(H) as the predictor saw it when the allocation was made, how the leaves under the node ended, the
+credit per token that the node's generated tokens are trained with, and what was said. All text is data: control
+characters, terminal escapes and markup in it are shown, never obeyed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from trace_async.progress import printable
+from trace_async.tree import ROOT, RolloutTree
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeView:
+    """What is shown of one node. `credit`: advantage times weight (None: not computed, or nothing generated)."""
+
+    index: int
+    parent: int
+    turn: int
+    rollout: int
+    value: float | None
+    num_leaves: int
+    num_succeeded: int
+    credit: float | None
+    generated: str
+    observation: str
+    num_generated: int
+    mean_logprob: float | None
+    versions: tuple[int, ...]
+    cached_share: float | None
+    reward: float | None
+    is_continuation: bool
+
+
+def view_nodes(tree: RolloutTree, decode: Decode, credit: Sequence[float] | None = None) -> list[NodeView]:
+    """All nodes in the tree's order. `credit`: one number per node; ValueError when it is not."""
+    if credit is not None and len(credit) != len(tree.nodes):
+        raise ValueError(f"{len(credit)} credits for {len(tree.nodes)} nodes")
+    succeeded = _succeeded_under(tree)
+    views = []
+    for index, node in enumerate(tree.nodes):
+        views.append(
+            NodeView(
+                index=index,
+                parent=node.parent,
+                turn=tree.depths[index],
+                rollout=node.rollout,
+                value=node.value,
+                num_leaves=tree.num_leaves[index],
+                num_succeeded=succeeded[index],
+                credit=credit[index] if credit is not None and node.num_generated else None,
+                generated=decode(node.token_ids[: node.num_generated]),
+                observation=decode(node.token_ids[node.num_generated :]),
+                num_generated=node.num_generated,
+                mean_logprob=sum(node.logprobs) / node.num_generated if node.num_generated else None,
+                versions=tuple(sorted({span.policy_version for span in node.version_spans})),
+                cached_share=node.cached_tokens / node.prompt_tokens if node.prompt_tokens else None,
+                reward=tree.leaf_rewards.get(index),
+                is_continuation=index != ROOT and tree.rollouts[node.rollout].kind == "continuation",
+            )
+        )
+    return views
+
+
+def _succeeded_under(tree: RolloutTree) -> list[int]:
+    """Per node, how many leaves under it have a reward above one half."""
+    counts = [int(tree.leaf_rewards.get(index, 0.0) > 0.5) for index in range(len(tree.nodes))]
+    for index in range(len(tree.nodes) - 1, 0, -1):
+        counts[tree.nodes[index].parent] += counts[index]
+    return counts
+
+
+def summary(tree: RolloutTree) -> str:
+    """One line about the whole tree."""
+    num_roots = sum(rollout.kind == "root" for rollout in tree.rollouts)
+    parts = [
+        f"task {tree.task.id} ({tree.task.domain}, {tree.task.kind})",
+        f"{num_roots} root rollouts + {len(tree.rollouts) - num_roots} continuations",
+        f"{_succeeded_under(tree)[ROOT]} of {len(tree.rollouts)} succeeded",
+        f"{tree.num_generated_tokens} tokens generated",
+    ]
+    if tree.failures:
+        parts.append("lost: " + ", ".join(f"{count} {kind}" for kind, count in sorted(tree.failures.items())))
+    return " · ".join(parts)
+
+
+def tree_text(
+    tree: RolloutTree, decode: Decode, credit: Sequence[float] | None = None, *, max_lines: int | None = 6
+) -> Text:
+    """The tree for a terminal (`.plain`: without colour). `max_lines`: of each text (None: all of it).
+
+    A turn stands below the turn before; only where rollouts part does a new branch indent.
+    """
+    views = view_nodes(tree, decode, credit)
+    out = Text(printable(summary(tree)) + "\n", style="bold")
+    for index, head, body in _walk(tree):
+        view = views[index]
+        out.append(head, style="dim")
+        _append_head(out, view)
+        bar = body + ("│ " if tree.children[index] else "  ")
+        _append_block(out, bar, view.generated, "", max_lines)
+        _append_block(out, bar + ("" if index == ROOT else "  "), view.observation, "dim", max_lines)
+    return out
+
+
+def _walk(tree: RolloutTree) -> Iterator[tuple[int, str, str]]:
+    """(node, what stands before its first line, before its others), in order of reading."""
+    stack = [(ROOT, "", "")]
+    while stack:
+        index, head, body = stack.pop()
+        yield index, head, body
+        below = tree.children[index]
+        if len(below) == 1:
+            stack.append((below[0], body, body))
+            continue
+        for child in reversed(below):
+            last = child == below[-1]
+            stack.append((child, body + ("└─" if last else "├─"), body + ("  " if last else "│ ")))
+
+
+def node_name(view: NodeView) -> str:
+    if view.index == ROOT:
+        return "prompt"
+    return f"turn {view.turn}, {'continuation' if view.is_continuation else 'rollout'} {view.rollout}"
+
+
+def _append_head(out: Text, view: NodeView) -> None:
+    out.append(f"● {node_name(view)}", style="bold").append("".join(f"  {fact}" for fact in facts(view)))
+    if view.reward is not None:
+        won = view.reward > 0.5
+        out.append(f"  {'✓' if won else '✗'} reward {view.reward:g}", style="bold green" if won else "bold red")
+    out.append("\n")
+
+
+def facts(view: NodeView) -> list[str]:
+    """What is known of a node, in few words."""
+    known = [f"V {view.value:.2f}"] if view.value is not None else []
+    if view.num_leaves > 1 or view.index == ROOT:
+        known.append(f"{view.num_succeeded}/{view.num_leaves} succeed")
+    if view.credit is not None:
+        known.append(f"credit {view.credit:+.3f}")
+    return known
+
+
+def _append_block(out: Text, bars: str, text: str, style: str, max_lines: int | None) -> None:
+    lines = [printable(line) for line in text.strip().split("\n")] if text.strip() else []
+    shown = lines if max_lines is None else lines[:max_lines]
+    for line in shown:
+        out.append(bars, style="dim").append(line + "\n", style=style)
+    if len(shown) < len(lines):
+        out.append(bars, style="dim").append(f"… {len(lines) - len(shown)} more lines\n", style="dim italic")
