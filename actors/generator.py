@@ -110,7 +110,7 @@ class GeneratorRouter:
             self._announced.set()
 
     def choose(self, key: str) -> str:
-        """Rendezvous hashing keeps a prompt on its generator as others come and go; the least loaded when it is full."""
+        """Rendezvous hashing keeps a prompt on its generator as others come and go; a full one spills."""
         home = max(self.generators, key=lambda name: hashlib.blake2b(f"{key}|{name}".encode()).digest())
         if self.in_flight[home] < self.spill_requests:
             return home
@@ -122,7 +122,8 @@ class GeneratorRouter:
         return least
 
     async def generate(self, key: str, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
-        for attempt in range(self.max_retries + 1):
+        last: BaseException | None = None
+        for _ in range(self.max_retries + 1):
             name = await self._pick(key)
             handle = self.generators[name]
             self.in_flight[name] += 1
@@ -137,7 +138,7 @@ class GeneratorRouter:
                 last = error
             finally:
                 self.in_flight[name] -= 1
-        raise EngineDeadError(f"a request broke down on {attempt + 1} generators in turn; the last said: {last!r}")
+        raise EngineDeadError(f"a request broke down {self.max_retries + 1} times; the last said: {last!r}")
 
     async def _pick(self, key: str) -> str:
         if not self.generators:

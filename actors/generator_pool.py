@@ -40,6 +40,7 @@ class GeneratorPool:
         self.weights: ObjectRef | None = None
         self.starting: set[asyncio.Task[None]] = set()
         self.last_error: BaseException | None = None
+        self.one_ready = asyncio.Event()
         self.changing = asyncio.Lock()  # weights never change while a generator is being admitted
 
     async def start(self) -> None:
@@ -120,6 +121,7 @@ class GeneratorPool:
                 if self.weights is not None:
                     await self._update_one(handle, self.weights)
                 self.ready[name] = handle
+                self.one_ready.set()
                 await self.announce(self.ready)
         except BaseException:
             ray.kill(handle)
@@ -134,6 +136,8 @@ class GeneratorPool:
         if handle is None:
             return
         self.num_lost += lost
+        if not self.ready:
+            self.one_ready.clear()
         await self.announce(self.ready)
         if not lost:
             await asyncio.wait([asyncio.ensure_future(handle.close.remote())], timeout=30)
@@ -156,7 +160,6 @@ class GeneratorPool:
     async def _wait_for_one(self) -> None:
         try:
             async with asyncio.timeout(self.config.engine.start_timeout_s):
-                while not self.ready:
-                    await asyncio.sleep(0.1)
+                await self.one_ready.wait()
         except TimeoutError:
             raise EngineError(f"no generator is left, and none could be started: {self.last_error!r}") from None

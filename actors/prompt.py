@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import ray
@@ -10,27 +10,15 @@ from ray.actor import ActorHandle
 
 from actors.generator import GeneratorRouter
 from envs import load_domain
-from trace_async.allocation import plan_prefixes
+from trace_async.allocation import Anchor, plan_prefixes
 from trace_async.config import Config
+from trace_async.metrics import EvalRollout
 from trace_async.policy import load_tokenizer
 from trace_async.renderer import Renderer
-from trace_async.rollout import Expansion, PrefixCandidates, RolloutLimits, run_tree
+from trace_async.rollout import Expansion, RolloutLimits, run_tree
+from trace_async.run_state import PendingPrompt
 from trace_async.tree import RolloutTree
 from trace_async.types import PrefixQuery, SamplingParams, Task
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalRollout:
-    """One held-out rollout; `error` names what broke down when it was lost (then it has no reward)."""
-
-    task_id: str
-    domain: str
-    kind: str
-    reward: float | None
-    metrics: Mapping[str, float]
-    generated_tokens: int
-    num_turns: int
-    error: str = ""
 
 
 class PromptActor:
@@ -51,15 +39,13 @@ class PromptActor:
     async def announce(self, generators: Mapping[str, ActorHandle]) -> None:
         self.router.announce(generators)
 
-    async def run_prompt(
-        self, task: Task, num_roots: int, policy_version: int, root_value: float | None, seed: int
-    ) -> RolloutTree:
+    async def run_prompt(self, task: Task, prompt: PendingPrompt) -> RolloutTree:
         """Grow the tree of one prompt; it has no rollouts when all broke down."""
         budget = self.config.budget
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(prompt.seed)
 
-        def plan(candidates: PrefixCandidates, continuations: int) -> np.ndarray:
-            return plan_prefixes(budget, candidates, continuations, rng)
+        def plan(anchors: Sequence[Anchor], continuations: int) -> np.ndarray:
+            return plan_prefixes(budget, anchors, continuations, rng)
 
         needs_values = budget.stage2 not in ("none", "random")
         expansion = Expansion(
@@ -75,10 +61,10 @@ class PromptActor:
                 self.renderer,
                 lambda prompt_ids, params: self.router.generate(task.id, prompt_ids, params),
                 self._limits(self.config.sampling.temperature),
-                num_roots=num_roots,
+                num_roots=prompt.num_roots,
                 expansion=expansion if budget.stage2 != "none" and budget.continuations_per_root else None,
-                policy_version=policy_version,
-                root_value=root_value,
+                policy_version=prompt.policy_version,
+                root_value=prompt.root_value,
             )
 
     async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:

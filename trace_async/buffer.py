@@ -1,10 +1,9 @@
 """Finished trees waiting for the learner, the staleness bound, and the ledger of the budget.
 
-The bound: a tree admitted at learner version v is trained at a version ≤ v + max_staleness. It is kept by admission
-(round r starts only once the learner's version is ≥ r − max_staleness) and by order: an update takes every tree that
-is due, waiting for those still growing, before it fills up with others, oldest first. No tree is ever dropped for
-being late. Why that suffices: at version V at most V + max_staleness + 1 rounds were admitted, and every update takes
-at least a round's worth (or all there is), so those due at V never exceed one update's worth.
+The bound: a tree admitted at learner version v is trained at a version ≤ v + max_staleness. It is kept by order: an
+update takes every tree that is due, waiting for those still growing, before it fills up with others, oldest first. No
+tree is ever dropped for being late. Admission keeps the load even: a round of M roots starts only while fewer than
+(version + max_staleness + 1)·M were admitted, so that what is due at a version is about one update's worth.
 """
 
 from collections import Counter
@@ -24,6 +23,7 @@ class Ledger:
     allocated: Counter[str] = field(default_factory=Counter)
     trained: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
 
     def allocate_roots(self, count: int) -> None:
         self.allocated["root"] += count
@@ -43,20 +43,24 @@ class Ledger:
         self.failed[kind] += num_roots
 
     def train(self, tree: RolloutTree) -> None:
-        for rollout in tree.rollouts:
-            self.trained[rollout.kind] += 1
+        self.trained.update(rollout.kind for rollout in tree.rollouts)
+
+    def filter(self, tree: RolloutTree) -> None:
+        """The selection rule leaves the tree out (DAPO: its rollouts agree); it was generated and is charged."""
+        self.filtered.update(rollout.kind for rollout in tree.rollouts)
 
     def check(self, *, waiting: int, in_flight_roots: int) -> None:
         """The sums must be equal: rollouts waiting in the buffer and roots of prompts under way included."""
         allocated = sum(self.allocated.values())
         found = sum(self.trained.values()) + sum(self.failed.values()) + waiting + in_flight_roots
+        found += sum(self.filtered.values())
         assert allocated == found, (
             f"ledger: {allocated} rollouts allocated, but {dict(self.trained)} trained + {dict(self.failed)} failed + "
-            f"{waiting} waiting + {in_flight_roots} in flight = {found}"
+            f"{dict(self.filtered)} filtered + {waiting} waiting + {in_flight_roots} in flight = {found}"
         )
 
     def state(self) -> dict[str, dict[str, int]]:
-        return {name: dict(getattr(self, name)) for name in ("allocated", "trained", "failed")}
+        return {name: dict(getattr(self, name)) for name in ("allocated", "trained", "failed", "filtered")}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Mapping[str, int]]) -> "Ledger":
@@ -75,8 +79,9 @@ class TreeBuffer:
     waiting: list[RolloutTree] = field(default_factory=list)
     growing: dict[int, int] = field(default_factory=dict)  # prompt ticket → version at admission
 
-    def may_admit(self, next_round: int, policy_version: int) -> bool:
-        return next_round <= policy_version + self.max_staleness
+    def may_admit(self, admitted_roots: int, policy_version: int) -> bool:
+        """Whether another round may start; `admitted_roots`: of all rounds so far, less those that were filtered."""
+        return admitted_roots < (policy_version + self.max_staleness + 1) * self.roots_per_update
 
     def admit(self, ticket: int, policy_version: int) -> None:
         self.growing[ticket] = policy_version

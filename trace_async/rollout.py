@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from trace_async.allocation import Anchor, find_anchors
 from trace_async.engine import EngineError
 from trace_async.env import Env, EnvError
 from trace_async.renderer import Renderer
@@ -28,23 +29,10 @@ Generate = Callable[[tuple[int, ...], SamplingParams], Awaitable[Completion]]
 Value = Callable[[Sequence[PrefixQuery]], Awaitable[Sequence[np.ndarray]]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixCandidates:
-    """The turns from which a prompt may continue: arrays of one length, one entry per non-terminal turn.
-
-    `success`: V(H) in [0, 1]; `rewards`: how the rollout that passed there ended; `remaining_tokens`: tokens that
-    rollout generated after the turn, the expected cost of a continuation.
-    """
-
-    success: np.ndarray
-    rewards: np.ndarray
-    remaining_tokens: np.ndarray
-
-
 class PlanPrefixes(Protocol):
-    """Stage 2: how many of `budget` continuations each candidate gets."""
+    """Stage 2: how many of `budget` continuations each anchor gets."""
 
-    def __call__(self, candidates: PrefixCandidates, budget: int) -> np.ndarray: ...
+    def __call__(self, anchors: Sequence[Anchor], budget: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,17 +112,19 @@ class PromptRun:
 
     async def expand(self, expansion: Expansion) -> int:
         """Spend the prompt's continuation budget; returns how many continuations were allocated."""
-        budget = expansion.per_root * sum(chain.kind == "root" for chain in self.finished)
+        budget = expansion.per_root * len(self.finished)
         allocated = 0
-        for left in range(expansion.rounds, 0, -1):
-            share = -(-(budget - allocated) // left)
-            anchors = [(c, t) for c in self.finished for t, turn in enumerate(c.turns) if turn.state is not None]
-            if not anchors or share == 0:
-                break
+        for rounds_left in range(expansion.rounds, 0, -1):
             if expansion.value is not None:
                 await self._fill_values(expansion.value)
-            counts = expansion.plan(_candidates(anchors), share)
-            chosen = [anchor for anchor, count in zip(anchors, counts, strict=True) for _ in range(int(count))]
+            anchors = find_anchors(self.tree())
+            share = -(-(budget - allocated) // rounds_left)
+            if not anchors or share == 0:
+                break
+            counts = expansion.plan(anchors, share)
+            turns = [(chain, turn) for chain in self.finished for turn in range(len(chain.turns))]
+            # Node 0 is the prompt; the turns follow in the order in which `tree` lays them out.
+            chosen = [turns[a.node - 1] for a, count in zip(anchors, counts, strict=True) for _ in range(int(count))]
             await _run_all(self._attempt("continuation", anchor) for anchor in chosen)
             allocated += len(chosen)
         return allocated
@@ -226,8 +216,14 @@ class PromptRun:
                     turn.state = None
 
     def tree(
-        self, *, policy_version: int, num_roots: int, num_continuations: int, root_value: float | None
+        self,
+        *,
+        policy_version: int = 0,
+        num_roots: int = 0,
+        num_continuations: int = 0,
+        root_value: float | None = None,
     ) -> RolloutTree:
+        """What is finished so far: the prompt, then each rollout's turns in the order in which rollouts ended."""
         nodes = [Node(parent=-1, rollout=-1, token_ids=self.prompt_ids, num_generated=0, value=root_value)]
         rollouts: list[Rollout] = []
         index: dict[tuple[_Chain, int], int] = {}
@@ -277,16 +273,6 @@ async def run_tree(
         )
     finally:
         await run.close()
-
-
-def _candidates(anchors: Sequence[tuple[_Chain, int]]) -> PrefixCandidates:
-    remaining = [sum(len(t.completion.token_ids) for t in chain.turns[turn + 1 :]) for chain, turn in anchors]
-    values = [chain.turns[turn].value for chain, turn in anchors]
-    return PrefixCandidates(
-        success=np.array([0.5 if value is None else value for value in values], dtype=np.float64),
-        rewards=np.array([chain.reward for chain, _ in anchors], dtype=np.float64),
-        remaining_tokens=np.array(remaining, dtype=np.float64),
-    )
 
 
 def _node(turn: _Turn, parent: int, rollout: int) -> Node:

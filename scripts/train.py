@@ -1,0 +1,187 @@
+"""`trace-async train`: one run from its config to its summary."""
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trace_async.config import Config, ConfigError, config_to_yaml, load_config
+from trace_async.env import Demonstrator
+from trace_async.tree import RolloutTree
+
+log = logging.getLogger("trace_async")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="YAML file with what differs from the defaults")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run's directory")
+    parser.add_argument("--dry-run", action="store_true", help="print config and plan, check everything, start nothing")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings that win over the file")
+
+
+def run(args: argparse.Namespace) -> int:
+    config, run_dir = _config_and_run_dir(args)
+    if args.dry_run:
+        return _dry_run(config, run_dir)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    policy_path = ensure_policy(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    _log_to_file(run_dir / "logs" / "trainer.log")
+    return _train(config, run_dir, policy_path, resume=args.resume is not None)
+
+
+def ensure_policy(config: Config) -> Path:
+    """The start policy: `policy.path`, or the small one of the environment, built when it is not cached."""
+    if config.policy.path:
+        return Path(config.policy.path).absolute()
+    from envs import load_domain
+    from trace_async.warm_start import make_policy
+
+    domain = load_domain(config.env)
+    if not isinstance(domain, Demonstrator):
+        raise ConfigError(f"policy.path is empty, and {config.env.name} has no demonstrations to build a policy from")
+    return make_policy(domain, config.policy).absolute()
+
+
+def start_ray(config: Config) -> None:
+    """A local Ray, or the cluster at `actors.ray_address`. Ray's own logs stay in its session's folder."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if config.actors.ray_address:
+        ray.init(address=config.actors.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    wanted = config.actors.num_generators * config.actors.generator_cpus + config.learner.num_ranks + 2
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, int(wanted)),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) -> int:
+    import ray
+
+    from actors.trainer import Trainer
+    from trace_async.checkpoint import latest_checkpoint
+    from trace_async.metrics_log import read_metrics
+    from trace_async.progress import Progress
+    from trace_async.run_state import load_trainer
+    from trace_async.run_summary import summarise
+    from trace_async.tracking import Tracker, saved_run_id, ui_command
+    from trace_async.tree_io import trees_path, write_trees
+
+    checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None
+    first = load_trainer(checkpoint).state if checkpoint else None
+    print(f"Run {run_dir}; policy {policy_path}; starting Ray ...", flush=True)
+    start_ray(config)
+    tracker = Tracker.start(
+        config,
+        run_dir,
+        resume_run_id=saved_run_id(run_dir) if resume else None,
+        resume_step=(first.policy_version if first else 0) if resume else None,
+    )
+    progress = Progress(
+        config.num_updates,
+        token_budget=config.max_generated_tokens,
+        first_update=first.policy_version if first else 0,
+        tokens_before=first.generated_tokens if first else 0,
+    )
+
+    def on_metrics(step: int, metrics: Mapping[str, float], trees: Sequence[RolloutTree]) -> None:
+        tracker.log(metrics, step)
+        progress.update(step, metrics)
+        if trees and config.tracking.trees_per_artifact:
+            path = trees_path(run_dir, step)
+            write_trees(path, trees[: config.tracking.trees_per_artifact])
+            tracker.log_artifact(path, "trees")
+
+    status = "FAILED"
+    try:
+        with progress:
+            trainer = Trainer(config, run_dir, policy_path, on_metrics)
+            asyncio.run(trainer.run(checkpoint))
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        print(f"\nStopped. Go on with: trace-async train --resume {run_dir}", file=sys.stderr)
+        raise
+    finally:
+        tracker.finish(status)
+        ray.shutdown()
+    print(summarise(read_metrics(run_dir)))
+    print(f"\nPolicy (Hugging Face):  {run_dir / 'policy'}")
+    print(f"A rollout tree:         trace-async tree {run_dir}")
+    print(f"All figures:            {ui_command(config)}")
+    return 0
+
+
+def _config_and_run_dir(args: argparse.Namespace) -> tuple[Config, Path]:
+    if args.resume is not None:
+        if args.config is not None:
+            raise ConfigError("--resume takes the run's own config; give only overrides beside it")
+        saved = args.resume / "config.yaml"
+        if not saved.is_file():
+            raise ConfigError(f"--resume {args.resume}: there is no run ({saved} is missing)")
+        return load_config(saved, args.overrides), args.resume
+    config = load_config(args.config, args.overrides)
+    return config, _free_run_dir(Path(config.output_dir) / config.name)
+
+
+def _free_run_dir(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, … that holds no run yet."""
+    candidate, number = wanted, 1
+    while (candidate / "config.yaml").exists():
+        number += 1
+        candidate = wanted.with_name(f"{wanted.name}-{number}")
+    return candidate
+
+
+def _dry_run(config: Config, run_dir: Path) -> int:
+    """Resolved config and plan, with model, data and environment checked."""
+    from envs import load_domain
+    from trace_async.plan import plan_run
+
+    print(config_to_yaml(config))
+    domain = load_domain(config.env)
+    print(f"run directory    {run_dir}")
+    for split in ("train", "heldout"):
+        tasks = domain.tasks(split)
+        print(f"{split:<16} {len(tasks)} tasks of {domain.name}")
+        if not tasks:
+            raise ConfigError(f"env.name={config.env.name}: there are no {split} tasks")
+    if config.policy.path:
+        from trace_async.policy import load_tokenizer
+        from trace_async.renderer import Renderer
+
+        renderer = Renderer(load_tokenizer(config.policy.path))
+        print(f"policy           {config.policy.path}, {renderer.vocab_size} tokens")
+    else:
+        print(f"policy           a small one will be built for {domain.name} under {config.policy.cache_dir}")
+    print(plan_run(config))
+    return 0
+
+
+def _log_to_file(path: Path) -> None:
+    """The trainer's own log; libraries' warnings go there too instead of the terminal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

@@ -1,0 +1,251 @@
+"""The life of one prompt, with a counting game in place of a model: the environment's state is a running sum."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from trace_async.allocation import Anchor
+from trace_async.engine import EngineDeadError
+from trace_async.env import EnvError
+from trace_async.rollout import Expansion, RolloutLimits, run_tree
+from trace_async.tree import ROOT
+from trace_async.types import Completion, Message, PrefixQuery, Prompt, SamplingParams, StepResult, Task, VersionSpan
+
+TASK = Task(id="t", domain="sum", kind="k", data={})
+STOP = 9
+OPEN_ENVS: Counter[int] = Counter()
+
+
+class NumberRenderer:
+    """One token per digit; 9 ends a turn, 8 opens the next one."""
+
+    stop_token_ids = (STOP,)
+
+    def render_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        return (8, 8)
+
+    def render_observation(self, messages: Sequence[Message], *, turn_ended: bool) -> tuple[int, ...]:
+        digits = tuple(int(digit) for digit in messages[0].content)
+        return (*digits, 8) if turn_ended else (STOP, *digits, 8)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(str(token) for token in token_ids if token != STOP)
+
+
+class SumEnv:
+    """Adds up what is said; done after three turns with reward 1 when the sum is odd."""
+
+    def __init__(self, said: tuple[int, ...] = (), *, breaks: Counter[str] | None = None) -> None:
+        self.said = said
+        self.breaks = breaks if breaks is not None else Counter()
+        self.is_open = True
+        OPEN_ENVS["open"] += 1
+
+    async def init(self) -> Prompt:
+        return Prompt(messages=(Message(role="user", content="add"),))
+
+    async def step(self, action: str, *, truncated: bool = False) -> StepResult:
+        if self.breaks["step"] > 0:
+            self.breaks["step"] -= 1
+            raise EnvError("tool server is gone")
+        if self.breaks["bug"] > 0:
+            self.breaks["bug"] -= 1
+            raise KeyError("a bug of the environment")
+        self.said += (int(action or 0),)
+        if len(self.said) == 3:
+            return StepResult(done=True, reward=float(sum(self.said) % 2))
+        return StepResult(messages=(Message(role="user", content=str(sum(self.said) % 8)),))
+
+    async def fork(self) -> "SumEnv":
+        return SumEnv(self.said, breaks=self.breaks)
+
+    async def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            OPEN_ENVS["open"] -= 1
+
+
+@pytest.fixture(autouse=True)
+def _all_envs_are_closed():
+    OPEN_ENVS.clear()
+    yield
+    assert OPEN_ENVS["open"] == 0
+
+
+def completion(*tokens: int) -> Completion:
+    return Completion(
+        token_ids=tokens,
+        logprobs=(-0.5,) * len(tokens),
+        version_spans=(VersionSpan(0, 3),),
+        finish_reason="stop",
+        prompt_tokens=7,
+        cached_tokens=5,
+    )
+
+
+class Script:
+    """Says the scripted digits in the order in which turns are asked for."""
+
+    def __init__(self, *digits: int) -> None:
+        self.digits = list(digits)
+        self.prompts: list[tuple[int, ...]] = []
+
+    async def __call__(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        self.prompts.append(prompt_ids)
+        return completion(self.digits.pop(0), STOP)
+
+
+def limits(**changes) -> RolloutLimits:
+    return RolloutLimits(
+        **{"sampling": SamplingParams(max_new_tokens=4), "max_context_tokens": 100, "max_retries": 1} | changes
+    )
+
+
+async def no_values(queries: Sequence[PrefixQuery]) -> list[np.ndarray]:
+    return [np.full(len(query.positions), 0.25) for query in queries]
+
+
+async def test_one_root_rollout_is_a_chain_of_turns_with_their_own_tokens_only():
+    generate = Script(1, 2, 4)
+    tree = await run_tree(TASK, lambda _: SumEnv(), NumberRenderer(), generate, limits(), num_roots=1)
+    assert [node.token_ids for node in tree.nodes] == [(8, 8), (1, 9, 1, 8), (2, 9, 3, 8), (4, 9)]
+    assert [node.num_generated for node in tree.nodes] == [0, 2, 2, 2]
+    assert [node.parent for node in tree.nodes] == [-1, 0, 1, 2]
+    assert tree.nodes[1].logprobs == (-0.5, -0.5)
+    assert (tree.nodes[1].prompt_tokens, tree.nodes[1].cached_tokens) == (7, 5)
+    assert tree.rollouts[0].reward == 1.0  # 1 + 2 + 4 is odd
+    assert generate.prompts == [(8, 8), (8, 8, 1, 9, 1, 8), (8, 8, 1, 9, 1, 8, 2, 9, 3, 8)]
+
+
+async def test_a_continuation_goes_on_from_the_frozen_history_and_the_frozen_state():
+    asked: list[Sequence[Anchor]] = []
+
+    def second_turn(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
+        asked.append(anchors)
+        return np.array([0, budget])
+
+    generate = Script(1, 2, 4, 5, 6)
+    expansion = Expansion(plan=second_turn, per_root=2, value=no_values)
+    tree = await run_tree(
+        TASK, lambda _: SumEnv(), NumberRenderer(), generate, limits(), num_roots=1, expansion=expansion
+    )
+    # Both continuations follow turn 2 (sum 3): 3 + 5 is even, 3 + 6 odd.
+    assert [(r.kind, r.anchor, r.reward) for r in tree.rollouts] == [
+        ("root", ROOT, 1.0),
+        ("continuation", 2, 0.0),
+        ("continuation", 2, 1.0),
+    ]
+    assert generate.prompts[3] == generate.prompts[4] == (8, 8, 1, 9, 1, 8, 2, 9, 3, 8)
+    assert [(a.node, a.value, a.reward) for a in asked[0]] == [(1, 0.25, 1.0), (2, 0.25, 1.0)]
+    assert tree.num_continuations_allocated == 2
+    assert tree.nodes[1].value == 0.25
+
+
+async def test_several_rounds_spend_the_same_budget_and_may_continue_continuations():
+    seen: list[int] = []
+
+    def first(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
+        seen.append(len(anchors))
+        counts = np.zeros(len(anchors), dtype=int)
+        counts[0] = budget
+        return counts
+
+    generate = Script(1, 2, 4, *range(8), *range(8))
+    expansion = Expansion(plan=first, per_root=3, rounds=2)
+    tree = await run_tree(
+        TASK, lambda _: SumEnv(), NumberRenderer(), generate, limits(), num_roots=1, expansion=expansion
+    )
+    # Round 1: 2 continuations of the first turn, each with one more non-terminal turn; round 2: 1 more.
+    assert seen == [2, 4]
+    assert tree.num_continuations_allocated == 3
+    assert len(tree.rollouts) == 4
+
+
+async def test_what_breaks_down_is_tried_again_and_then_counted_but_never_a_reward():
+    breaks = Counter(step=1)
+    tree = await run_tree(
+        TASK, lambda _: SumEnv(breaks=breaks), NumberRenderer(), Script(1, 1, 2, 4), limits(), num_roots=1
+    )
+    assert [r.reward for r in tree.rollouts] == [1.0]
+    assert tree.failures == {}
+
+    breaks = Counter(step=2)
+    tree = await run_tree(TASK, lambda _: SumEnv(breaks=breaks), NumberRenderer(), Script(1, 1), limits(), num_roots=1)
+    assert tree.rollouts == ()
+    assert tree.failures == {"EnvError": 1}
+
+
+async def test_a_bug_in_an_environment_costs_its_rollout_and_not_the_run():
+    breaks = Counter(bug=2)
+    tree = await run_tree(TASK, lambda _: SumEnv(breaks=breaks), NumberRenderer(), Script(1, 1), limits(), num_roots=1)
+    assert tree.failures == {"EnvError": 1}
+
+
+async def test_a_dead_engine_fails_the_rollout_by_its_own_kind():
+    async def dead(prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        raise EngineDeadError("gone")
+
+    tree = await run_tree(TASK, lambda _: SumEnv(), NumberRenderer(), dead, limits(), num_roots=2)
+    assert tree.rollouts == ()
+    assert tree.failures == {"EngineDeadError": 2}
+
+
+async def test_a_full_context_ends_the_rollout_with_reward_zero_and_is_not_continued():
+    asked: list[Sequence[Anchor]] = []
+
+    def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
+        asked.append(anchors)
+        return np.zeros(len(anchors), dtype=int)
+
+    small = limits(max_context_tokens=10)  # prompt 2 + turn 4 + turn 4
+    expansion = Expansion(plan=plan, per_root=1)
+    tree = await run_tree(
+        TASK, lambda _: SumEnv(), NumberRenderer(), Script(1, 2), small, num_roots=1, expansion=expansion
+    )
+    assert tree.rollouts[0].reward == 0.0
+    assert tree.rollouts[0].metrics == {"overlong": 1.0}
+    assert [a.node for a in asked[0]] == [1]
+
+
+async def test_a_prompt_that_fills_the_context_names_the_setting():
+    with pytest.raises(ValueError, match=r"sampling\.max_context_tokens=2"):
+        await run_tree(TASK, lambda _: SumEnv(), NumberRenderer(), Script(), limits(max_context_tokens=2), num_roots=2)
+
+
+async def test_a_turn_cut_at_its_limit_ends_with_an_added_end_of_turn():
+    async def cut(prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        return completion(1)
+
+    tree = await run_tree(TASK, lambda _: SumEnv(), NumberRenderer(), cut, limits(), num_roots=1)
+    assert tree.nodes[1].token_ids == (1, STOP, 1, 8)
+    assert tree.nodes[1].num_generated == 1
+
+
+async def test_cancelling_a_prompt_closes_every_environment():
+    started = asyncio.Event()
+
+    async def hangs_at_the_second_turn(prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        if len(prompt_ids) > 2:
+            started.set()
+            await asyncio.sleep(60)
+        return completion(1, STOP)
+
+    expansion = Expansion(plan=lambda anchors, budget: np.zeros(len(anchors), dtype=int), per_root=1)
+    run = asyncio.create_task(
+        run_tree(
+            TASK,
+            lambda _: SumEnv(),
+            NumberRenderer(),
+            hangs_at_the_second_turn,
+            limits(),
+            num_roots=2,
+            expansion=expansion,
+        )
+    )
+    await started.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run

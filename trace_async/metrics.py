@@ -1,0 +1,104 @@
+"""Figures of one update's trees and of an evaluation, by the names under which they are logged."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trace_async.tree import RolloutTree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRollout:
+    """One held-out rollout; `error` names what broke down when it was lost (then it has no reward)."""
+
+    task_id: str
+    domain: str
+    kind: str
+    reward: float | None
+    metrics: Mapping[str, float]
+    generated_tokens: int
+    num_turns: int
+    error: str = ""
+
+
+def tree_metrics(trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+    """What the trees of one update hold. Rewards and lengths are of root rollouts: continuations are chosen, so biased.
+
+    `train/effective_ratio`: share of the prompts with both outcomes among their leaves; `cache/depth_d`: share of the
+    prompt tokens of turn d's requests that came from the KV cache.
+    """
+    roots = [rollout for tree in trees for rollout in tree.rollouts if rollout.kind == "root"]
+    both = [tree for tree in trees if tree.has_both_outcomes]
+    staleness = [policy_version - tree.oldest_policy_version for tree in trees]
+    metrics = {
+        "train/reward": float(np.mean([rollout.reward for rollout in roots])),
+        "train/num_prompts": float(len(trees)),
+        "train/effective_ratio": len(both) / len(trees),
+        "train/prompts_both_outcomes": float(len(both)),
+        "train/overlong_share": float(np.mean([rollout.metrics.get("overlong", 0.0) for rollout in roots])),
+        "train/staleness_mean": float(np.mean(staleness)),
+        "train/staleness_max": float(max(staleness)),
+        "budget/roots": float(len(roots)),
+        "budget/continuations": float(sum(len(tree.rollouts) for tree in trees) - len(roots)),
+        "budget/trajectory_equivalents": sum(tree.trajectory_equivalents for tree in trees),
+        "tokens/generated": float(sum(tree.num_generated_tokens for tree in trees)),
+        "tokens/unique": float(sum(tree.num_unique_tokens for tree in trees)),
+    }
+    for kind, number in _count(tree.task.kind for tree in both).items():
+        metrics[f"train/prompts_both_outcomes/{kind}"] = float(number)
+    for domain, rewards in _group((tree.task.domain, r.reward) for tree in trees for r in tree.rollouts).items():
+        metrics[f"train/reward/{domain}"] = float(np.mean(rewards))
+    return metrics | _cache_metrics(trees)
+
+
+def _cache_metrics(trees: Sequence[RolloutTree]) -> dict[str, float]:
+    asked: dict[int, int] = defaultdict(int)
+    cached: dict[int, int] = defaultdict(int)
+    for tree in trees:
+        for node, depth in zip(tree.nodes[1:], tree.depths[1:], strict=True):
+            asked[depth] += node.prompt_tokens
+            cached[depth] += node.cached_tokens
+    total = max(1, sum(asked.values()))
+    metrics = {"tokens/cached_share": sum(cached.values()) / total, "tokens/prefill": float(total)}
+    for depth in sorted(asked):
+        metrics[f"cache/depth_{depth}"] = cached[depth] / max(1, asked[depth])
+    return metrics
+
+
+def eval_metrics(rollouts: Sequence[EvalRollout], temperature: float) -> dict[str, float]:
+    """Held-out success at a temperature: all, by kind, by domain, with further metrics of the verifier.
+
+    Raises ValueError when more than one rollout in ten broke down: such an average would mislead.
+    """
+    suffix = f"t{temperature:.1f}"
+    whole = [(rollout, rollout.reward) for rollout in rollouts if rollout.reward is not None]
+    if len(whole) < 0.9 * len(rollouts):
+        errors = _count(rollout.error for rollout in rollouts if rollout.reward is None)
+        raise ValueError(f"evaluation: {len(rollouts) - len(whole)} of {len(rollouts)} rollouts broke down: {errors}")
+    metrics = {
+        f"heldout/success_{suffix}": float(np.mean([reward for _, reward in whole])),
+        f"heldout/num_tasks_{suffix}": float(len(whole)),
+        f"heldout/turns_{suffix}": float(np.mean([r.num_turns for r, _ in whole])),
+    }
+    for group, values in _group((r.kind, reward) for r, reward in whole).items():
+        metrics[f"heldout/success_{suffix}/{group}"] = float(np.mean(values))
+    domains = _group((r.domain, reward) for r, reward in whole)
+    if len(domains) > 1:
+        for group, values in domains.items():
+            metrics[f"heldout/success_{suffix}/{group}"] = float(np.mean(values))
+    for name, values in _group((name, value) for r, _ in whole for name, value in r.metrics.items()).items():
+        metrics[f"heldout/{name}_{suffix}"] = float(np.sum(values)) / len(whole)
+    return metrics
+
+
+def _group(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return groups
+
+
+def _count(keys: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(keys))

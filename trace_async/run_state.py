@@ -1,0 +1,72 @@
+"""The trainer's own part of a checkpoint: counters, ledger, the data set's position, trees waiting, prompts under way."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from trace_async.buffer import Ledger
+from trace_async.tree import RolloutTree
+from trace_async.tree_io import read_trees, write_trees
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingPrompt:
+    """A prompt that was admitted and has not ended; on resume it is grown again from its beginning."""
+
+    task_id: str
+    num_roots: int
+    policy_version: int
+    root_value: float | None
+    seed: int
+
+
+@dataclass(slots=True)
+class RunState:
+    """Counters of a run. `admitted_roots` leaves out what a selection rule filtered afterwards.
+
+    `generated_tokens`: of all trees that arrived, trained or not; `eval_tokens` are not charged to the budget.
+    `elapsed_s`: of training, over all its sessions.
+    """
+
+    policy_version: int = 0
+    num_rounds: int = 0
+    admitted_roots: int = 0
+    num_prompts: int = 0
+    generated_tokens: int = 0
+    eval_tokens: int = 0
+    elapsed_s: float = 0.0
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTrainer:
+    """Everything of the trainer that a run needs to go on."""
+
+    state: RunState
+    dataset: Mapping[str, int]
+    pending: Sequence[PendingPrompt]
+    waiting: Sequence[RolloutTree]
+
+
+def save_trainer(folder: Path, saved: SavedTrainer) -> None:
+    counters = {name: value for name, value in asdict(saved.state).items() if name != "ledger"}
+    record = {
+        "counters": counters,
+        "ledger": saved.state.ledger.state(),
+        "dataset": dict(saved.dataset),
+        "pending": [asdict(prompt) for prompt in saved.pending],
+    }
+    (folder / "trainer.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_trees(folder / "waiting.jsonl", saved.waiting)
+
+
+def load_trainer(folder: Path) -> SavedTrainer:
+    record: Mapping = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    state = RunState(**record["counters"], ledger=Ledger.from_state(record["ledger"]))
+    return SavedTrainer(
+        state=state,
+        dataset=record["dataset"],
+        pending=[PendingPrompt(**prompt) for prompt in record["pending"]],
+        waiting=list(read_trees(folder / "waiting.jsonl")),
+    )
