@@ -1,0 +1,225 @@
+"""A small policy of one's own, since no weights can be downloaded: Qwen3 with a word-level tokenizer, taught by
+demonstrations that the domain generates, saved as a Hugging Face directory and cached.
+
+Supervised training: every token a demonstration's turns hold counts 1, all others (prompt, observations) count
+`_CONTEXT_WEIGHT`, because predicting what is searched teaches the copying that answering needs.
+"""
+
+import asyncio
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from trace_async.config import PolicyConfig
+from trace_async.dataset import TaskIterator
+from trace_async.env import Demonstrator, Domain
+from trace_async.policy import load_tokenizer
+from trace_async.renderer import Renderer
+from trace_async.small_tokenizer import build_tokenizer
+from trace_async.types import Task
+
+_CONTEXT_WEIGHT = 0.1
+_TOKENS_PER_STEP = 3072
+_DEMOS_PER_CHUNK = 512
+_FINGERPRINT_DEMOS = 256
+_LEARNING_RATE = 4e-3
+_HEAD_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """Tokens of a whole rollout; `weights[i]` is the loss weight of predicting `token_ids[i]` (float32)."""
+
+    token_ids: np.ndarray
+    weights: np.ndarray
+
+
+def make_policy(domain: Domain, config: PolicyConfig, *, log: Callable[[str], None] = print) -> Path:
+    """The directory of the small policy for `domain`, built unless it is cached under `config.cache_dir`.
+
+    Reproducible from `config.seed`. The cache key covers the settings, this recipe, the vocabulary and a sample of the
+    demonstrations. Raises ValueError when the domain cannot demonstrate. Not to be called inside an event loop.
+    """
+    if not isinstance(domain, Demonstrator):
+        raise ValueError(
+            f"domain {domain.name} has no demonstrations (demonstrate, vocabulary): set policy.path to a model"
+        )
+    tokenizer = build_tokenizer(domain.vocabulary())
+    key = _fingerprint(domain, tokenizer, config)
+    directory = Path(config.cache_dir) / f"{domain.name}-{key}"
+    if directory.is_dir():
+        log(f"policy: cached in {directory}")
+        return directory
+    model = _train(domain, tokenizer, config, log)
+    _save_at_once(model, tokenizer, directory)
+    log(f"policy: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, saved in {directory}")
+    return directory
+
+
+def demonstrations(domain: Domain, renderer: Renderer, seed: int) -> Iterator[Demonstration]:
+    """Endless demonstrations of the train tasks, as tokens."""
+    assert isinstance(domain, Demonstrator)
+    tasks = TaskIterator(domain.tasks("train"), seed=seed)
+    rng = Random(f"demonstrations/{seed}")
+    while True:
+        chunk = tasks.take(_DEMOS_PER_CHUNK)
+        yield from asyncio.run(_play_all(domain, renderer, [(task, domain.demonstrate(task, rng)) for task in chunk]))
+
+
+async def _play_all(
+    domain: Domain, renderer: Renderer, shown: Sequence[tuple[Task, Sequence[str]]]
+) -> list[Demonstration]:
+    return [await _play(domain, renderer, task, turns) for task, turns in shown]
+
+
+async def _play(domain: Domain, renderer: Renderer, task: Task, turns: Sequence[str]) -> Demonstration:
+    """One demonstration: the domain's turns, with what the environment answers to them."""
+    env = domain.make_env(task)
+    try:
+        tokens = list(renderer.render_prompt(await env.init()))
+        weights = [_CONTEXT_WEIGHT] * len(tokens)
+        for number, turn in enumerate(turns, 1):
+            turn_ids = [*renderer.encode_data(turn), renderer.stop_token_ids[0]]
+            tokens += turn_ids
+            weights += [1.0] * len(turn_ids)
+            result = await env.step(turn)
+            if result.done != (number == len(turns)):
+                problem = "goes on after the end" if result.done else "stops before the end"
+                raise ValueError(f"domain {domain.name}: the demonstration of task {task.id} {problem}: {turns}")
+            if not result.done:
+                answer = renderer.render_observation(result.messages, turn_ended=True)
+                tokens += answer
+                weights += [_CONTEXT_WEIGHT] * len(answer)
+    finally:
+        await env.close()
+    return Demonstration(np.array(tokens, dtype=np.int64), np.array(weights, dtype=np.float32))
+
+
+def batches(demos: Iterator[Demonstration], pad_id: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of about `_TOKENS_PER_STEP` tokens: `token_ids` [B, T] padded at the right, `weights` [B, T].
+
+    A chunk of demonstrations is sorted by length before it is cut, so that little is padding.
+    """
+    rng = Random(f"batches/{seed}")
+    while True:
+        chunk = sorted((next(demos) for _ in range(_DEMOS_PER_CHUNK)), key=lambda demo: len(demo.token_ids))
+        groups: list[list[Demonstration]] = [[]]
+        for demo in chunk:
+            if (len(groups[-1]) + 1) * len(demo.token_ids) > _TOKENS_PER_STEP and groups[-1]:
+                groups.append([])
+            groups[-1].append(demo)
+        rng.shuffle(groups)
+        for group in groups:
+            token_ids = np.full((len(group), len(group[-1].token_ids)), pad_id, dtype=np.int64)
+            weights = np.zeros(token_ids.shape, dtype=np.float32)
+            for row, demo in enumerate(group):
+                token_ids[row, : len(demo.token_ids)] = demo.token_ids
+                weights[row, : len(demo.weights)] = demo.weights
+            yield torch.from_numpy(token_ids), torch.from_numpy(weights)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, config: PolicyConfig) -> Qwen3ForCausalLM:
+    """An untrained Qwen3 with heads of 32, tied embeddings and two query heads for each key head."""
+    num_heads = config.hidden_size // _HEAD_SIZE
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=3 * config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=max(1, num_heads // 2),
+            head_dim=_HEAD_SIZE,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def _train(
+    domain: Domain, tokenizer: PreTrainedTokenizerFast, config: PolicyConfig, log: Callable[[str], None]
+) -> Qwen3ForCausalLM:
+    steps = config.warm_start_steps
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    data = batches(demonstrations(domain, Renderer(tokenizer), config.seed), pad_id, config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(tokenizer, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    started = time.monotonic()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _LEARNING_RATE * learning_rate_factor(step, steps)
+        loss = _loss(model, *next(data))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            seconds = (time.monotonic() - started) / (step + 1)
+            left = seconds * (steps - step - 1)
+            log(f"policy: step {step + 1}/{steps}, loss {loss.item():.3f}, {seconds:.2f} s a step, {left:.0f} s left")
+    return model.eval()
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Up over the first twentieth, constant to the middle, then linearly down to a twentieth."""
+    warmup = max(1, steps // 20)
+    return min((step + 1) / warmup, 1.0, 0.05 + 0.95 * 2 * (1 - step / steps))
+
+
+def _loss(model: Qwen3ForCausalLM, token_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean over the batch of the weighted cross entropy; `token_ids`, `weights` [B, T]."""
+    logits = model(input_ids=token_ids[:, :-1], use_cache=False).logits
+    targets, target_weights = token_ids[:, 1:], weights[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (losses * target_weights.flatten()).sum() / target_weights.sum()
+
+
+def _fingerprint(domain: Domain, tokenizer: PreTrainedTokenizerFast, config: PolicyConfig) -> str:
+    settings = {k: v for k, v in asdict(config).items() if k not in ("path", "cache_dir", "dtype")}
+    digest = hashlib.blake2b(digest_size=8)
+    for source in ("warm_start.py", "small_tokenizer.py"):
+        digest.update((Path(__file__).parent / source).read_bytes())
+    digest.update(repr(sorted(settings.items())).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    demos = demonstrations(domain, Renderer(tokenizer), config.seed)
+    for _ in range(_FINGERPRINT_DEMOS):
+        demo = next(demos)
+        _check_known(demo.token_ids, tokenizer, domain)
+        digest.update(demo.token_ids.tobytes())
+    return digest.hexdigest()
+
+
+def _check_known(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerFast, domain: Domain) -> None:
+    if (token_ids == tokenizer.unk_token_id).any():
+        text = tokenizer.decode(token_ids.tolist())
+        raise ValueError(f"domain {domain.name}: vocabulary() lacks characters that its demonstrations use: {text}")
+
+
+def _save_at_once(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Whoever finds `directory` finds it whole: it is written beside and then renamed."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".partial-{directory.name}-{os.getpid()}")
+    try:
+        model.save_pretrained(partial, safe_serialization=True)
+        tokenizer.save_pretrained(partial)
+        partial.rename(directory)
+    except OSError:
+        if not directory.is_dir():  # else another process was first, with the same policy
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
