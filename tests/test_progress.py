@@ -22,10 +22,11 @@ METRICS = {
     "train/prompts_both_outcomes": 18.0,
     "train/staleness_mean": 0.5,
     "train/staleness_max": 1.0,
-    "tokens/generated": 6000.0,
+    "tokens/generated_total": 6000.0,
     "tokens/trained": 2500.0,
     "tokens/cached_share": 0.75,
-    "time/generate_s": 3.0,
+    "time/step_s": 4.0,
+    "time/wait_for_trees_s": 3.0,
     "time/update_s": 1.0,
 }
 
@@ -39,18 +40,26 @@ def test_without_a_terminal_each_update_is_one_line() -> None:
     progress, out, clock = plain()
     with progress:
         progress.message("policy: a\x1b[31mb")
+        clock.now += 9.0
+        progress.update(0, {"heldout/success_t1.0": 0.25, "heldout/success_t0.0": 0.75})
         clock.now += 2.0
         progress.update(1, METRICS)
         clock.now += 4.0
-        progress.update(2, {**METRICS, "heldout/success_t1.0": 0.25, "heldout/success_t0.0": 0.75})
-        progress.update(3, {})
+        progress.update(2, {**METRICS, "tokens/generated_total": 12_000.0})
+        clock.now += 9.0
+        progress.update(2, {"heldout/success_t1.0": 0.5})
+        clock.now += 3.0
+        progress.update(3, {"train/num_prompts": 4.0})
     assert out.getvalue().splitlines() == [
         "policy: a\\x1b[31mb",
-        "update 1/40  success 0.40  effective 0.56 (18)  staleness 0.5/1  6000 tokens (3000/s)  left 1m18s",
+        "update 0/40  held-out t=1 0.250   greedy 0.750",
+        "update 1/40  success 0.40  effective 0.56 (18)  staleness 0.5/1  6000 tokens (3000/s)"
+        "  heldout t=1 0.250 greedy 0.750  left 1m18s",
         "update 2/40  success 0.40  effective 0.56 (18)  staleness 0.5/1  12.0k tokens (2000/s)"
         "  heldout t=1 0.250 greedy 0.750  left 1m54s",
-        "update 3/40  success –  effective – (–)  staleness –/–  12.0k tokens (2000/s)"
-        "  heldout t=1 0.250 greedy 0.750  left 1m14s",
+        "update 2/40  held-out t=1 0.250 → 0.500   greedy 0.750",
+        "update 3/40  success –  effective – (–)  staleness –/–  12.0k tokens (1333/s)"
+        "  heldout t=1 0.500 greedy 0.750  left 1m51s",
     ]
 
 
@@ -59,26 +68,21 @@ def test_the_token_budget_can_end_the_run_first() -> None:
     assert progress.seconds_left() is None
     with progress:
         clock.now += 5.0
-        progress.update(3, METRICS)
-    assert progress.seconds_left() == pytest.approx((30_000 - 12_000 - 6_000) / 6_000 * 5.0)
+        progress.update(3, {**METRICS, "tokens/generated_total": 18_000.0})
+    assert progress.seconds_left() == pytest.approx((30_000 - 18_000) / 6_000 * 5.0)
 
 
 def test_a_terminal_gets_a_table_that_is_redrawn() -> None:
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, force_terminal=True, width=140, height=40)
     with Progress(40, console=console, clock=clock) as progress:
-        progress.evaluated({"heldout/success_t1.0": 0.25})
+        progress.update(0, {"heldout/success_t1.0": 0.25})
         clock.now += 2.0
         progress.update(1, METRICS)
-        progress.update(2, {**METRICS, "heldout/success_t1.0": 0.5})
+        progress.update(1, {"heldout/success_t1.0": 0.5})
+        progress.message("a line above")
     shown = out.getvalue()
-    for expected in (
-        "held-out t=1 0.250",
-        "0.250 → 0.500",
-        "update 2/40",
-        "generate 75%  update 25%",
-        "75% cached",
-    ):
+    for expected in ("0.250 → 0.500", "update 1/40", "waiting 75%  update 25%", "75% cached", "a line above"):
         assert expected in shown
     assert "\x1b[" in shown
 

@@ -1,12 +1,12 @@
 """What a run says while it trains: a live table in a terminal, one short line per update anywhere else.
 
 Metrics that are read, when there (a missing one shows as –). Shares and probabilities are in 0..1; everything is of the
-update itself, not a total; held-out figures stay shown until newer ones come:
+update itself unless it is called a total; held-out figures stay shown until newer ones come:
 
     train/reward                    mean reward of the trees of the update
     train/effective_ratio           share of its prompts whose leaves disagree; train/prompts_both_outcomes: how many
     train/staleness_mean, _max      weight versions between a tree's oldest token and the update
-    tokens/generated                all tokens generated since the last update (warm-up and lost trees too)
+    tokens/generated_total          all tokens generated for training so far
     tokens/trained                  generated tokens with a gradient
     tokens/cached_share             share of prefill tokens served from the KV cache
     heldout/success_t1.0, _t0.0     held-out success at temperature 1 and greedy
@@ -14,7 +14,7 @@ update itself, not a total; held-out figures stay shown until newer ones come:
     learner/mismatch                mean |learner − generator log-probability| before the update
     learner/loss, learner/grad_norm
     budget/roots, budget/continuations   rollouts spent
-    time/generate_s, time/update_s, time/sync_s, time/predictor_s   seconds in each phase (phases may overlap)
+    time/step_s and, of it, time/{wait_for_trees, update, predictor, gather, sync, checkpoint}_s
 """
 
 import statistics
@@ -30,7 +30,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-PHASES = ("generate", "update", "sync", "predictor")
+PHASES = {
+    "wait_for_trees": "waiting",
+    "update": "update",
+    "predictor": "predictor",
+    "gather": "gather",
+    "sync": "sync",
+    "checkpoint": "checkpoint",
+}
 RECENT = 10  # updates that the time left is judged by
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -57,7 +64,7 @@ class Progress:
         self._clock = clock
         self._update = first_update
         self._tokens = float(tokens_before)
-        self._latest: dict[str, float] = {}
+        self._latest: Mapping[str, float] = {}
         self._heldout: dict[str, list[float]] = {}
         self._rewards: deque[float] = deque(maxlen=24)
         self._durations: deque[float] = deque(maxlen=RECENT)
@@ -83,28 +90,30 @@ class Progress:
         """A line of its own, above the table."""
         self._console.print(Text(printable(text)), soft_wrap=True)
 
-    def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Held-out figures that do not belong to an update: of the start policy, or of the end."""
-        self._note_heldout(metrics)
-        shown = [f"{_NAMES.get(key, key)} {values[-1]:.3f}" for key, values in self._heldout.items() if key in metrics]
-        self.message("held-out " + "  ".join(shown))
-
     def update(self, update_index: int, metrics: Mapping[str, float]) -> None:
-        """Update number `update_index` (the first is 1) is done, with these metrics."""
-        now = self._clock()
-        self._durations.append((now - self._last) / max(1, update_index - self._update))
-        self._last = now
-        self._update = update_index
-        self._latest = dict(metrics)
-        self._tokens += metrics.get("tokens/generated", 0.0)
-        self._recent_tokens.append(metrics.get("tokens/generated", 0.0))
-        if "train/reward" in metrics:
-            self._rewards.append(metrics["train/reward"])
+        """Update number `update_index` (the first is 1) is done, or (only held-out figures) was tested."""
         self._note_heldout(metrics)
+        now = self._clock()
+        if any(key.startswith("train/") for key in metrics):
+            self._note_update(update_index, metrics, now)
+            said = self.line()
+        else:
+            said = f"update {update_index}/{self._total}  held-out {self._show_heldout()}"
+        self._last = now
         if self._live is None:
-            self._console.print(Text(self.line()), soft_wrap=True)
+            self._console.print(Text(said), soft_wrap=True)
         else:
             self._live.update(self.table(), refresh=True)
+
+    def _note_update(self, update_index: int, metrics: Mapping[str, float], now: float) -> None:
+        self._durations.append((now - self._last) / max(1, update_index - self._update))
+        self._update = update_index
+        self._latest = metrics
+        tokens = metrics.get("tokens/generated_total", self._tokens)
+        self._recent_tokens.append(tokens - self._tokens)
+        self._tokens = tokens
+        if "train/reward" in metrics:
+            self._rewards.append(metrics["train/reward"])
 
     def seconds_left(self) -> float | None:
         """Until the last update or the end of the token budget, whichever comes first; None: nothing to judge by."""
@@ -164,9 +173,13 @@ class Progress:
         ]
 
     def _phase_shares(self) -> str:
-        seconds = {phase: self._latest[f"time/{phase}_s"] for phase in PHASES if f"time/{phase}_s" in self._latest}
-        total = sum(seconds.values())
-        return "  ".join(f"{phase} {s / total:.0%}" for phase, s in seconds.items()) if total > 0 else "–"
+        step_s = self._latest.get("time/step_s", 0.0)
+        shares = [
+            f"{name} {self._latest[key] / step_s:.0%}"
+            for phase, name in PHASES.items()
+            if step_s > 0 and self._latest.get(key := f"time/{phase}_s", 0.0) > 0
+        ]
+        return "  ".join(shares) or "–"
 
     def _show_heldout(self) -> str:
         entries = []
