@@ -42,7 +42,7 @@ def checksum_arrays(named: Iterable[tuple[str, str, np.ndarray]]) -> str:
     digest = xxhash.xxh3_128()
     for name, dtype, array in sorted(named, key=lambda entry: entry[0]):
         digest.update(f"{name}|{dtype}|{array.shape}|".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -1,0 +1,149 @@
+"""Which prefixes have their KV in the pool, and where: a radix tree over token ids, after SGLang (arXiv 2312.07104).
+
+It knows no tensors: it hands out indices ("slots") into a pool of `capacity` tokens. The owner copies KV between the
+pool and its batch. A running request works on its own copy, so no node is ever locked: evicted is only forgotten.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# Eviction frees at least this share of the pool, so that its scan of all leaves is paid rarely.
+EVICT_SHARE = 1 / 16
+
+
+@dataclass(slots=True, eq=False)
+class RadixNode:
+    """An edge of the tree: `tokens` and the pool slots that hold their KV. `pending`: the KV is not written yet."""
+
+    tokens: np.ndarray
+    slots: np.ndarray
+    parent: "RadixNode | None"
+    last_used: int = 0
+    pending: bool = False
+    children: dict[int, "RadixNode"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """`slots`: where the KV of the longest ready prefix lies. `num_promised`: prefix length with pending nodes too."""
+
+    slots: np.ndarray
+    num_promised: int
+
+
+class RadixCache:
+    """Longest-prefix match, insertion with splitting of edges, and eviction of the least recently used leaves."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; every slot is free again."""
+        self._root = RadixNode(np.empty(0, np.int64), np.empty(0, np.int64), None)
+        self._free = np.arange(self.capacity)
+        self._num_free = self.capacity
+        self._pending: list[RadixNode] = []
+        self._clock = 0
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens in the tree."""
+        return self.capacity - self._num_free
+
+    def match(self, tokens: np.ndarray) -> Match:
+        """The longest cached prefix of `tokens` (int64, one dimension)."""
+        ready: list[np.ndarray] = []
+        still_ready = True
+        depth = 0
+        for node, shared in self._walk(tokens):
+            still_ready = still_ready and not node.pending
+            if still_ready:
+                ready.append(node.slots[:shared])
+            depth += shared
+        return Match(np.concatenate(ready) if ready else np.empty(0, np.int64), depth)
+
+    def insert(self, tokens: np.ndarray) -> tuple[int, np.ndarray]:
+        """Make room for the part of `tokens` that is not in the tree: (where that part starts, its slots).
+
+        The slots are pending: nobody is served from them before `settle`, when the caller has written their KV. Fewer
+        slots than tokens come back when the pool cannot hold more.
+        """
+        node, depth = self._root, 0
+        for child, shared in self._walk(tokens):
+            node = child if shared == len(child.tokens) else self._split(child, shared)
+            depth += shared
+        slots = self._allocate(len(tokens) - depth, keep=node)
+        if len(slots):
+            leaf = RadixNode(tokens[depth : depth + len(slots)].copy(), slots, node, self._clock, pending=True)
+            node.children[int(leaf.tokens[0])] = leaf
+            self._pending.append(leaf)
+        return depth, slots
+
+    def settle(self) -> None:
+        """The KV of all pending slots has been written."""
+        for node in self._pending:
+            node.pending = False
+        self._pending.clear()
+
+    def _walk(self, tokens: np.ndarray) -> list[tuple[RadixNode, int]]:
+        """The nodes along `tokens` with how many of their tokens agree; marks them as just used."""
+        self._clock += 1
+        path: list[tuple[RadixNode, int]] = []
+        node, depth = self._root, 0
+        while depth < len(tokens) and (child := node.children.get(int(tokens[depth]))) is not None:
+            rest = tokens[depth : depth + len(child.tokens)]
+            differs = np.flatnonzero(child.tokens[: len(rest)] != rest)
+            shared = int(differs[0]) if len(differs) else len(rest)
+            child.last_used = self._clock
+            path.append((child, shared))
+            depth += shared
+            if shared < len(child.tokens):
+                break
+            node = child
+        return path
+
+    def _split(self, node: RadixNode, at: int) -> RadixNode:
+        """Put a new parent with the first `at` tokens above `node`, which keeps the others."""
+        assert node.parent is not None
+        assert 0 < at < len(node.tokens)
+        head = RadixNode(node.tokens[:at], node.slots[:at], node.parent, node.last_used, node.pending)
+        node.parent.children[int(head.tokens[0])] = head
+        node.tokens, node.slots, node.parent = node.tokens[at:], node.slots[at:], head
+        head.children[int(node.tokens[0])] = node
+        if head.pending:
+            self._pending.append(head)
+        return head
+
+    def _allocate(self, num: int, keep: RadixNode) -> np.ndarray:
+        if num > self._num_free:
+            self._evict(max(num - self._num_free, int(self.capacity * EVICT_SHARE)), keep)
+        num = min(num, self._num_free)
+        self._num_free -= num
+        return self._free[self._num_free : self._num_free + num].copy()
+
+    def _evict(self, num: int, keep: RadixNode) -> None:
+        """Free at least `num` slots if that many are neither pending nor above `keep`, oldest leaves first."""
+        leaves = [(node.last_used, id(node), node) for node in self._leaves() if node is not keep and not node.pending]
+        heapq.heapify(leaves)
+        while num > 0 and leaves:
+            _, _, leaf = heapq.heappop(leaves)
+            assert leaf.parent is not None
+            self._free[self._num_free : self._num_free + len(leaf.slots)] = leaf.slots
+            self._num_free += len(leaf.slots)
+            num -= len(leaf.slots)
+            parent = leaf.parent
+            del parent.children[int(leaf.tokens[0])]
+            if parent is not self._root and not parent.children and parent is not keep and not parent.pending:
+                heapq.heappush(leaves, (parent.last_used, id(parent), parent))
+
+    def _leaves(self) -> list[RadixNode]:
+        stack, leaves = list(self._root.children.values()), []
+        while stack:
+            node = stack.pop()
+            stack.extend(node.children.values())
+            if not node.children:
+                leaves.append(node)
+        return leaves

@@ -1,0 +1,40 @@
+"""Sampling for a whole batch at once."""
+
+import torch
+from torch import Tensor
+
+
+def sample_tokens(
+    logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor, top_p_B: Tensor | None, top_k_B: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens [B] and their log-probabilities [B] under softmax(logits / temperature), before top-p and top-k.
+
+    Temperature 0 takes the most likely token and counts as 1 for its log-probability. `uniform_B` in [0, 1) picks the
+    token by inverting the cumulative distribution, so a request's tokens depend on its own numbers only.
+    `top_p_B`, `top_k_B` (0: off): None when no request uses them.
+    """
+    greedy_B = temperature_B == 0
+    logprobs_BV = torch.log_softmax(logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None], dim=-1)
+    probs_BV = logprobs_BV.exp()
+    if top_p_B is not None and top_k_B is not None:
+        probs_BV = _keep_top(probs_BV, top_p_B, top_k_B)
+    # Doubles: with a large vocabulary the rounding of a float's running sum would move the borders between tokens.
+    cumulative_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
+    threshold_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    sampled_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0]
+    token_B = torch.where(greedy_B, logits_BV.argmax(dim=-1), sampled_B)
+    return token_B, logprobs_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def _keep_top(probs_BV: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> Tensor:
+    """Zero what lies outside the `top_k` most likely tokens, and outside the fewest that hold mass `top_p`."""
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(probs_BV.shape[1], device=probs_BV.device)
+    beyond_k = (top_k_B[:, None] > 0) & (rank_V >= top_k_B[:, None])
+    sorted_BV = sorted_BV.masked_fill(beyond_k, 0.0)
+    # Nucleus of what top-k has left, as in transformers, SGLang and vLLM.
+    mass_before = sorted_BV.cumsum(dim=-1) - sorted_BV
+    beyond_p = mass_before >= top_p_B[:, None] * sorted_BV.sum(dim=-1, keepdim=True)
+    # With top_p = 1 rounding must not cut the tail, and the most likely token always stays.
+    beyond_p &= (top_p_B[:, None] < 1) & (rank_V > 0)
+    return torch.zeros_like(probs_BV).scatter(1, order_BV, sorted_BV.masked_fill(beyond_p, 0.0))

@@ -1,0 +1,350 @@
+"""Continuous batching for the embedded engine: which requests run, where their KV lies, and one step for all of them.
+
+A step:  admit ─► copy cached KV in ─► forward + sample ─► copy new KV to the radix cache ─► append ─► remove finished
+
+A running request owns a row: its tokens in host arrays and its KV in `kv[:, :, row]`. Rows are dense (a finished one is
+replaced by the last), so that attention reads the KV in place. The host arrays let every rule of a step (stop ids,
+limits, seeds, temperatures) act on all rows at once.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from trace_async.engines.radix_cache import RadixCache
+from trace_async.engines.torch_model import AttentionGroup, TorchModel
+from trace_async.engines.torch_sampling import sample_tokens
+from trace_async.types import Completion, FinishReason, SamplingParams, VersionSpan
+
+# New tokens that one step takes in: bounds its time and memory. A longer prompt still runs, alone.
+MAX_PREFILL_TOKENS = 4_096
+# A request waits one step for another one that is computing at least so many tokens of its prefix.
+MIN_SHARED_TOKENS = 8
+FIRST_CAPACITY = 128
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sample. `limit`: length of prompt and answer together; `uniforms`: a number in [0, 1) per answer token.
+
+    `tokens` and `logprobs` (of the answer) are current only while the request waits; `cached_tokens` is None before
+    its first admission.
+    """
+
+    prompt_tokens: int
+    tokens: np.ndarray
+    params: SamplingParams
+    limit: int
+    uniforms: np.ndarray
+    logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    spans: list[VersionSpan] = field(default_factory=list)
+    cached_tokens: int | None = None
+    aborted: bool = False
+
+
+@dataclass(slots=True)
+class Totals:
+    """Since the start, in tokens."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class Scheduler:
+    """All requests of one engine. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self,
+        model: TorchModel,
+        *,
+        max_rows: int,
+        max_context_tokens: int,
+        kv_cache_tokens: int,
+        decode: Callable[[list[int]], str] | None,
+    ) -> None:
+        """`kv_cache_tokens` 0: no prefix cache. `decode`: ids to text, for stop strings."""
+        self._model = model
+        self._max_rows = max_rows
+        self._max_context_tokens = max_context_tokens
+        self._decode = decode
+        self._cache = RadixCache(kv_cache_tokens) if kv_cache_tokens else None
+        self._pool = self._new_kv(1, kv_cache_tokens)
+        self._capacity = min(FIRST_CAPACITY, max_context_tokens)
+        self._kv = self._new_kv(max_rows, self._capacity)
+        self._promised: list[tuple[int, int, np.ndarray]] = []
+        self.policy_version = 0
+        self.totals = Totals()
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._tokens = np.zeros((max_rows, max_context_tokens), np.int64)
+        self._logprobs = np.zeros((max_rows, max_context_tokens), np.float32)
+        self._uniforms = np.zeros((max_rows, max_context_tokens), np.float64)
+        self._length = np.zeros(max_rows, np.int64)
+        self._computed = np.zeros(max_rows, np.int64)
+        self._limit = np.zeros(max_rows, np.int64)
+        self._temperature = np.zeros(max_rows, np.float32)
+        self._top_p = np.ones(max_rows, np.float32)
+        self._top_k = np.zeros(max_rows, np.int64)
+        self._stop_ids = np.full((max_rows, 1), -1, np.int64)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, Completion]]:
+        """Admit what fits, compute one token for every running request, and return those that finished."""
+        self._admit()
+        num_rows = len(self.running)
+        if num_rows == 0:
+            return []
+        logits = self._forward(num_rows)
+        tokens, logprobs = self._sample(logits, num_rows)
+        self._computed[:num_rows] = self._length[:num_rows]
+        self._store(self._promised)
+        self._promised = []
+        return self._remove(self._append(tokens, logprobs))
+
+    def abort(self, request: Request) -> None:
+        """Drop a request, wherever it is."""
+        request.aborted = True
+        if request in self.running:
+            self._remove([(self.running.index(request), "abort")])
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def restart_all(self, policy_version: int) -> None:
+        """The weights have changed: forget all KV and queue the running requests again with their tokens so far."""
+        self.policy_version = policy_version
+        if self._cache is not None:
+            self._cache.clear()
+        for row in reversed(range(len(self.running))):
+            request, length = self.running[row], self._length[row]
+            request.tokens = self._tokens[row, :length].copy()
+            request.logprobs = self._logprobs[row, request.prompt_tokens : length].copy()
+            self.waiting.appendleft(request)
+        self.running.clear()
+
+    def _admit(self) -> None:
+        """Move waiting requests to rows, shortest new part first; siblings of one being computed wait for its KV."""
+        budget, later = MAX_PREFILL_TOKENS, []
+        admitted: list[tuple[Request, np.ndarray, int, np.ndarray]] = []
+        empty = np.empty(0, np.int64)
+        while self.waiting and budget > 0 and len(self.running) + len(admitted) < self._max_rows:
+            request = self.waiting.popleft()
+            cached, promise = empty, (0, empty)
+            if self._cache is not None:
+                # The last token is always computed: its logits are what the first new token is sampled from.
+                match = self._cache.match(request.tokens[:-1])
+                cached = match.slots
+                if match.num_promised - len(cached) >= MIN_SHARED_TOKENS:
+                    later.append(request)
+                    continue
+            num_new = len(request.tokens) - len(cached)
+            if admitted and num_new > budget:
+                later.append(request)
+                break
+            if self._cache is not None:
+                promise = self._cache.insert(request.tokens)
+            budget -= num_new
+            admitted.append((request, cached, *promise))
+        self.waiting.extendleft(reversed(later))
+        admitted.sort(key=lambda entry: len(entry[0].tokens) - len(entry[1]))
+        self._reserve(max((len(entry[0].tokens) for entry in admitted), default=0))
+        sources, targets = [], []
+        for request, cached, start, slots in admitted:
+            row = self._fill_row(request, len(cached))
+            sources.append(cached)
+            targets.append(row * self._capacity + np.arange(len(cached)))
+            self._promised.append((row, start, slots))
+        if sources:
+            self._copy(self._pool, np.concatenate(sources), self._kv, np.concatenate(targets))
+
+    def _fill_row(self, request: Request, num_cached: int) -> int:
+        row = len(self.running)
+        self.running.append(request)
+        length, params = len(request.tokens), request.params
+        self._tokens[row, :length] = request.tokens
+        self._logprobs[row, request.prompt_tokens : length] = request.logprobs
+        self._uniforms[row, request.prompt_tokens : request.limit] = request.uniforms
+        self._length[row], self._computed[row], self._limit[row] = length, num_cached, request.limit
+        self._temperature[row], self._top_p[row], self._top_k[row] = params.temperature, params.top_p, params.top_k
+        num_stop = len(params.stop_token_ids)
+        if num_stop > self._stop_ids.shape[1]:
+            wider = np.full((self._max_rows, num_stop), -1, np.int64)
+            wider[:, : self._stop_ids.shape[1]] = self._stop_ids
+            self._stop_ids = wider
+        self._stop_ids[row] = -1
+        self._stop_ids[row, :num_stop] = params.stop_token_ids
+        generated = length - request.prompt_tokens
+        if request.spans and request.spans[-1].start == generated:
+            request.spans.pop()
+        if not request.spans or request.spans[-1].policy_version != self.policy_version:
+            request.spans.append(VersionSpan(generated, self.policy_version))
+        if request.cached_tokens is None:
+            request.cached_tokens = num_cached
+            self.totals.prompt_tokens += length
+            self.totals.cached_tokens += num_cached
+        return row
+
+    def _forward(self, num_rows: int) -> torch.Tensor:
+        """Logits [rows, vocab] after each row's last token; computes all tokens that have no KV yet."""
+        length, computed = self._length[:num_rows], self._computed[:num_rows]
+        self._reserve(int(length.max()))
+        num_new = length - computed
+        ends = np.cumsum(num_new)
+        row_T = np.repeat(np.arange(num_rows), num_new)
+        offset_T = np.arange(ends[-1]) - np.repeat(ends - num_new, num_new)
+        position_T = computed[row_T] + offset_T
+        # Rows of similar width run attention together. The running rows (width 1) come first, then the admitted ones,
+        # sorted; so equal widths are neighbours.
+        bucket = np.where(num_new == 1, 0, np.maximum(3, np.ceil(np.log2(num_new))))
+        borders = [0, *(np.flatnonzero(np.diff(bucket)) + 1).tolist(), num_rows]
+        groups = []
+        for first, last in pairwise(borders):
+            tokens = slice(int(ends[first] - num_new[first]), int(ends[last - 1]))
+            width = int(num_new[first:last].max())
+            padded_T = (row_T[tokens] - first) * width + offset_T[tokens]
+            groups.append(
+                AttentionGroup(
+                    first_token=tokens.start,
+                    last_token=tokens.stop,
+                    first_row=first,
+                    last_row=last,
+                    width=width,
+                    padded_T=self._to_device(padded_T) if width > 1 else None,
+                    mask=self._mask(last - first, width, int(length[first:last].max()), padded_T, position_T[tokens]),
+                )
+            )
+        return self._model.forward(
+            self._to_device(self._tokens[row_T, position_T]),
+            self._to_device(position_T),
+            self._to_device(row_T * self._capacity + position_T),
+            self._to_device(ends - 1),
+            groups,
+            self._kv,
+        )
+
+    def _mask(self, rows: int, width: int, length: int, padded_T: np.ndarray, position_T: np.ndarray) -> torch.Tensor:
+        """Additive [rows, 1, width, length]: a token sees its own position and all before. Padding sees position 0."""
+        position = np.zeros(rows * width, np.int64)
+        position[padded_T] = position_T
+        last_seen = self._to_device(position).view(rows, 1, width, 1)
+        hidden = torch.arange(length, device=self._model.device) > last_seen
+        zeros = torch.zeros(hidden.shape, dtype=self._model.dtype, device=self._model.device)
+        return zeros.masked_fill_(hidden, float("-inf"))
+
+    def _sample(self, logits: torch.Tensor, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        top_p, top_k = self._top_p[:num_rows], self._top_k[:num_rows]
+        filtered = bool((top_p < 1).any() or (top_k > 0).any())
+        tokens, logprobs = sample_tokens(
+            logits,
+            self._to_device(self._temperature[:num_rows]),
+            self._to_device(self._uniforms[np.arange(num_rows), self._length[:num_rows]]),
+            self._to_device(top_p) if filtered else None,
+            self._to_device(top_k) if filtered else None,
+        )
+        return tokens.cpu().numpy(), logprobs.cpu().numpy()
+
+    def _append(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[int, FinishReason]]:
+        """Add each row's new token; returns the rows that are finished, ascending, and why."""
+        if not np.isfinite(logprobs).all():
+            raise FloatingPointError("the model's logits are not finite: the weights are broken")
+        rows = np.arange(len(tokens))
+        length = self._length[: len(tokens)]
+        self._tokens[rows, length] = tokens
+        self._logprobs[rows, length] = logprobs
+        length += 1
+        self.totals.generated_tokens += len(tokens)
+        stopped = (self._stop_ids[: len(tokens)] == tokens[:, None]).any(axis=1)
+        for row, request in enumerate(self.running):
+            if request.params.stop and not stopped[row]:
+                stopped[row] = self._ends_with_stop_string(row, request)
+        finished = np.flatnonzero(stopped | (length >= self._limit[: len(tokens)]))
+        return [(int(row), "stop" if stopped[row] else "length") for row in finished]
+
+    def _ends_with_stop_string(self, row: int, request: Request) -> bool:
+        assert self._decode is not None, "requests with stop strings are refused without a tokenizer"
+        # Only strings that the newest token completes matter, and a character takes at most four tokens (its bytes).
+        window = 4 * max(len(text) for text in request.params.stop) + 4
+        start = max(request.prompt_tokens, int(self._length[row]) - window)
+        text = self._decode(self._tokens[row, start : self._length[row]].tolist())
+        return any(stop in text for stop in request.params.stop)
+
+    def _remove(self, finished: list[tuple[int, FinishReason]]) -> list[tuple[Request, Completion]]:
+        """Take rows (ascending) out of the batch; their KV goes to the radix cache."""
+        done = [self._completion(row, reason) for row, reason in finished]
+        if self._cache is not None:
+            known = [(row, self._tokens[row, : self._computed[row]]) for row, _ in finished]
+            self._store([(row, *self._cache.insert(tokens)) for row, tokens in known])
+        for row, _ in reversed(finished):
+            self._move_last_row_to(row)
+        return done
+
+    def _completion(self, row: int, reason: FinishReason) -> tuple[Request, Completion]:
+        request, answer = self.running[row], slice(self.running[row].prompt_tokens, self._length[row])
+        completion = Completion(
+            token_ids=tuple(self._tokens[row, answer].tolist()),
+            logprobs=tuple(self._logprobs[row, answer].tolist()),
+            version_spans=tuple(request.spans),
+            finish_reason=reason,
+            prompt_tokens=request.prompt_tokens,
+            cached_tokens=request.cached_tokens or 0,
+        )
+        return request, completion
+
+    def _move_last_row_to(self, row: int) -> None:
+        last = len(self.running) - 1
+        if row != last:
+            self.running[row] = self.running[last]
+            length = self._length[last]
+            self._kv[:, :, row, :length] = self._kv[:, :, last, :length]
+            for array in self._arrays():
+                array[row] = array[last]
+        self.running.pop()
+
+    def _arrays(self) -> list[np.ndarray]:
+        """What the host keeps by row."""
+        wide: list[np.ndarray] = [self._tokens, self._logprobs, self._uniforms, self._stop_ids]
+        return [
+            *wide,
+            self._length,
+            self._computed,
+            self._limit,
+            self._temperature,
+            self._top_p,
+            self._top_k,
+        ]
+
+    def _store(self, parts: list[tuple[int, int, np.ndarray]]) -> None:
+        """Copy KV from rows to the pool: (row, first position, pool slots) each."""
+        if self._cache is None or not parts:
+            return
+        sources = [row * self._capacity + start + np.arange(len(slots)) for row, start, slots in parts]
+        self._copy(self._kv, np.concatenate(sources), self._pool, np.concatenate([slots for _, _, slots in parts]))
+        self._cache.settle()
+
+    def _copy(self, source: torch.Tensor, source_at: np.ndarray, target: torch.Tensor, target_at: np.ndarray) -> None:
+        if len(source_at):
+            picked = source.flatten(2, 3).index_select(2, self._to_device(source_at))
+            target.flatten(2, 3).index_copy_(2, self._to_device(target_at), picked)
+
+    def _reserve(self, length: int) -> None:
+        """Make the rows long enough for `length` tokens."""
+        if length <= self._capacity:
+            return
+        old, old_capacity = self._kv, self._capacity
+        self._capacity = min(max(length, 2 * old_capacity), self._max_context_tokens)
+        self._kv = self._new_kv(self._max_rows, self._capacity)
+        self._kv[:, :, :, :old_capacity] = old
+
+    def _new_kv(self, rows: int, capacity: int) -> torch.Tensor:
+        """[layers, 2, rows, capacity, kv_heads, head_dim]."""
+        model = self._model
+        # Zeros, because attention multiplies masked positions by 0, and 0·nan is nan.
+        shape = (model.num_layers, 2, rows, capacity, model.num_kv_heads, model.head_dim)
+        return torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._model.device)
