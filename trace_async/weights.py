@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from safetensors.torch import load_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,25 @@ def unpack_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
         tensor = torch.from_numpy(array.copy())
         result[name] = tensor.view(torch.bfloat16) if name in update.bfloat16_names else tensor
     return result
+
+
+def read_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
+    """The checked tensors of an update on either path; ValueError when they differ from its manifest.
+
+    On the disk path every `*.safetensors` file of the directory is read.
+    """
+    if update.path is None:
+        return unpack_weights(update)
+    files = sorted(update.path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"weights version {update.manifest.policy_version}: no *.safetensors in {update.path}")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors.update(load_file(file))
+    found = pack_weights(tensors, update.manifest.policy_version).manifest
+    if found != update.manifest:
+        raise ValueError(f"weights in {update.path} are {found}, not what was sent: {update.manifest}")
+    return tensors
 
 
 def _named(tensors: Mapping[str, np.ndarray], bfloat16_names: frozenset[str]) -> Iterable[tuple[str, str, np.ndarray]]:

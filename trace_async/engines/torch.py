@@ -27,10 +27,9 @@ from trace_async.engine import (
 )
 from trace_async.engines.torch_model import TorchModel
 from trace_async.engines.torch_scheduler import Request, Scheduler
-from trace_async.engines.weight_files import load_folder, require_manifest
 from trace_async.policy import load_tokenizer
 from trace_async.types import Completion, SamplingParams
-from trace_async.weights import WeightUpdate, unpack_weights
+from trace_async.weights import WeightUpdate, read_weights
 
 Command = Callable[[Scheduler], None]
 Result = TypeVar("Result")
@@ -141,7 +140,7 @@ class TorchEngine:
     async def update_weights(self, update: WeightUpdate) -> None:
         self._check_alive()
         try:
-            tensors = await asyncio.to_thread(_read_weights, update)
+            tensors = await asyncio.to_thread(read_weights, update)
         except (OSError, ValueError) as error:
             raise WeightSyncError(str(error)) from error
         version = update.manifest.policy_version
@@ -278,15 +277,6 @@ class TorchEngine:
             _fail(future, error)
         for command in self._commands:
             _fail(command, error)
-
-
-def _read_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
-    """The tensors of an update on either path, checked against its manifest."""
-    if update.path is None:
-        return unpack_weights(update)
-    tensors = load_folder(update.path)
-    require_manifest(tensors, update.manifest)
-    return tensors
 
 
 def _abort(request: Request, scheduler: Scheduler) -> None:
