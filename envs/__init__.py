@@ -11,7 +11,9 @@ BUILT_IN: dict[str, str] = {
     "multihop": "envs.multihop:MultiHop",
     "qa_files": "envs.qa_files:QaFiles",
     "math": "envs.math:Math",
+    "math_files": "envs.math:MathFiles",
     "functions": "envs.functions:Functions",
+    "bfcl": "envs.bfcl:Bfcl",
     "mixed": "envs.mixed:Mixed",
 }
 

@@ -3,7 +3,6 @@
 A turn is free thought and then one action: `<python> code </python>` or `<answer> result </answer>`.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -32,7 +31,7 @@ _ERROR_TYPES = (
 
 
 class MathEnv:
-    """One problem. `word_level`: code, output and answers have each digit as a word, and errors only their type."""
+    """One problem. `brief`: no instructions, and of an error only its type, for policies that know few words."""
 
     def __init__(
         self,
@@ -42,21 +41,21 @@ class MathEnv:
         *,
         max_turns: int,
         max_observation_chars: int,
-        word_level: bool,
+        brief: bool,
     ) -> None:
         self._task = task
         self._sandbox = sandbox
         self._checker = checker
         self._max_turns = max_turns
         self._max_observation_chars = max_observation_chars
-        self._word_level = word_level
+        self._brief = brief
         self._state: bytes | None = None
         self._turns = 0
         self._failed_turns = 0
 
     async def init(self) -> Prompt:
         question = Message(role="user", content=str(self._task.data["question"]))
-        if self._word_level:
+        if self._brief:
             return Prompt(messages=(question,))
         return Prompt(messages=(Message(role="system", content=INSTRUCTIONS), question))
 
@@ -67,9 +66,7 @@ class MathEnv:
             self._failed_turns += 1
             return self._observe(f"error : {block.reason} ; {_REMINDER}")
         if block.tag == "answer":
-            answer = block.content.replace(" ", "") if self._word_level else block.content
-            is_right = await self._checker.is_right(answer, str(self._task.data["answer"]))
-            return self._end(float(is_right))
+            return self._end(float(await self._checker.is_right(block.content, str(self._task.data["answer"]))))
         return self._observe(await self._run(block.content))
 
     async def fork(self) -> "MathEnv":
@@ -79,7 +76,7 @@ class MathEnv:
             self._checker,
             max_turns=self._max_turns,
             max_observation_chars=self._max_observation_chars,
-            word_level=self._word_level,
+            brief=self._brief,
         )
         copy._state, copy._turns, copy._failed_turns = self._state, self._turns, self._failed_turns
         return copy
@@ -88,13 +85,12 @@ class MathEnv:
         self._state = None
 
     async def _run(self, code: str) -> str:
-        result = await self._sandbox.run(_join_digits(code) if self._word_level else code, self._state)
+        result = await self._sandbox.run(code, self._state)
         self._state = result.state
         self._failed_turns += bool(result.error_type)
-        if self._word_level:
-            output = _in_words(result.output)
-            return " ".join(part for part in (output, result.error_type and f"error : {result.error_type}") if part)
-        error = f"{result.error_type}: {result.error}" if result.error_type else ""
+        error = f"error : {result.error_type}" if result.error_type else ""
+        if error and not self._brief:
+            error = f"{error}: {result.error}"
         return "\n".join(part for part in (result.output, error) if part)
 
     def _observe(self, text: str) -> StepResult:
@@ -108,7 +104,7 @@ class MathEnv:
         return StepResult(done=True, reward=reward, metrics=metrics)
 
 
-class MathProblems:
+class Math:
     """Generated word problems (`math_problems`), for small policies; the domain can demonstrate its tasks.
 
     `shares`: of easy, middle (learnable) and hard problems. `misread_rate`, `early_rate`: errors of demonstrations.
@@ -159,14 +155,14 @@ class MathProblems:
             self._checker,
             max_turns=self._max_turns,
             max_observation_chars=200,
-            word_level=True,
+            brief=True,
         )
 
     def demonstrate(self, task: Task, rng: Random) -> Sequence[str]:
         return math_problems.demonstrate(task.data, rng, misread_rate=self._misread_rate, early_rate=self._early_rate)
 
     def vocabulary(self) -> Sequence[str]:
-        said = [*REASONS, _REMINDER, _NO_OUTPUT, "error : ; ( ) [ ] , + * / inf nan e True False None cut"]
+        said = [*REASONS, _REMINDER, _NO_OUTPUT, "error : ; True False None inf nan cut"]
         return sorted({*math_problems.words(), *_ERROR_TYPES, *(word for text in said for word in text.split())})
 
     async def close(self) -> None:
@@ -217,7 +213,7 @@ class MathFiles:
             self._checker,
             max_turns=self._max_turns,
             max_observation_chars=self._max_observation_chars,
-            word_level=False,
+            brief=False,
         )
 
     async def close(self) -> None:
@@ -248,12 +244,3 @@ def _limits(limits: Mapping[str, float] | None) -> SandboxLimits:
         return SandboxLimits(**dict(limits or {}))  # type: ignore[arg-type]
     except TypeError as error:
         raise ConfigError(f"env.args.limits: {error}") from error
-
-
-def _join_digits(text: str) -> str:
-    return re.sub(r"(?<=\d) (?=[\d.])|(?<=\.) (?=\d)", "", text)
-
-
-def _in_words(text: str) -> str:
-    """Numbers digit by digit, every sign apart: `(49, -1.5)` as `( 4 9 , - 1 . 5 )`."""
-    return " ".join(re.findall(r"[A-Za-z_]+|\S", text))

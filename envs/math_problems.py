@@ -1,6 +1,6 @@
 """Generated word problems of graded difficulty, written in plain words, one event a day.
 
-    monday : ann has 3 7 pens . tuesday : ann doubles them . wednesday : ann loses 5 . how many pens has ann on
+    monday : ann has 37 pens . tuesday : ann doubles them . wednesday : ann loses 5 . how many pens has ann on
     tuesday ?
 
 A policy of a million parameters can learn them from demonstrations: every turn takes up the next day, and writes one
@@ -54,11 +54,6 @@ _SHAPES: Mapping[Level, tuple[tuple[int, int], ...]] = {  # how many (plain, tri
 }
 
 
-def spaced(text: str) -> str:
-    """Every digit a word of its own: `37` as `3 7`."""
-    return " ".join(" ".join(word) if word.isdigit() else word for word in text.split())
-
-
 def make_problem(level: Level, rng: Random) -> dict[str, Json]:
     """`question`, `answer`, and `steps`: [day, phrase, right-hand side, misreading] of each day up to the asked one."""
     person, item = rng.choice(PERSONS), rng.choice(ITEMS)
@@ -80,7 +75,7 @@ def make_problem(level: Level, rng: Random) -> dict[str, Json]:
         assert isinstance(day, list)
         story.append(f"{day[0]} : {person} {day[1]}{f' {item}' if index == 0 else ''} .")
     question = f"{' '.join(story)} how many {item} has {person} on {DAYS[len(steps) - 1]} ?"
-    return {"question": spaced(question), "answer": str(value), "steps": steps}
+    return {"question": question, "answer": str(value), "steps": steps}
 
 
 def demonstrate(problem: Mapping[str, Json], rng: Random, *, misread_rate: float, early_rate: float) -> list[str]:
@@ -97,13 +92,13 @@ def demonstrate(problem: Mapping[str, Json], rng: Random, *, misread_rate: float
         day, phrase, code, misread = map(str, step)
         expression = misread if misread and rng.random() < misread_rate else code
         value = _evaluate(expression, value)
-        turns.append(spaced(f"{day} {phrase} <python> n = {expression} ; n </python>"))
-    return [*turns, f"<answer> {' '.join(str(value))} </answer>"]
+        turns.append(f"{day} {phrase} <python> n = {expression} ; n </python>")
+    return [*turns, f"<answer> {value} </answer>"]
 
 
 def words() -> list[str]:
     """Every word of questions and demonstrations."""
-    texts = [*PERSONS, *ITEMS, *DAYS, "0 1 2 3 4 5 6 7 8 9 : . ? ; = - has how many on n"]
+    texts = [*PERSONS, *ITEMS, *DAYS, "0 1 2 3 4 5 6 7 8 9 : . ? ; = + - * // ( ) , has how many on n"]
     texts += ["<python> </python> <answer> </answer>"]
     for event in (*PLAIN, *TRICKY):
         texts += [event.phrase, event.code, event.misread]

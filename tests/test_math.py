@@ -1,6 +1,7 @@
 """The mathematics domain: generated problems, real file formats, the turns of an episode, the verifier."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
@@ -8,7 +9,7 @@ from random import Random
 import pytest
 
 from envs.answers import AnswerChecker, parse_number, unbox
-from envs.math import MathFiles, MathProblems, load_problems
+from envs.math import Math, MathFiles, load_problems
 from envs.math_problems import make_problem
 from trace_async.config import ConfigError
 from trace_async.env import Demonstrator
@@ -16,15 +17,15 @@ from trace_async.types import Task
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test_600.jsonl"
 ANN = {
-    "question": "monday : ann has 3 7 pens . tuesday : ann doubles them . how many pens has ann on tuesday ?",
+    "question": "monday : ann has 37 pens . tuesday : ann doubles them . how many pens has ann on tuesday ?",
     "answer": "74",
     "steps": [["monday", "has 37", "37", ""], ["tuesday", "doubles them", "n * 2", "n + 2"]],
 }
 
 
 @pytest.fixture
-async def domain() -> AsyncIterator[MathProblems]:
-    domain = MathProblems(num_train=200, num_heldout=100)
+async def domain() -> AsyncIterator[Math]:
+    domain = Math(num_train=200, num_heldout=100)
     yield domain
     await domain.close()
 
@@ -33,61 +34,61 @@ def task(data: dict) -> Task:
     return Task(id="t", domain="math", kind="middle", data=data)
 
 
-async def test_an_episode_word_for_word(domain: MathProblems) -> None:
+async def test_an_episode_word_for_word(domain: Math) -> None:
     env = domain.make_env(task(ANN))
     assert (await env.init()).messages[0].content == ANN["question"]
     turns = [
-        ("monday has 3 7 <python> n = 3 7 ; n </python>", "3 7"),
-        ("<python> n = n * 2 ; n </python>", "7 4"),
+        ("monday has 37 <python> n = 37 ; n </python>", "37"),
+        ("<python> n = n * 2 ; n </python>", "74"),
         ("<python> 1 / 0 </python>", "error : ZeroDivisionError"),
         ("<python> m = n </python>", "no output"),
-        ("<python> ( n , - 1 . 5 ) </python>", "( 7 4 , - 1 . 5 )"),
+        ("<python> (n, -1.5) </python>", "(74, -1.5)"),
         ("hm", "error : no action found ; end your turn with <python> code </python> or <answer> result </answer>"),
     ]
     for action, observation in turns:
         result = await env.step(action)
         assert [message.content for message in result.messages] == [observation]
-    result = await env.step("<answer> 7 4 </answer>")
+    result = await env.step("<answer> 74 </answer>")
     assert (result.done, result.reward) == (True, 1.0)
     assert result.metrics == {"turns": 7.0, "failed_turns": 2.0}
 
 
-async def test_a_truncated_turn_is_not_carried_out(domain: MathProblems) -> None:
+async def test_a_truncated_turn_is_not_carried_out(domain: Math) -> None:
     env = domain.make_env(task(ANN))
-    result = await env.step("<answer> 7 4 </answer>", truncated=True)
+    result = await env.step("<answer> 74 </answer>", truncated=True)
     assert not result.done
     assert "cut at its token limit" in result.messages[0].content
 
 
-async def test_the_last_turn_ends_without_reward(domain: MathProblems) -> None:
-    env = MathProblems(max_turns=2, num_train=1, num_heldout=1).make_env(task(ANN))
+async def test_the_last_turn_ends_without_reward(domain: Math) -> None:
+    env = Math(max_turns=2, num_train=1, num_heldout=1).make_env(task(ANN))
     assert not (await env.step("hm")).done
     assert (await env.step("hm")).reward == 0.0
 
 
-async def test_forks_do_not_see_each_other(domain: MathProblems) -> None:
+async def test_forks_do_not_see_each_other(domain: Math) -> None:
     env = domain.make_env(task(ANN))
-    await env.step("<python> n = 1 0 ; n </python>")
+    await env.step("<python> n = 10 ; n </python>")
     fork = await env.fork()
     await env.step("<python> n = n * 2 ; n </python>")
-    assert (await fork.step("<python> n = n + 5 ; n </python>")).messages[0].content == "1 5"
-    assert (await env.step("<python> n </python>")).messages[0].content == "2 0"
+    assert (await fork.step("<python> n = n + 5 ; n </python>")).messages[0].content == "15"
+    assert (await env.step("<python> n </python>")).messages[0].content == "20"
 
 
 def test_demonstrations_err_as_told() -> None:
-    right = MathProblems(misread_rate=0, early_rate=0).demonstrate(task(ANN), Random(0))
-    wrong = MathProblems(misread_rate=1, early_rate=0).demonstrate(task(ANN), Random(0))
+    right = Math(misread_rate=0, early_rate=0).demonstrate(task(ANN), Random(0))
+    wrong = Math(misread_rate=1, early_rate=0).demonstrate(task(ANN), Random(0))
     assert list(right) == [
-        "monday has 3 7 <python> n = 3 7 ; n </python>",
+        "monday has 37 <python> n = 37 ; n </python>",
         "tuesday doubles them <python> n = n * 2 ; n </python>",
-        "<answer> 7 4 </answer>",
+        "<answer> 74 </answer>",
     ]
-    assert list(wrong[1:]) == ["tuesday doubles them <python> n = n + 2 ; n </python>", "<answer> 3 9 </answer>"]
+    assert list(wrong[1:]) == ["tuesday doubles them <python> n = n + 2 ; n </python>", "<answer> 39 </answer>"]
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 async def test_faultless_demonstrations_succeed_and_misread_ones_mostly_fail(rate: float) -> None:
-    domain = MathProblems(num_train=120, num_heldout=1, misread_rate=rate, early_rate=0)
+    domain = Math(num_train=120, num_heldout=1, misread_rate=rate, early_rate=0)
     known = set(domain.vocabulary())
     rewards: dict[str, list[float]] = {"easy": [], "middle": [], "hard": []}
     for one in domain.tasks("train"):
@@ -96,7 +97,7 @@ async def test_faultless_demonstrations_succeed_and_misread_ones_mostly_fail(rat
         for action in domain.demonstrate(one, Random(0)):
             result = await env.step(action)
             text += [action, *(message.content for message in result.messages)]
-        assert set(" ".join(text).split()) <= known
+        assert set(re.sub(r"-?\d+", "0", " ".join(text)).split()) <= known
         assert result.reward is not None
         rewards[one.kind].append(result.reward)
     assert set(rewards["easy"]) == {1.0}
@@ -108,7 +109,7 @@ async def test_faultless_demonstrations_succeed_and_misread_ones_mostly_fail(rat
 
 
 def test_tasks_are_fixed_by_the_seed_and_splits_do_not_overlap() -> None:
-    one, two, other = (MathProblems(seed=s, num_train=300, num_heldout=200) for s in (1, 1, 2))
+    one, two, other = (Math(seed=s, num_train=300, num_heldout=200) for s in (1, 1, 2))
     assert list(one.tasks("train")) == list(two.tasks("train"))
     assert list(one.tasks("train")) != list(other.tasks("train"))
     questions = {split: {t.data["question"] for t in one.tasks(split)} for split in ("train", "heldout")}
@@ -126,9 +127,9 @@ def test_problems_stay_whole_and_small() -> None:
 
 def test_unknown_shares_and_limits_name_the_setting() -> None:
     with pytest.raises(ConfigError, match=r"env\.args\.shares"):
-        MathProblems(shares={"simple": 1})
+        Math(shares={"simple": 1})
     with pytest.raises(ConfigError, match=r"env\.args\.limits"):
-        MathProblems(limits={"minutes": 1})
+        Math(limits={"minutes": 1})
 
 
 async def test_text_mode_keeps_code_as_it_is_and_checks_with_math_verify(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ async def test_text_mode_keeps_code_as_it_is_and_checks_with_math_verify(tmp_pat
     result = await env.step("Let me see.\n<python>\nx = 2\nfor i in range(2):\n    print(i, x / 4)\n</python>")
     assert result.messages[0].content == "0 0.5\n1 0.5"
     result = await env.step("<python>y</python>")
-    assert result.messages[0].content == "NameError: name 'y' is not defined"
+    assert result.messages[0].content == "error : NameError: name 'y' is not defined"
     assert (await env.step("<answer>\\boxed{\\dfrac{2}{4}}</answer>")).reward == 1.0
     await domain.close()
 

@@ -25,9 +25,9 @@ def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     """A tokenizer that knows the words of `vocabulary`; text comes back from its tokens exactly.
 
     A word is a run of letters, digits and `_`, such a run as a tag `<word>`, `</word>` or in quotes `"word"`, or one
-    other character, together with the blank before it (the first word of a text counts as having one). A word that also stands directly behind another, such as `name` in
-    `{"name":`, must be listed in that form too. Whatever is not listed falls into single ASCII characters; other
-    characters are unknown.
+    other character, together with the blank before it (the first word of a text counts as having one). A word that
+    also stands directly behind another, such as `name` in `{name}`, must be listed in that form too. Whatever is not
+    listed falls into single ASCII characters; other characters are unknown.
     """
     core = Tokenizer(models.WordPiece({}, unk_token=UNKNOWN, max_input_chars_per_word=200))
     core.pre_tokenizer = pre_tokenizers.Sequence(
