@@ -35,7 +35,7 @@ class PromptGroup:
 
     config: Config
     policy_path: Path
-    predictor: ActorHandle
+    predictor: ActorHandle | None
     actors: list[ActorHandle] = field(default_factory=list)
     generators: Mapping[str, ActorHandle] = field(default_factory=dict)
 

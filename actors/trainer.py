@@ -26,6 +26,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
+from actors.evaluation import heldout_metrics
 from actors.generator_pool import GeneratorPool
 from actors.learner import LearnerGroup
 from actors.predictor import remote_predictor
@@ -36,7 +37,7 @@ from trace_async.buffer import TreeBuffer
 from trace_async.config import Config
 from trace_async.dataset import TaskIterator
 from trace_async.estimates import Estimates
-from trace_async.metrics import eval_metrics, tree_metrics
+from trace_async.metrics import tree_metrics
 from trace_async.run_state import PendingPrompt, RunState, SavedTrainer, load_trainer, save_trainer
 from trace_async.tree import RolloutTree
 from trace_async.types import Task
@@ -324,16 +325,11 @@ class Trainer:
         """Held-out success of the current weights, at every temperature of `eval.temperatures`."""
         started = time.monotonic()
         tasks = self.heldout_tasks[: self.config.eval.num_tasks]
-        metrics: dict[str, float] = {}
-        for temperature in self.config.eval.temperatures:
-            rollouts = await self.prompts.evaluate(tasks, temperature)
-            self.state.eval_tokens += sum(rollout.generated_tokens for rollout in rollouts)
-            metrics |= eval_metrics(rollouts, temperature)
+        metrics = await heldout_metrics(self.prompts, tasks, self.config.eval.temperatures)
         return metrics | {
             "time/eval_s": time.monotonic() - started,
             "time/elapsed_s": self.state.elapsed_s,
             "tokens/generated_total": float(self.state.generated_tokens),
-            "tokens/eval_total": float(self.state.eval_tokens),
         }
 
     async def save(self) -> Path:

@@ -25,7 +25,7 @@ class PendingPrompt:
 class RunState:
     """Counters of a run. `admitted_roots` leaves out what a selection rule filtered afterwards.
 
-    `generated_tokens`: of all trees that arrived, trained or not; `eval_tokens` are not charged to the budget.
+    `generated_tokens`: of all trees that arrived, trained or not (evaluation is not charged).
     `elapsed_s`: of training, over all its sessions.
     """
 
@@ -34,7 +34,6 @@ class RunState:
     admitted_roots: int = 0
     num_prompts: int = 0
     generated_tokens: int = 0
-    eval_tokens: int = 0
     elapsed_s: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
 

@@ -1,0 +1,38 @@
+"""`trace-async eval`: held-out success of a policy, or of what a run has trained."""
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from scripts.train import ensure_policy, start_ray
+from trace_async.config import ConfigError, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="YAML file with what differs from the defaults")
+    parser.add_argument("--run", type=Path, help="evaluate this run's trained policy, with the run's config")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="such as eval.num_tasks=1000")
+
+
+def run(args: argparse.Namespace) -> int:
+    import ray
+
+    from actors.evaluation import evaluate_policy
+
+    if args.run is not None:
+        config = load_config(args.run / "config.yaml", args.overrides)
+        policy_path = (args.run / "policy").absolute()
+        if not policy_path.is_dir():
+            raise ConfigError(f"--run {args.run}: it has no trained policy yet ({policy_path} is missing)")
+    else:
+        config = load_config(args.config, args.overrides)
+        policy_path = ensure_policy(config)
+    start_ray(config)
+    try:
+        metrics = asyncio.run(evaluate_policy(config, policy_path, Path(config.output_dir).absolute() / "eval_logs"))
+    finally:
+        ray.shutdown()
+    print(f"policy {policy_path}")
+    for name, value in sorted(metrics.items()):
+        print(f"{name:<44} {value:.4f}")
+    return 0

@@ -1,0 +1,116 @@
+"""Generators come and go: real Ray actors around the fake engine."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from actors.generator_pool import GeneratorPool
+from trace_async.config import Config, load_config
+from trace_async.engine import EngineError
+from trace_async.types import SamplingParams
+from trace_async.weights import WeightUpdate, pack_weights
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+PARAMS = SamplingParams(max_new_tokens=3)
+
+
+class Listener:
+    """What the prompts hear from the pool."""
+
+    def __init__(self) -> None:
+        self.announced: list[set[str]] = []
+
+    async def __call__(self, generators: Mapping[str, ActorHandle]) -> None:
+        self.announced.append(set(generators))
+
+
+def fake_config(num_generators: int) -> Config:
+    return load_config(
+        None, ["engine.backend=fake", f"actors.num_generators={num_generators}", "actors.generator_cpus=0"]
+    )
+
+
+@pytest.fixture
+async def pool(tiny_policy_path: Path, tmp_path: Path) -> AsyncIterator[GeneratorPool]:
+    made = GeneratorPool(fake_config(2), tiny_policy_path, tmp_path, Listener())
+    await made.start()
+    yield made
+    await made.close()
+
+
+def weights(version: int) -> WeightUpdate:
+    return pack_weights({"w": torch.full((4,), float(version))}, version)
+
+
+async def served_versions(pool: GeneratorPool) -> list[int]:
+    return [stats.health.policy_version for stats in await pool.stats()]
+
+
+async def until(condition, limit_s: float = 60.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+async def test_all_are_ready_and_answer(pool: GeneratorPool):
+    assert pool.announce.announced[-1] == {"generator-0", "generator-1"}
+    for handle in pool.ready.values():
+        completion = await handle.generate.remote((5, 6), PARAMS)
+        assert len(completion.token_ids) == 3
+
+
+async def test_a_killed_generator_is_replaced_and_synced_before_it_is_announced(pool: GeneratorPool):
+    await pool.update_weights(ray.put(weights(1)), 1)
+    assert await served_versions(pool) == [1, 1]
+    watching = asyncio.create_task(pool.watch(every_s=0.1))
+    ray.kill(pool.ready["generator-0"])
+    await until(lambda: "generator-2" in pool.ready)
+    watching.cancel()
+    assert {"generator-1"} in pool.announce.announced
+    assert pool.announce.announced[-1] == {"generator-1", "generator-2"}
+    assert await served_versions(pool) == [1, 1]
+    assert pool.num_lost == 1
+
+
+async def test_a_generator_that_refuses_weights_is_lost_and_the_others_serve_them(pool: GeneratorPool):
+    # Only generator-0 has these weights already, so only for it does the next update change nothing.
+    await pool.ready["generator-0"].update_weights.remote(weights(1))
+    update = weights(1)
+    again = replace(update, manifest=replace(update.manifest, policy_version=2))
+    await pool.update_weights(ray.put(again), 2)
+    assert pool.num_lost == 1
+    await until(lambda: len(pool.ready) == 2)
+    assert await served_versions(pool) == [2, 2]
+
+
+async def test_corrupt_weights_reach_no_prompt(tiny_policy_path: Path, tmp_path: Path):
+    config = load_config(
+        None,
+        ["engine.backend=fake", "actors.num_generators=1", "actors.generator_cpus=0", "engine.start_timeout_s=3"],
+    )
+    pool = GeneratorPool(config, tiny_policy_path, tmp_path, Listener())
+    await pool.start()
+    update = weights(1)
+    corrupt = replace(update, manifest=replace(update.manifest, checksum="0" * 32))
+    with pytest.raises(EngineError, match="no generator is left"):
+        await pool.update_weights(ray.put(corrupt), 1)
+    assert pool.announce.announced[-1] == set()
+    await pool.close()
+
+
+async def test_it_grows_and_shrinks_while_it_runs(pool: GeneratorPool):
+    await pool.update_weights(ray.put(weights(1)), 1)
+    await pool.resize(4)
+    await until(lambda: len(pool.ready) == 4)
+    assert await served_versions(pool) == [1, 1, 1, 1]
+    await pool.resize(1)
+    assert len(pool.ready) == 1
+    assert pool.num_lost == 0
+    with pytest.raises(ValueError, match="keep at least one"):
+        await pool.resize(0)
