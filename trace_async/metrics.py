@@ -23,6 +23,11 @@ class EvalRollout:
     error: str = ""
 
 
+def level_of(kind: str) -> str:
+    """Kinds such as "middle-3hop" are grouped by what stands before the first "-"."""
+    return kind.partition("-")[0]
+
+
 def tree_metrics(trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
     """What the trees of one update hold. Rewards and lengths are of root rollouts: continuations are chosen, so biased.
 
@@ -46,8 +51,8 @@ def tree_metrics(trees: Sequence[RolloutTree], policy_version: int) -> dict[str,
         "tokens/generated": float(sum(tree.num_generated_tokens for tree in trees)),
         "tokens/unique": float(sum(tree.num_unique_tokens for tree in trees)),
     }
-    for kind, number in _count(tree.task.kind for tree in both).items():
-        metrics[f"train/prompts_both_outcomes/{kind}"] = float(number)
+    for level, number in _count(level_of(tree.task.kind) for tree in both).items():
+        metrics[f"train/prompts_both_outcomes/{level}"] = float(number)
     for domain, rewards in _group((tree.task.domain, r.reward) for tree in trees for r in tree.rollouts).items():
         metrics[f"train/reward/{domain}"] = float(np.mean(rewards))
     return metrics | _cache_metrics(trees)
@@ -82,12 +87,11 @@ def eval_metrics(rollouts: Sequence[EvalRollout], temperature: float) -> dict[st
         f"heldout/num_tasks_{suffix}": float(len(whole)),
         f"heldout/turns_{suffix}": float(np.mean([r.num_turns for r, _ in whole])),
     }
-    for group, values in _group((r.kind, reward) for r, reward in whole).items():
+    groups = [_group((r.kind, reward) for r, reward in whole)]
+    groups.append(_group((level_of(r.kind), reward) for r, reward in whole))
+    groups.append(_group((r.domain, reward) for r, reward in whole))
+    for group, values in (item for grouping in groups for item in grouping.items()):
         metrics[f"heldout/success_{suffix}/{group}"] = float(np.mean(values))
-    domains = _group((r.domain, reward) for r, reward in whole)
-    if len(domains) > 1:
-        for group, values in domains.items():
-            metrics[f"heldout/success_{suffix}/{group}"] = float(np.mean(values))
     for name, values in _group((name, value) for r, _ in whole for name, value in r.metrics.items()).items():
         metrics[f"heldout/{name}_{suffix}"] = float(np.sum(values)) / len(whole)
     return metrics

@@ -26,12 +26,13 @@ class Change:
 
 
 def heldout_changes(points: Sequence[Point]) -> list[Change]:
-    """Held-out success by temperature and kind, first evaluation against the last."""
+    """Held-out success by temperature, domain and level, first evaluation against the last."""
     evaluations = [point for point in points if any(key.startswith("heldout/") for key in point.metrics)]
     if len(evaluations) < 2:
         return []
     first, last = evaluations[0].metrics, evaluations[-1].metrics
-    names = [key for key in last if key.startswith("heldout/success_") and key in first]
+    # Of kinds such as "middle-3hop" only the level is shown here.
+    names = [key for key in last if key.startswith("heldout/success_") and key in first and "-" not in key]
     return [Change(name.removeprefix("heldout/success_"), first[name], last[name]) for name in sorted(names)]
 
 

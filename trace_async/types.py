@@ -31,7 +31,7 @@ class Prompt:
 class Task:
     """One row of a data set: a prompt to be solved and what its verifier needs.
 
-    `kind` groups tasks in reports (for example "2-hop"); the method never looks at it.
+    `kind` groups tasks in reports, as `level` or `level-detail` (such as "middle-3hop"); the method never looks at it.
     """
 
     id: str
