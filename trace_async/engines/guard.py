@@ -1,0 +1,131 @@
+"""Runs one server and sees to it that nothing of it outlives its owner. Standard library only; started by server.py.
+
+    python guard.py GRACE_S SCRATCH_DIR[:SCRATCH_DIR...] -- COMMAND...
+
+The owner holds the writing end of the guard's standard input. When that end closes, because the owner asks for it or
+because it died in whatever way, the server's whole process group gets SIGTERM, after GRACE_S seconds SIGKILL, and what
+it left in its scratch folders and in /dev/shm is removed. The same happens when the server ends by itself.
+
+A guard of its own is needed because PR_SET_PDEATHSIG alone reaches only the direct child (and fires when the owner's
+*thread* ends), while engines start processes of their own; as subreaper the guard inherits every one of them.
+The line "remember" on standard input makes it note the shared memory that the server holds now, so that it can be
+removed even when the server is killed from outside.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+KILL_WAIT_S = 10.0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with_guard() -> None:
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _group_members(group: int) -> list[int]:
+    members = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                # The fields after the parenthesised name, which may hold anything: state, parent, group, ...
+                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it ended while we looked
+            if int(fields[2]) == group and fields[0] != "Z":
+                members.append(int(entry))
+    return members
+
+
+def _shared_memory_of(group: int) -> set[int]:
+    """Inodes below /dev/shm that members of the group have mapped (a name may change, as for semaphores)."""
+    inodes = set()
+    for pid in _group_members(group):
+        try:
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                fields = line.split(maxsplit=5)
+                if len(fields) == 6 and fields[5].startswith("/dev/shm/"):
+                    inodes.add(int(fields[4]))
+        except OSError:
+            continue
+    return inodes
+
+
+def _signal_all(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+    if number == signal.SIGKILL:
+        # Children that left the group were re-parented to us.
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            try:
+                os.kill(int(child), number)
+            except ProcessLookupError:
+                continue
+
+
+def _reap_all(deadline: float) -> bool:
+    """Waits until no child is left; False at the deadline."""
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return True
+        if pid == 0:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+
+
+def _end(server: subprocess.Popen[bytes], grace_s: float, inodes: set[int], scratch: list[str]) -> None:
+    inodes |= _shared_memory_of(server.pid)
+    _signal_all(server.pid, signal.SIGTERM)
+    if not _reap_all(time.monotonic() + grace_s):
+        _signal_all(server.pid, signal.SIGKILL)
+        _reap_all(time.monotonic() + KILL_WAIT_S)
+    for entry in os.scandir("/dev/shm"):
+        if entry.inode() in inodes:
+            Path(entry.path).unlink(missing_ok=True)
+    for folder in scratch:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(arguments: list[str]) -> int:
+    grace_s, scratch = float(arguments[0]), arguments[1].split(":")
+    command = arguments[arguments.index("--") + 1 :]
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_die_with_guard,
+    )
+    inodes: set[int] = set()
+    code = None
+    exited = os.pidfd_open(server.pid)
+    try:
+        while code is None:
+            ready, _, _ = select.select([0, exited], [], [])
+            if exited in ready:
+                code = server.wait()
+            elif not os.read(0, 4096):
+                break
+            else:
+                inodes |= _shared_memory_of(server.pid)
+    finally:
+        _end(server, grace_s, inodes, scratch)
+    return 0 if code is None else (code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

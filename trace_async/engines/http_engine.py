@@ -1,0 +1,400 @@
+"""What SGLang and vLLM have in common as engines: a supervised server, spoken to over loopback HTTP.
+
+    generate ─► one request per sample, token ids in, token ids and log-probabilities out; cancelled = aborted there
+    update_weights ─► checksum ─► hold: requests in flight keep their tokens and lose their KV
+                      ─► load ─► flush the prefix cache ─► read back ─► release
+
+A backend (sglang.py, vllm.py) adds how its server is started and what its requests look like.
+"""
+
+import asyncio
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from trace_async.config import EngineConfig
+from trace_async.engine import (
+    EngineDeadError,
+    EngineError,
+    EngineHealth,
+    EngineRequestError,
+    EngineTimeoutError,
+    WeightSyncError,
+)
+from trace_async.engines.http_client import HttpClient, Reply
+from trace_async.engines.server import ServerProcess, free_port, has_gpu
+from trace_async.engines.weight_files import checked_tensors, expected_digests, load_start_weights, weight_folder
+from trace_async.types import Completion, SamplingParams, VersionSpan
+from trace_async.weights import WeightUpdate
+
+READY_POLL_S = 0.25
+PING_LIMIT_S = 20.0
+START_ATTEMPTS = 3
+
+
+@dataclass(slots=True)
+class _Totals:
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class HttpEngine(ABC):
+    """An engine whose model lives in a server process (see the Engine protocol).
+
+    A sample ends with EngineTimeoutError when it takes longer than `engine.request_timeout_s`, pauses not counted.
+    After EngineDeadError or EngineTimeoutError `start()` makes a fresh server, with the weights of `policy_path` and
+    version 0: sync weights before it serves. With `engine.url` no process is started or stopped; the server must run
+    on this machine, with `policy_path` as its model.
+    """
+
+    name: str
+
+    def __init__(
+        self, config: EngineConfig, *, policy_path: Path, max_context_tokens: int, seed: int, log_dir: Path
+    ) -> None:
+        self._config = config
+        self._policy_path = policy_path.resolve()
+        self._max_context_tokens = max_context_tokens
+        self._seed = seed
+        self._log_path = (log_dir / f"{self.name}_{uuid.uuid4().hex[:8]}.log").resolve()
+        self._on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpu())
+        self._dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self._vocab_size = int(json.loads((policy_path / "config.json").read_text())["vocab_size"])
+        self._process: ServerProcess | None = None
+        self._http: HttpClient | None = None
+        self._in_flight: set[asyncio.Task[Reply]] = set()
+        self._aborts: set[asyncio.Task[None]] = set()
+        self._control = asyncio.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What is known of a server that has just been started: nothing."""
+        self._totals = _Totals()
+        self._policy_version = 0
+        self._checksum = ""
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._readable: frozenset[str] = frozenset()
+        self._broken = ""
+        self._paused_at: float | None = None
+        self._paused_s = 0.0
+
+    # What a backend defines -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _command(self, port: int) -> tuple[list[str], dict[str, str]]:
+        """The server's command line and what it needs in its environment."""
+
+    @abstractmethod
+    def _generate_request(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, sample: int
+    ) -> tuple[str, Reply]:
+        """Path and JSON body of one sample."""
+
+    @abstractmethod
+    def _completion(self, reply: Reply) -> Completion: ...
+
+    @abstractmethod
+    async def _abort(self, request_id: str) -> None: ...
+
+    @abstractmethod
+    async def _ping(self) -> None:
+        """A round trip to the part of the server that runs the model."""
+
+    @abstractmethod
+    async def _hold(self, *, drop_kv: bool) -> None:
+        """Stop decoding. With `drop_kv` what is in flight is computed anew after `_release`."""
+
+    @abstractmethod
+    async def _release(self) -> None: ...
+
+    @abstractmethod
+    async def _set_version(self, policy_version: int) -> None:
+        """Label what is generated from now on."""
+
+    @abstractmethod
+    async def _load(self, folder: Path) -> None:
+        """Load the safetensors in `folder`; EngineError when the server says that it could not."""
+
+    @abstractmethod
+    async def _flush_cache(self) -> None: ...
+
+    @abstractmethod
+    async def _digests(self) -> dict[str, str]:
+        """Parameter name → digest of what the server holds now."""
+
+    # Start and stop ---------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        await self.close()
+        self._forget()
+        try:
+            await self._start_server()
+            await self._set_version(0)
+            await self._learn_start_weights()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _start_server(self) -> None:
+        for attempts_left in reversed(range(START_ATTEMPTS)):
+            url = self._config.url.rstrip("/")
+            if not url:
+                port = free_port()
+                url = f"http://127.0.0.1:{port}"
+                command, environment = self._command(port)
+                self._process = ServerProcess(command, environment, log_path=self._log_path)
+            self._http = HttpClient(url, self._describe)
+            try:
+                await self._until_ready()
+                break
+            except EngineDeadError as error:
+                # Another process may have taken the port between our look and the server's.
+                if not attempts_left or "address already in use" not in str(error).lower():
+                    raise
+                await self.close()
+        if self._process is not None:
+            self._process.remember_shared_memory()
+
+    async def _until_ready(self) -> None:
+        deadline = time.monotonic() + self._config.start_timeout_s
+        while time.monotonic() < deadline:
+            self._require_process()
+            try:
+                await self._ping()
+                return
+            except EngineError:
+                await asyncio.sleep(READY_POLL_S)  # not listening yet, or still loading
+        raise EngineTimeoutError(
+            f"{self._describe()} was not ready after engine.start_timeout_s={self._config.start_timeout_s:g}"
+        )
+
+    async def _learn_start_weights(self) -> None:
+        """Remember what the server starts with, and which of its parameters it can show to be what was sent.
+
+        Not all can be read back: engines may repack a parameter for their kernels, or split it between GPUs.
+        """
+        update = await asyncio.to_thread(load_start_weights, self._policy_path)
+        assert update.tensors is not None
+        self._checksum = update.manifest.checksum
+        self._shapes = {name: array.shape for name, array in update.tensors.items()}
+        expected = await asyncio.to_thread(lambda: expected_digests(checked_tensors(update), self._dtype))
+        found = await self._digests()
+        self._readable = frozenset(name for name in found if _matches(found[name], expected.get(name)))
+
+    async def close(self) -> None:
+        http, self._http = self._http, None
+        process, self._process = self._process, None
+        for task in (*self._in_flight, *self._aborts):
+            task.cancel()
+        if process is not None:
+            await process.stop()
+        if http is not None:
+            await http.close()
+
+    def process_ids(self) -> list[int]:
+        """The server's processes on this machine, its first one in front; empty when attached or not running."""
+        return self._process.process_ids() if self._process is not None else []
+
+    def _describe(self) -> str:
+        if self._process is None:
+            return f"{self.name} at {self._config.url}"
+        if self._process.exit_code is None:
+            return f"{self.name} (log: {self._log_path})"
+        return f"{self.name} (ended with code {self._process.exit_code}, log: {self._log_path})"
+
+    def _require_process(self) -> None:
+        if self._process is not None and self._process.exit_code is not None:
+            raise EngineDeadError(f"{self._describe()}\n{self._process.log_tail()}")
+
+    def _client(self) -> HttpClient:
+        if self._http is None:
+            raise EngineDeadError(f"{self.name} is not started, or closed")
+        self._require_process()
+        return self._http
+
+    async def _get(self, path: str) -> Reply:
+        return await self._client().get(path, limit_s=min(PING_LIMIT_S, self._config.request_timeout_s))
+
+    async def _post(self, path: str, body: Reply = None) -> Reply:
+        return await self._client().post(path, body or {}, limit_s=self._config.request_timeout_s)
+
+    # Generation -------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, n: int = 1
+    ) -> tuple[Completion, ...]:
+        prompt = [int(token) for token in prompt_ids]
+        params = self._checked_request(prompt, params)
+        samples = [asyncio.create_task(self._sample(prompt, params, sample)) for sample in range(n)]
+        try:
+            return tuple(await asyncio.gather(*samples))
+        finally:
+            # After an error or a cancellation the others are aborted too.
+            for task in samples:
+                task.cancel()
+            await asyncio.gather(*samples, return_exceptions=True)
+
+    def _checked_request(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
+        """`max_new_tokens` cut to the room that is left; checked here, since a server may take more than it says."""
+        self._client()
+        if self._broken:
+            raise WeightSyncError(f"{self.name} must be synced before it serves: {self._broken}")
+        room = self._max_context_tokens - len(prompt)
+        if not prompt or room < 1:
+            raise EngineRequestError(f"{len(prompt)} prompt tokens, the context holds {self._max_context_tokens}")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise EngineRequestError(f"a prompt id is outside the vocabulary of {self._vocab_size}")
+        return replace(params, max_new_tokens=min(params.max_new_tokens, room))
+
+    async def _sample(self, prompt: Sequence[int], params: SamplingParams, sample: int) -> Completion:
+        request_id = uuid.uuid4().hex
+        path, body = self._generate_request(request_id, prompt, params, sample)
+        try:
+            reply = await self._within_limit(self._client().post(path, body, limit_s=None))
+        except (asyncio.CancelledError, EngineTimeoutError):
+            self._abort_soon(request_id)
+            raise
+        completion = self._completion(reply)
+        self._totals.prompt_tokens += completion.prompt_tokens
+        self._totals.cached_tokens += completion.cached_tokens
+        self._totals.generated_tokens += len(completion.token_ids)
+        return completion
+
+    async def _within_limit(self, request: Coroutine[None, None, Reply]) -> Reply:
+        """The reply, or EngineTimeoutError after `request_timeout_s` in which the engine was not paused."""
+        limit_s = self._config.request_timeout_s
+        task = asyncio.ensure_future(request)
+        self._in_flight.add(task)
+        deadline = self._running_clock() + limit_s
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=max(0.05, deadline - self._running_clock()))
+                if not task.done() and self._running_clock() >= deadline:
+                    raise EngineTimeoutError(f"{self._describe()} did not finish a request in {limit_s:g} s")
+            if task.cancelled():
+                raise EngineDeadError(f"{self.name} was closed, or its weights broke, with the request in flight")
+            return task.result()
+        finally:
+            task.cancel()
+            self._in_flight.discard(task)
+
+    def _running_clock(self) -> float:
+        """Seconds, standing still while the engine is paused."""
+        now = time.monotonic() if self._paused_at is None else self._paused_at
+        return now - self._paused_s
+
+    def _abort_soon(self, request_id: str) -> None:
+        async def abort() -> None:
+            try:
+                await self._abort(request_id)
+            except EngineError:
+                return  # a server that is gone has nothing left to abort
+
+        task = asyncio.create_task(abort())
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    # Control ----------------------------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        async with self._control:
+            await self._hold(drop_kv=False)
+            if self._paused_at is None:
+                self._paused_at = time.monotonic()
+
+    async def resume(self) -> None:
+        async with self._control:
+            await self._release()
+            if self._paused_at is not None:
+                self._paused_s += time.monotonic() - self._paused_at
+                self._paused_at = None
+
+    async def health(self) -> EngineHealth:
+        await self._ping()
+        waiting = max(0, len(self._in_flight) - self._config.max_running_requests)
+        return EngineHealth(
+            policy_version=self._policy_version,
+            num_running=len(self._in_flight) - waiting,
+            num_waiting=waiting,
+            prompt_tokens=self._totals.prompt_tokens,
+            cached_tokens=self._totals.cached_tokens,
+            generated_tokens=self._totals.generated_tokens,
+        )
+
+    async def update_weights(self, update: WeightUpdate) -> None:
+        async with self._control:
+            self._client()
+            manifest = update.manifest
+            if manifest.checksum == self._checksum and not self._broken:
+                if manifest.policy_version == self._policy_version:
+                    return  # synced once more, as before re-admission
+                raise WeightSyncError(
+                    f"weights version {manifest.policy_version} are those of version {self._policy_version}"
+                )
+            with weight_folder(update, folders=self._weight_folders()) as (folder, tensors):
+                self._require_names({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+                await self._replace_weights(folder, tensors, manifest.policy_version)
+            self._checksum, self._policy_version = manifest.checksum, manifest.policy_version
+
+    async def _replace_weights(self, folder: Path, tensors: dict[str, torch.Tensor], policy_version: int) -> None:
+        try:
+            before = await self._digests()
+            await self._hold(drop_kv=True)
+            self._broken = f"version {policy_version} was not loaded to its end"
+            await self._load(folder)
+            await self._flush_cache()
+            await self._require_loaded(before, tensors)
+            await self._set_version(policy_version)
+            self._broken = ""
+        except EngineError as error:
+            for task in self._in_flight:
+                task.cancel()
+            raise WeightSyncError(f"weights version {policy_version}: {error}") from error
+        finally:
+            if self._paused_at is None:
+                await self._release()
+
+    def _weight_folders(self) -> tuple[Path, ...]:
+        if self._process is None:
+            return (Path("/dev/shm"), self._log_path.parent)
+        if self._config.weight_sync == "disk":
+            return (self._process.scratch,)
+        return (self._process.shared_scratch, self._process.scratch)
+
+    def _require_names(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        wrong = sorted(name for name in shapes.keys() | self._shapes if shapes.get(name) != self._shapes.get(name))
+        if wrong:
+            raise WeightSyncError(
+                f"{len(wrong)} weights are missing, unknown or of another shape than in {self._policy_path}, "
+                f"such as {wrong[0]}: {shapes.get(wrong[0])} instead of {self._shapes.get(wrong[0])}"
+            )
+
+    async def _require_loaded(self, before: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+        found = await self._digests()
+        if found == before:
+            raise WeightSyncError(f"{self.name} holds the same weights as before")
+        expected = await asyncio.to_thread(expected_digests, tensors, self._dtype)
+        wrong = sorted(name for name in self._readable if not _matches(found[name], expected.get(name)))
+        if wrong:
+            raise WeightSyncError(f"{self.name} holds other weights than were sent: {wrong[:3]} (of {len(wrong)})")
+
+
+def _matches(found: str, expected: str | None) -> bool:
+    """Engines report all 64 hexadecimal digits of a SHA-256, or its first 16."""
+    return expected is not None and len(found) in (16, 64) and expected.startswith(found)
+
+
+def version_spans(spans: Sequence[dict[str, Reply]]) -> tuple[VersionSpan, ...]:
+    """[{"version": "3", "start": 0, "end": 5}, ...] as servers report them, neighbours of one version joined."""
+    found: list[VersionSpan] = []
+    for span in spans:
+        if not found or found[-1].policy_version != int(span["version"]):
+            found.append(VersionSpan(int(span["start"]), int(span["version"])))
+    return tuple(found)

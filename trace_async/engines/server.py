@@ -1,0 +1,125 @@
+"""The process of an inference server: started, watched and stopped so that nothing of it is left behind."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trace_async.config import ConfigError
+from trace_async.engine import EngineError
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+GUARD = Path(__file__).with_name("guard.py")
+SHARED_MEMORY = Path("/dev/shm")
+GRACE_S = 5.0
+STOP_LIMIT_S = GRACE_S + 20.0
+LOG_TAIL_LINES = 25
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU. Asks the system, since the trainer's torch may be a CPU build."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def engine_python(backend: str, configured: str) -> str:
+    """The interpreter of an engine's own environment; ConfigError names the command that builds it."""
+    python = Path(configured) if configured else PROJECT_ROOT / ".venvs" / backend / "bin" / "python"
+    if not python.is_file():
+        raise ConfigError(
+            f"engine.python={configured or python}: not found; run `bash scripts/setup_engines.sh {backend}`, "
+            f"or set engine.python to an interpreter that has {backend}"
+        )
+    return str(python)
+
+
+def command_line_flags(arguments: Mapping[str, object]) -> list[str]:
+    """{"max_num_seqs": 64, "enforce_eager": True, "other": False} → --max-num-seqs 64 --enforce-eager."""
+    flags: list[str] = []
+    for name, value in arguments.items():
+        if value is False or value is None:
+            continue
+        flags.append("--" + name.replace("_", "-"))
+        if value is not True:
+            flags.append(str(value))
+    return flags
+
+
+class ServerProcess:
+    """One server behind a guard process (guard.py), in a process group of its own, writing to `log_path`.
+
+    `scratch`: private folder on disk, also the server's TMPDIR; `shared_scratch`: the same in shared memory. Both are
+    removed with the process, even when our own process is killed.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, log_path: Path) -> None:
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.scratch = Path(tempfile.mkdtemp(prefix="trace_async_"))
+        shared_root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        self.shared_scratch = Path(tempfile.mkdtemp(prefix="trace_async_", dir=shared_root))
+        folders = f"{self.scratch}:{self.shared_scratch}"
+        # `-I`: the guard must not import anything of the server's PYTHONPATH.
+        guard = [sys.executable, "-I", str(GUARD), str(GRACE_S), folders, "--", *command]
+        with log_path.open("ab") as log:
+            self._guard = subprocess.Popen(
+                guard,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment, "TMPDIR": str(self.scratch)},
+                cwd=self.scratch,
+                start_new_session=True,
+            )
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while the server runs; 128 + the signal's number when a signal ended it."""
+        return self._guard.poll()
+
+    def remember_shared_memory(self) -> None:
+        """Notes what the server holds in /dev/shm now (call it when it is ready), to be removed after its end."""
+        assert self._guard.stdin is not None
+        try:
+            self._guard.stdin.write(b"remember\n")
+            self._guard.stdin.flush()
+        except BrokenPipeError:
+            return  # it has just ended, which the next request reports
+
+    def process_ids(self) -> list[int]:
+        """The server's processes, the leader of their group first (empty when it has ended)."""
+        children = Path(f"/proc/{self._guard.pid}/task/{self._guard.pid}/children")
+        try:
+            leaders = [int(pid) for pid in children.read_text().split()]
+        except FileNotFoundError:
+            return []
+        found = list(leaders)
+        for parent in found:
+            for task in Path(f"/proc/{parent}/task").glob("*/children"):
+                found.extend(int(pid) for pid in task.read_text().split())
+        return found
+
+    def log_tail(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join(lines)
+
+    async def stop(self) -> None:
+        """SIGTERM, then SIGKILL, to the whole group; returns when nothing of it is left."""
+        assert self._guard.stdin is not None
+        if not self._guard.stdin.closed:
+            self._guard.stdin.close()
+        try:
+            await asyncio.to_thread(self._guard.wait, STOP_LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            self._guard.kill()
+            raise EngineError(f"the server of {self.log_path} did not end within {STOP_LIMIT_S:.0f} s") from error

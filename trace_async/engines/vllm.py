@@ -1,0 +1,141 @@
+"""vLLM 0.32 as an engine. Recipe and traps: docs/engines.md."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from trace_async.engine import EngineError, EngineRequestError
+from trace_async.engines.http_client import Reply
+from trace_async.engines.http_engine import HttpEngine, version_spans
+from trace_async.engines.server import command_line_flags, engine_python
+from trace_async.types import Completion, FinishReason, SamplingParams
+
+BLOCK_TOKENS = 32
+EMPTY_DIGEST = hashlib.sha256().hexdigest()
+
+
+class VLLMEngine(HttpEngine):
+    """vLLM's server with its prefix cache on, in blocks of 32 tokens; see HttpEngine for limits and weight updates.
+
+    Log-probabilities are those of the processed distribution, so they are at the sampling temperature but would be
+    renormalised by top-p and top-k; such requests are refused rather than answered with numbers of another meaning.
+    """
+
+    name = "vllm"
+
+    def _command(self, port: int) -> tuple[list[str], dict[str, str]]:
+        config = self._config
+        arguments: dict[str, object] = {
+            "model": self._policy_path,
+            "host": "127.0.0.1",
+            "port": port,
+            "dtype": config.dtype,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "max_num_seqs": config.max_running_requests,
+            "max_model_len": self._max_context_tokens,
+            "seed": self._seed,
+            "enable_prefix_caching": config.prefix_cache,
+            "no_enable_prefix_caching": not config.prefix_cache,
+            # By default 16 on GPUs, and 128 on the CPU, where shorter shared prefixes would never hit.
+            "block_size": BLOCK_TOKENS,
+            "kv_cache_memory_bytes": config.kv_cache_tokens * self._kv_bytes_per_token() or None,
+            "logprobs_mode": "processed_logprobs",
+            "enable_scale_out": True,
+            "enable_prompt_tokens_details": True,
+        }
+        environment = {
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": "",
+            "OMP_NUM_THREADS": str(config.num_threads),
+            # Opens the endpoints for weight updates and pauses; the server listens on the loopback interface only.
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if not self._on_gpu:
+            arguments |= {"enforce_eager": True}
+            environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
+        arguments |= config.server_args
+        # `vllm serve` fails on the name of the CPU package.
+        module = "vllm.entrypoints.openai.api_server"
+        return [engine_python(self.name, config.python), "-m", module, *command_line_flags(arguments)], environment
+
+    def _kv_bytes_per_token(self) -> int:
+        """Per GPU."""
+        shape = json.loads((self._policy_path / "config.json").read_text())
+        head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+        heads = -(-shape["num_key_value_heads"] // self._config.tensor_parallel_size)
+        return int(2 * shape["num_hidden_layers"] * heads * head_dim * self._dtype.itemsize)
+
+    def _generate_request(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, sample: int
+    ) -> tuple[str, Reply]:
+        if params.top_p < 1 or params.top_k:
+            raise EngineRequestError(
+                "vllm cannot give log-probabilities of the untruncated distribution: "
+                "set sampling.top_p=1 and sampling.top_k=0, or engine.backend=sglang"
+            )
+        sampling: dict[str, object] = {
+            "temperature": params.temperature,
+            "max_tokens": params.max_new_tokens,
+            "stop_token_ids": list(params.stop_token_ids),
+            "stop": list(params.stop),
+            "include_stop_str_in_output": True,
+            # Only what the request names ends a turn; the model directory may name other tokens.
+            "ignore_eos": True,
+            "logprobs": 0,
+            "seed": None if params.seed is None else (params.seed * 1_000_003 + sample) % 2**63,
+        }
+        return "/inference/v1/generate", {
+            "request_id": request_id,
+            "token_ids": list(prompt),
+            "sampling_params": sampling,
+            "cache_salt": f"policy_version={self._policy_version}",
+        }
+
+    def _completion(self, reply: Reply) -> Completion:
+        (choice,) = reply["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise EngineError(f"{self._describe()} ended a request with {choice['finish_reason']!r}")
+        reason: FinishReason = choice["finish_reason"]
+        usage = reply["usage"]
+        return Completion(
+            token_ids=tuple(choice["token_ids"]),
+            logprobs=tuple(entry["logprob"] for entry in choice["logprobs"]["content"]),
+            version_spans=version_spans(choice["weight_versions"]),
+            finish_reason=reason,
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+        )
+
+    async def _abort(self, request_id: str) -> None:
+        await self._post("/abort_requests", {"request_ids": [f"generate-tokens-{request_id}"]})
+
+    async def _ping(self) -> None:
+        # Asks the engine core, so it fails when that hangs; it also answers while paused.
+        await self._get("/is_paused")
+
+    async def _hold(self, *, drop_kv: bool) -> None:
+        await self._post("/pause?mode=keep&clear_cache=false")
+
+    async def _release(self) -> None:
+        await self._post("/resume")
+
+    async def _set_version(self, policy_version: int) -> None:
+        await self._post("/update_weight_version", {"new_version": str(policy_version)})
+
+    async def _load(self, folder: Path) -> None:
+        # Not `load_weights`, which leaves weights corrupt that were repacked for their kernels.
+        await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+
+    async def _flush_cache(self) -> None:
+        reply = await self._post("/reset_prefix_cache?reset_running_requests=true")
+        if not reply["success"]:
+            raise EngineError(f"{self._describe()} did not clear its prefix cache")
+
+    async def _digests(self) -> dict[str, str]:
+        reply = await self._post("/weight_checker", {"action": "checksum"})
+        # Names come as "dp0:pp0:pcp0:tp0:model.…". What was repacked on the CPU reads back as empty.
+        digests = {name.removeprefix("dp0:pp0:pcp0:tp0:"): digest for name, digest in reply["checksums"].items()}
+        return {name: digest for name, digest in digests.items() if digest != EMPTY_DIGEST}
