@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 EngineBackend = Literal["torch", "sglang", "vllm", "fake"]
 Stage1Rule = Literal["uniform", "point", "beta", "thompson", "pcl", "vip", "dapo"]
@@ -117,6 +118,12 @@ class BudgetConfig:
         _require(self.stage2_rounds >= 1, "budget.stage2_rounds", self.stage2_rounds, "must be ≥ 1")
         _require(self.warmup_rounds >= 0, "budget.warmup_rounds", self.warmup_rounds, "must be ≥ 0")
         _require(
+            self.pool_size * self.min_rollouts <= self.root_rollouts,
+            "budget.min_rollouts",
+            self.min_rollouts,
+            f"pool_size·min_rollouts must not exceed root_rollouts={self.root_rollouts}",
+        )
+        _require(
             self.pool_size * self.max_rollouts >= self.root_rollouts,
             "budget.pool_size",
             self.pool_size,
@@ -129,24 +136,36 @@ class PredictorConfig:
     """The value model that estimates V(H); it steers the allocation and never enters the policy's gradient.
 
     `path`: Hugging Face directory to start from; empty: the start policy's own weights (its first `num_layers`
-    layers, 0: all). `replay_trees`: the last finished trees it is trained on. `prior_strength`: how many pseudo
-    rollouts its estimate is worth beside a prompt's own counts.
+    layers, 0: all). Its head learns `head_lr_scale` times as fast as the rest. `loss`: mse (the paper's) | bce.
+    `replay_trees`: the last finished trees it is trained on. `prior_strength`: how many pseudo rollouts its estimate
+    is worth beside a prompt's own counts; with `fit_prior_strength` only at first, then fitted to what came out. A
+    prompt's counts lose half their weight every `count_half_life` policy versions (0: never).
     """
 
     path: str = ""
     num_layers: int = 0
     learning_rate: float = 1e-3
+    head_lr_scale: float = 1.0
+    weight_decay: float = 0.01
+    loss: Literal["mse", "bce"] = "bce"
     steps_per_update: int = 2
     trees_per_step: int = 48
     replay_trees: int = 512
     prior_strength: float = 4.0
+    fit_prior_strength: bool = True
+    count_half_life: float = 8.0
     num_threads: int = 1
 
     def __post_init__(self) -> None:
+        _require(self.num_layers >= 0, "predictor.num_layers", self.num_layers, "must be ≥ 0 (0: all)")
         _require(self.learning_rate > 0, "predictor.learning_rate", self.learning_rate, "must be > 0")
+        _require(self.head_lr_scale > 0, "predictor.head_lr_scale", self.head_lr_scale, "must be > 0")
+        _require(self.weight_decay >= 0, "predictor.weight_decay", self.weight_decay, "must be ≥ 0")
         _require(self.steps_per_update >= 0, "predictor.steps_per_update", self.steps_per_update, "must be ≥ 0")
         _require(self.trees_per_step >= 1, "predictor.trees_per_step", self.trees_per_step, "must be ≥ 1")
+        _require(self.replay_trees >= 1, "predictor.replay_trees", self.replay_trees, "must be ≥ 1")
         _require(self.prior_strength > 0, "predictor.prior_strength", self.prior_strength, "must be > 0")
+        _require(self.count_half_life >= 0, "predictor.count_half_life", self.count_half_life, "must be ≥ 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,7 +364,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             merged = OmegaConf.merge(merged, OmegaConf.load(path))
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         where = f"{path}: " if path is not None else ""
         raise ConfigError(f"{where}{str(error).strip()}") from error
     assert isinstance(config, Config)

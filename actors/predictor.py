@@ -1,0 +1,75 @@
+"""PredictorActor: the value model behind Ray. Questions that wait together are answered by one forward."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from trace_async.config import Config
+from trace_async.estimates import Estimates
+from trace_async.predictor import ValuePredictor
+from trace_async.tree import RolloutTree
+from trace_async.types import PrefixQuery
+
+
+class PredictorActor:
+    """All methods run in the actor's one event loop. Training lets waiting questions in between its steps."""
+
+    def __init__(self, config: Config, policy_path: str) -> None:
+        torch.set_num_threads(config.predictor.num_threads)
+        device = "cuda" if config.actors.predictor_gpus > 0 else "cpu"
+        self.predictor = ValuePredictor(config.predictor, policy_path, seed=config.seed, device=device)
+        self.waiting: list[PrefixQuery] = []
+        self.forward: asyncio.Task[list[np.ndarray]] | None = None
+        self.training = asyncio.Lock()
+
+    async def ready(self) -> None:
+        """Returns once the model is loaded."""
+
+    async def values(self, queries: Sequence[PrefixQuery]) -> list[np.ndarray]:
+        """V at each position of each query; see `ValuePredictor.predict`."""
+        if self.forward is None:
+            self.forward = asyncio.create_task(self._answer_waiting())
+        start = len(self.waiting)
+        self.waiting.extend(queries)
+        return (await asyncio.shield(self.forward))[start : start + len(queries)]
+
+    async def _answer_waiting(self) -> list[np.ndarray]:
+        # One turn of the loop, so that calls that have already arrived join this forward.
+        await asyncio.sleep(0)
+        queries, self.waiting, self.forward = self.waiting, [], None
+        return self.predictor.predict(queries)
+
+    async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
+        """Beta posteriors of candidate prompts; see `ValuePredictor.estimate`."""
+        return self.predictor.estimate(task_ids, queries)
+
+    async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+        """Learn from the trees of one update. `predictor/…`: how good the values were before, the loss, and `busy_s`,
+        seconds of all its work since the last call."""
+        async with self.training:
+            metrics = self.predictor.observe(trees, policy_version)
+            losses = []
+            for batch in self.predictor.draw(trees):
+                await asyncio.sleep(0)
+                losses.append(self.predictor.train_step(batch))
+            if losses:
+                metrics["loss"] = float(np.mean(losses))
+            metrics["busy_s"], self.predictor.busy_s = self.predictor.busy_s, 0.0
+            return {f"predictor/{name}": value for name, value in metrics.items()}
+
+    async def save(self, directory: str) -> None:
+        async with self.training:
+            self.predictor.save(directory)
+
+    async def load(self, directory: str) -> None:
+        self.predictor.load(directory)
+
+
+def remote_predictor(config: Config, policy_path: str) -> ActorHandle:
+    """Starts the actor; `policy_path`: what its model starts from unless `predictor.path` says otherwise."""
+    actor = ray.remote(num_cpus=config.predictor.num_threads, num_gpus=config.actors.predictor_gpus)(PredictorActor)
+    return actor.remote(config, policy_path)
