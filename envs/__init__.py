@@ -24,9 +24,9 @@ def load_domain(config: EnvConfig) -> Domain:
     module_name, colon, class_name = target.partition(":")
     if not colon or not module_name or not class_name:
         near = difflib.get_close_matches(config.name, BUILT_IN, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}" if near else ""
         raise ConfigError(
-            f"env.name={config.name}: no such environment{hint} Built in: {', '.join(BUILT_IN)}; "
+            f"env.name={config.name}: no such environment{hint}. Built in: {', '.join(BUILT_IN)}; "
             "or name your own as package.module:Class"
         )
     try:

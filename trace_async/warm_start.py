@@ -17,6 +17,7 @@ from random import Random
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trace_async.config import PolicyConfig
@@ -131,6 +132,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, config: PolicyConfig) -> Qwe
     num_heads = config.hidden_size // _HEAD_SIZE
     return Qwen3ForCausalLM(
         Qwen3Config(
+            architectures=["Qwen3ForCausalLM"],
+            dtype="float32",
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
             intermediate_size=3 * config.hidden_size,
@@ -214,7 +217,11 @@ def _save_at_once(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, d
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".partial-{directory.name}-{os.getpid()}")
     try:
-        model.save_pretrained(partial, safe_serialization=True)
+        partial.mkdir()
+        # Not save_pretrained: it loads DeepSpeed where that is installed and draws a progress bar of its own.
+        tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        model.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(directory)
     except OSError:
