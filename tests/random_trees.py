@@ -1,0 +1,58 @@
+"""Random finished trees for tests: deep branches, several continuations at one turn, mixed policy versions."""
+
+import random
+
+from trace_async.tree import Node, Rollout, RolloutTree
+from trace_async.types import Task, VersionSpan
+
+TASK = Task(id="t", domain="test", kind="test", data={})
+
+
+def random_tree(
+    rng: random.Random,
+    *,
+    vocab: int = 64,
+    prompt_tokens: int = 6,
+    roots: int = 3,
+    max_turns: int = 4,
+    continuations: int = 4,
+    max_turn_tokens: int = 6,
+    policy_version: int = 2,
+) -> RolloutTree:
+    """Turns of 1 … max_turn_tokens tokens, some all generated, some a single token; continuations of continuations."""
+    nodes = [
+        Node(
+            parent=-1, rollout=-1, token_ids=tuple(rng.randrange(vocab) for _ in range(prompt_tokens)), num_generated=0
+        )
+    ]
+    rollouts: list[Rollout] = []
+
+    def write(anchor: int, kind: str) -> None:
+        parent = anchor
+        for _ in range(rng.randint(1, max_turns)):
+            length = rng.randint(1, max_turn_tokens)
+            generated = rng.randint(1, length)
+            spans = [VersionSpan(0, rng.randint(policy_version - 2, policy_version))]
+            if generated > 2:
+                spans.append(VersionSpan(rng.randint(1, generated - 1), policy_version))
+            nodes.append(
+                Node(
+                    parent=parent,
+                    rollout=len(rollouts),
+                    token_ids=tuple(rng.randrange(vocab) for _ in range(length)),
+                    num_generated=generated,
+                    logprobs=tuple(rng.uniform(-5, -3) for _ in range(generated)),
+                    version_spans=tuple(spans),
+                )
+            )
+            parent = len(nodes) - 1
+        rollouts.append(Rollout(kind=kind, anchor=anchor, leaf=parent, reward=float(rng.random() < 0.5)))
+
+    for _ in range(roots):
+        write(0, "root")
+    for _ in range(continuations):
+        leaves = {rollout.leaf for rollout in rollouts}
+        inner = [node for node in range(1, len(nodes)) if node not in leaves]
+        if inner:
+            write(rng.choice(inner), "continuation")
+    return RolloutTree(task=TASK, nodes=tuple(nodes), rollouts=tuple(rollouts), policy_version_started=policy_version)

@@ -1,0 +1,201 @@
+"""What is particular to DeepSpeed: starting a rank quietly, its configuration, and whole tensors by name.
+
+ZeRO stages keep parameters and optimizer state in different places; here they are read and written as full fp32
+tensors by name, so that weights and checkpoints know nothing of stages and numbers of ranks. DeepSpeed is imported
+inside the functions only.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from trace_async.config import ConfigError, LearnerConfig
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+# Settings that the learner itself sets; `learner.deepspeed` may not contradict them.
+_OWN_OPTIONS = frozenset(
+    {"bf16", "fp16", "gradient_accumulation_steps", "managed_gradient_accumulation", "optimizer", "scheduler"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankAddress:
+    """Where this process stands among the learner's ranks, and where they meet."""
+
+    rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of torch.distributed's `env://`."""
+        return {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """DeepSpeed logs and prints to stdout, which belongs to the user."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def join_ranks(address: RankAddress, device: torch.device, timeout_s: float) -> None:
+    """Start torch.distributed through DeepSpeed: gloo on the CPU, nccl on CUDA. Waits at most `timeout_s`."""
+    os.environ.update(address.environment)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    with stdout_to_stderr():
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # A shared-memory all-reduce that would be compiled for half a minute at the first start.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="gloo" if device.type == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+
+
+def deepspeed_options(config: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's JSON: ours, with `learner.deepspeed` merged over it. Raises ConfigError on what is ours to set."""
+    taken = sorted(_OWN_OPTIONS & config.deepspeed.keys())
+    if taken:
+        raise ConfigError(f"learner.deepspeed={taken}: set by the learner itself; use its own settings")
+    own: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0 if _is_plain(config) else config.max_grad_norm,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": {"stage": config.zero_stage},
+        # Own AdamW beside CPU offload; the compiled DeepSpeedCPUAdam is not required.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return _merged(own, config.deepspeed)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def make_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, config: LearnerConfig) -> Any:
+    """The DeepSpeed engine around `module` (all that is called in training happens in its forward)."""
+    if _is_plain(config):
+        _clip_before_step(optimizer, config.max_grad_norm)
+    with stdout_to_stderr():
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_options(config))
+    return engine
+
+
+def _is_plain(config: LearnerConfig) -> bool:
+    """ZeRO 0 in fp32: DeepSpeed steps our optimizer itself, and then does not tell the gradient norm."""
+    return config.zero_stage == 0 and config.dtype == "float32"
+
+
+def _clip_before_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    def clip(adam: Any, _args: Any, _kwargs: Any) -> None:
+        parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
+        # The attribute from which DeepSpeed's get_global_grad_norm reads.
+        adam._global_grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+@contextlib.contextmanager
+def whole_parameters(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+    """Inside, these parameters are whole on every rank (ZeRO-3 partitions them); `write` scatters rank 0's changes."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0 if write else None):
+        yield
+
+
+def read_training_state(engine: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """`value` and, where the optimizer has it, `exp_avg` and `exp_avg_sq`: full fp32 tensors. Called on all ranks."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if not _is_partitioned(parameter):
+        state = engine.optimizer.state.get(parameter, {})
+        found = {"value": parameter.detach().float()}
+        return found | {key: state[key].float() for key in ADAM_STATE if key in state}
+    found = {"value": safe_get_full_fp32_param(parameter)}
+    for key in ADAM_STATE:
+        found[key] = safe_get_full_optimizer_state(parameter, key)
+    return {key: tensor.view(_full_shape(parameter)) for key, tensor in found.items()}
+
+
+def write_training_state(engine: Any, parameter: nn.Parameter, state: Mapping[str, torch.Tensor]) -> None:
+    """The inverse of `read_training_state`, called on all ranks with the same full tensors."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    with whole_parameters([parameter], write=True), torch.no_grad():
+        parameter.copy_(state["value"])
+    if not _is_partitioned(parameter):
+        if ADAM_STATE[0] in state:
+            adam = engine.optimizer.state[parameter]
+            for key in ADAM_STATE:
+                adam[key] = state[key].to(parameter.device, parameter.dtype, copy=True)
+        return
+    device = parameter.device
+    safe_set_full_fp32_param(parameter, state["value"].to(device))
+    for key in ADAM_STATE:
+        if key in state:
+            safe_set_full_optimizer_state(parameter, state[key].to(device), key)
+
+
+def read_adam_steps(engine: Any) -> float:
+    """How many optimizer steps AdamW has counted (0 before the first)."""
+    steps = [float(state["step"]) for state in _adam(engine).state.values() if "step" in state]
+    return max(steps, default=0.0)
+
+
+def write_adam_steps(engine: Any, steps: float) -> None:
+    """Set AdamW's step count, on which its bias correction depends."""
+    for state in _adam(engine).state.values():
+        if state:
+            state["step"] = torch.tensor(steps, dtype=torch.float32)
+
+
+def _adam(engine: Any) -> torch.optim.Optimizer:
+    optimizer = engine.optimizer
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed keeps an fp32 copy of its own (ZeRO 1–3, bf16)."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,348 @@
+"""One DeepSpeed rank: finished trees in, a policy one version further out.
+
+    trees ─ credit (advantage) ─ normalised (loss) ─ pieces ─ micro-batches, balanced over the ranks (packing)
+          └─ forward, loss, backward per micro-batch ─ one optimizer step per minibatch
+
+Every rank is given the same trees and plans the same way, so ranks exchange gradients and metrics, never data.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from trace_async.advantage import NodeCredit, compute_credits
+from trace_async.config import Config, ConfigError, LearnerConfig
+from trace_async.deepspeed_engine import RankAddress, join_ranks, make_deepspeed
+from trace_async.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
+from trace_async.packing import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
+from trace_async.policy import load_model
+from trace_async.policy_weights import add_lora, policy_tensors
+from trace_async.tree import RolloutTree
+from trace_async.tree_attention import AttentionKind, attention_for, hidden_states, prepare_model
+from trace_async.weights import WeightUpdate, pack_weights
+
+
+class LearnerError(Exception):
+    """An update went wrong: no weight changed, or a loss is not finite. Go on from the last checkpoint."""
+
+
+class TokenLogprobs(nn.Module):
+    """The policy as DeepSpeed sees it: a packed batch in, log-probabilities and entropies [E] of its entries out."""
+
+    def __init__(self, policy: Any, kind: AttentionKind, *, temperature: float, chunk_tokens: int, entropy: bool):
+        super().__init__()
+        self.policy = policy
+        self._kind = kind
+        self._temperature = temperature
+        self._chunk_tokens = chunk_tokens
+        self._entropy = entropy
+
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden_states(self.policy, batch.layout, self._kind)
+        return entry_logprobs(
+            self.policy.get_output_embeddings(),
+            hidden,
+            batch.entries.rows,
+            batch.entries.labels,
+            temperature=self._temperature,
+            chunk_tokens=self._chunk_tokens,
+            with_entropy=self._entropy,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Minibatch:
+    """What one optimizer step trains on, on this rank."""
+
+    batches: tuple[PackedBatch, ...]
+    num_pieces: int
+
+
+class Learner:
+    """`rank` of `world_size`; all ranks must make the same calls with the same arguments, in the same order."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy_path: Path,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        master_addr: str = "127.0.0.1",
+        master_port: int = 29500,
+    ) -> None:
+        self._config = config
+        self._policy_path = policy_path
+        self._rank, self._world_size = rank, world_size
+        self._device = resolve_device(config.learner.device, rank)
+        if self._device.type == "cpu":
+            torch.set_num_threads(config.learner.num_threads)
+        address = RankAddress(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port)
+        join_ranks(address, self._device, config.learner.step_timeout_s)
+        torch.manual_seed(config.seed)
+        self._module = self._make_module(load_policy(config, policy_path))
+        self._reference = self._make_reference()
+        trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        adam = torch.optim.AdamW(
+            trained,
+            lr=config.learner.learning_rate,
+            betas=(config.learner.adam_beta1, config.learner.adam_beta2),
+            weight_decay=config.learner.weight_decay,
+        )
+        self._engine = make_deepspeed(self._module, adam, config.learner)
+        self._steps = 0
+
+    @property
+    def policy(self) -> Any:
+        """The transformers model that is trained (its parameters may be partitioned)."""
+        return self._module.policy
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine, for checkpoint.py."""
+        return self._engine
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps so far, over all updates."""
+        return self._steps
+
+    @num_steps.setter
+    def num_steps(self, steps: int) -> None:
+        self._steps = steps
+
+    def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+        """Train the policy, which is at `policy_version`, on `trees` (on every rank all of them); metrics of all ranks.
+
+        `updated` is 0 and nothing is touched when no token has credit. Asserts `actors.max_staleness`. Raises
+        LearnerError when a loss is not finite or no weight changed.
+        """
+        started = time.perf_counter()
+        self._assert_fresh(trees, policy_version)
+        minibatches = self._plan_all(trees)
+        minibatches = [minibatch for minibatch in minibatches if minibatch.num_pieces]
+        if not minibatches:
+            return {"updated": 0.0, "seconds": time.perf_counter() - started}
+        before = self._fingerprint()
+        correcting = self._config.loss.correction != "none"
+        proximal = [
+            self._no_grad(self._engine, m) if correcting and len(minibatches) > 1 else None for m in minibatches
+        ]
+        first, metrics = LossMetrics(), LossMetrics()
+        grad_norms = []
+        for index, (minibatch, anchors) in enumerate(zip(minibatches, proximal, strict=True)):
+            grad_norms.append(
+                self._step(minibatch, anchors, [metrics, first] if index == 0 else [metrics], policy_version)
+            )
+        if not self._changed(before):
+            raise LearnerError(f"update at version {policy_version}: no weight changed (grad norms {grad_norms})")
+        unique = self._sum([batch.layout.num_tokens for m in minibatches for batch in m.batches])
+        result = self._reduced(metrics).result()
+        # Only before the first step is the gap to the generator one of engines and staleness, not of learning.
+        start = self._reduced(first).result()
+        result |= {name: start[name] for name in start if name.startswith("mismatch")}
+        result["loss"] /= len(minibatches)
+        return result | {
+            "updated": 1.0,
+            "grad_norm": float(np.mean(grad_norms)),
+            "learning_rate": self._engine.optimizer.param_groups[0]["lr"],
+            "packed_tokens": unique,
+            "optimizer_steps": float(self._steps),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def weights(self, policy_version: int) -> WeightUpdate | None:
+        """The policy's weights by their Hugging Face names, LoRA merged, on rank 0 (None elsewhere).
+
+        Tied tensors appear once. Under ZeRO-3 a bucket at a time is whole on the ranks; only rank 0 keeps copies, on
+        the host.
+        """
+        tensors = {}
+        for name, tensor in policy_tensors(self.policy):
+            if self._rank == 0:
+                tensors[name] = tensor.detach().to("cpu", copy=True)
+        return pack_weights(tensors, policy_version) if self._rank == 0 else None
+
+    def close(self) -> None:
+        """Leave the group of ranks."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _make_module(self, policy: Any) -> TokenLogprobs:
+        learner = self._config.learner
+        kind = attention_for(self._device, flat=learner.packing == "flat")
+        prepare_model(policy, kind)
+        return TokenLogprobs(
+            policy.to(self._device),
+            kind,
+            temperature=self._config.sampling.temperature,
+            chunk_tokens=learner.logprob_chunk_tokens,
+            entropy=True,
+        )
+
+    def _make_reference(self) -> TokenLogprobs | None:
+        """The start policy, frozen, when KL holds to it."""
+        if not self._config.loss.kl_loss_coef:
+            return None
+        policy = load_model(self._policy_path, dtype=self._config.learner.dtype)
+        return self._make_module(policy).requires_grad_(False)
+
+    def _assert_fresh(self, trees: Sequence[RolloutTree], policy_version: int) -> None:
+        for tree in trees:
+            staleness = policy_version - tree.oldest_policy_version
+            assert 0 <= staleness <= self._config.actors.max_staleness, (
+                f"tree of task {tree.task.id}: staleness {staleness} is not within "
+                f"0..actors.max_staleness={self._config.actors.max_staleness}"
+            )
+
+    def _plan_all(self, trees: Sequence[RolloutTree]) -> list[_Minibatch]:
+        loss = self._config.loss
+        credits = compute_credits(loss.advantage, trees, normalize_std=loss.normalize_std)
+        parts = _split(trees, self._config.learner.minibatches)
+        return [self._plan([trees[i] for i in part], [credits[i] for i in part]) for part in parts]
+
+    def _plan(self, trees: Sequence[RolloutTree], credits: Sequence[NodeCredit]) -> _Minibatch:
+        loss, learner = self._config.loss, self._config.learner
+        credits = normalize_credits(trees, credits, loss.aggregation)
+        pieces = [
+            piece
+            for index, (tree, credit) in enumerate(zip(trees, credits, strict=True))
+            for piece in pieces_of(
+                index,
+                tree,
+                credit,
+                packing=learner.packing,
+                max_tokens=learner.max_tokens_per_micro_batch,
+                every_weight=bool(loss.kl_loss_coef or loss.entropy_coef),
+            )
+        ]
+        if not pieces:
+            return _Minibatch(batches=(), num_pieces=0)
+        ranks = plan_micro_batches(pieces, num_ranks=self._world_size, max_tokens=learner.max_tokens_per_micro_batch)
+        batches = [self._packed(trees, credits, part, pieces) for part in ranks[self._rank]]
+        return _Minibatch(batches=tuple(batches), num_pieces=len(pieces))
+
+    def _packed(
+        self, trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], part: list[Piece], pieces: list[Piece]
+    ) -> PackedBatch:
+        """A micro-batch on the device. An empty one, which keeps ranks in step, computes a small piece for nothing."""
+        if part:
+            return pack(trees, credits, part).to(self._device)
+        smallest = min(pieces, key=lambda piece: piece.num_tokens)
+        return pack(trees, credits, [smallest]).without_credit().to(self._device)
+
+    def _step(
+        self,
+        minibatch: _Minibatch,
+        proximal: list[torch.Tensor] | None,
+        counters: list[LossMetrics],
+        policy_version: int,
+    ) -> float:
+        """Backward through all micro-batches, one optimizer step; returns the gradient norm before clipping."""
+        loss_config = self._config.loss
+        reference = self._no_grad(self._reference, minibatch) if self._reference is not None else None
+        self._module.train()
+        for index, batch in enumerate(minibatch.batches):
+            logprobs, entropy = self._engine(batch)
+            terms = LossTerms(
+                learner_logprobs=logprobs,
+                entropy=entropy,
+                proximal_logprobs=proximal[index] if proximal else logprobs.detach(),
+                reference_logprobs=reference[index] if reference else None,
+            )
+            loss, clipped = policy_loss(batch.entries, terms, loss_config)
+            if not torch.isfinite(loss):
+                raise LearnerError(f"update at version {policy_version}: the loss is {loss.item()}")
+            if batch.has_credit:
+                for counter in counters:
+                    counter.add(batch.entries, terms, loss, clipped, policy_version)
+            # DeepSpeed averages over ranks; the entries are normalised over the whole minibatch already.
+            self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self._engine.step()
+        self._steps += 1
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            raise LearnerError(f"update at version {policy_version}: the gradient norm is {norm}")
+        return norm
+
+    def _no_grad(self, model: Any, minibatch: _Minibatch) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(batch)[0].detach() for batch in minibatch.batches]
+
+    def _learning_rate(self) -> float:
+        learner = self._config.learner
+        total = self._config.num_updates * learner.minibatches
+        return learner.learning_rate * schedule(learner, self._steps, total)
+
+    def _fingerprint(self) -> torch.Tensor:
+        """Two float64 sums per tensor, of what this rank holds."""
+        held = [getattr(p, "ds_tensor", p).detach().double() for p in self._module.parameters() if p.requires_grad]
+        return torch.stack([part for tensor in held for part in (tensor.sum(), tensor.square().sum())]).cpu()
+
+    def _changed(self, before: torch.Tensor) -> bool:
+        return self._sum([float((self._fingerprint() != before).any())]) > 0
+
+    def _sum(self, values: Sequence[float]) -> float:
+        total = torch.tensor([sum(values)], dtype=torch.float64)
+        return float(self._all_reduce(total, torch.distributed.ReduceOp.SUM))
+
+    def _reduced(self, metrics: LossMetrics) -> LossMetrics:
+        metrics.sums = self._all_reduce(metrics.sums, torch.distributed.ReduceOp.SUM)
+        metrics.mismatch_max = self._all_reduce(metrics.mismatch_max, torch.distributed.ReduceOp.MAX)
+        return metrics
+
+    def _all_reduce(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
+        if self._world_size == 1:
+            return values
+        moved = values.to(self._device)
+        torch.distributed.all_reduce(moved, op=operation)
+        return moved.cpu()
+
+
+def resolve_device(setting: str, rank: int) -> torch.device:
+    """`auto`: CUDA where there is one. On CUDA each rank takes the device of its number, modulo what it sees."""
+    cuda = torch.cuda.is_available()
+    if setting == "cuda" and not cuda:
+        raise ConfigError("learner.device=cuda: no CUDA device is visible; set auto or cpu")
+    return torch.device("cuda", rank % torch.cuda.device_count()) if cuda and setting != "cpu" else torch.device("cpu")
+
+
+def load_policy(config: Config, policy_path: Path) -> Any:
+    """The policy to train, on the host: with fresh LoRA adapters and activation checkpointing as set."""
+    transformers.utils.logging.disable_progress_bar()
+    policy: Any = load_model(policy_path, dtype=config.learner.dtype)
+    if config.learner.lora_rank:
+        add_lora(policy, config.learner.lora_rank, seed=config.seed)
+    if config.learner.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.enable_input_require_grads()
+    return policy
+
+
+def schedule(config: LearnerConfig, step: int, total_steps: int) -> float:
+    """Factor on the learning rate at `step` (0, 1, …): linear warm-up, then constant, linear or cosine down to 0."""
+    warmup = config.lr_warmup_updates * config.minibatches
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if config.lr_schedule == "linear":
+        return 1.0 - done
+    if config.lr_schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0
+
+
+def _split(trees: Sequence[RolloutTree], parts: int) -> list[list[int]]:
+    """Indices per minibatch: trees are dealt out, largest first, so that all have similar numbers of tokens."""
+    order = sorted(range(len(trees)), key=lambda i: (-trees[i].num_unique_tokens, i))
+    return [order[part::parts] for part in range(min(parts, len(trees)))]

@@ -1,0 +1,218 @@
+"""The policy-gradient loss over packed entries, its normalisation, and log-probabilities in bounded memory.
+
+A token shared by several branches may carry terms of both signs. PPO's clipped objective is linear in the advantage
+for each sign, so Σ_k w_k·f(ρ, A_k) = f(ρ, Σ w_k max(A_k, 0)) + f(ρ, Σ w_k min(A_k, 0)): the sums `positive` and
+`negative` of an entry are all it takes, exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from trace_async.advantage import NodeCredit
+from trace_async.config import LossConfig
+from trace_async.packing import Entries
+from trace_async.tree import RolloutTree
+
+
+def normalize_credits(
+    trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], aggregation: str
+) -> list[NodeCredit]:
+    """Scale credits so that the plain sum over all entries' losses is the batch's loss. All three are weighted means,
+    hence indifferent to how an advantage scales its weights: one learning rate suits all.
+
+    With l_t the loss of token t (linear in its credit), w_t its weight, over all generated tokens of all trees:
+
+    - `token`: Σ l_t / Σ w_t. (DAPO, arXiv 2503.14476, eq. 8, when every weight is 1.)
+    - `sequence`: Σ_r (1/n_r) Σ_{t∈r} l_t / Σ_r (1/n_r) Σ_{t∈r} w_t, r over the rollouts, each with the n_r tokens it
+      wrote itself. (GRPO, arXiv 2402.03300, eq. 3, when nothing is shared and every weight is 1.)
+    - `prompt`: (1/P) Σ_i Σ_{t∈i} l_t / Σ_{t∈i} w_t over the P trees that carry weight: every prompt counts alike,
+      however many rollouts it was given; tokens of one tree share one divisor, so long rollouts are not favoured.
+
+    Tokens without advantage stay in the divisors, whether or not they are computed.
+    """
+    generated = [np.array([node.num_generated for node in tree.nodes], dtype=np.float64) for tree in trees]
+    shares: list[np.ndarray] = []
+    for tree, tokens in zip(trees, generated, strict=True):
+        share = np.ones(len(tree.nodes))
+        if aggregation == "sequence":
+            owner = np.array([node.rollout for node in tree.nodes])
+            written = np.zeros(len(tree.rollouts))
+            np.add.at(written, owner[1:], tokens[1:])
+            share[1:] = 1 / np.maximum(written[owner[1:]], 1)
+        shares.append(share)
+    sums = [
+        float((credit.weight * tokens * share).sum())
+        for credit, tokens, share in zip(credits, generated, shares, strict=True)
+    ]
+    if aggregation == "prompt":
+        num_trees = sum(total > 0 for total in sums)
+        scales = [
+            share / (total * num_trees) if total > 0 else 0 * share for share, total in zip(shares, sums, strict=True)
+        ]
+    else:
+        scales = [share / max(sum(sums), 1e-300) for share in shares]
+    return [
+        NodeCredit(positive=credit.positive * scale, negative=credit.negative * scale, weight=credit.weight * scale)
+        for credit, scale in zip(credits, scales, strict=True)
+    ]
+
+
+def entry_logprobs(
+    head: nn.Module,
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    with_entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities [E] of `labels` and entropies [E] (zeros unless asked), fp32, at the sampling temperature.
+
+    `hidden` [N, hidden] is read at `rows` [E]. Logits exist for `chunk_tokens` entries at a time, in the backward
+    pass too, where each chunk is computed again.
+    """
+
+    def one_chunk(states: torch.Tensor, chunk_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head(states)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits / temperature
+        log_normalizer = logits.logsumexp(dim=-1)
+        chosen = logits.gather(-1, chunk_labels[:, None])[:, 0] - log_normalizer
+        if not with_entropy:
+            return chosen, torch.zeros_like(chosen)
+        probabilities = (logits - log_normalizer[:, None]).exp()
+        return chosen, log_normalizer - (probabilities * logits).sum(dim=-1)
+
+    states = hidden.index_select(0, rows)
+    if len(rows) <= chunk_tokens:
+        return one_chunk(states, labels)
+    parts = [
+        checkpoint(one_chunk, *chunk, use_reentrant=False)
+        for chunk in zip(states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """What the loss of E entries is made of besides the entries themselves (tensors [E]).
+
+    `proximal_logprobs`: of the policy at the start of the update (for a correction). `reference_logprobs`: of the
+    policy that KL holds to. None: not used.
+    """
+
+    learner_logprobs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    proximal_logprobs: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None = None
+
+
+def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss (scalar; entries normalised before, `normalize_credits`) and which entries [E] were clipped.
+
+    Per entry, with ρ = exp(learner − anchor) and the credit sums P ≥ 0 and N ≤ 0:
+
+        −c · [ P · min(ρ, 1 + ε_high) + N · min(max(ρ, 1 − ε_low), dual_clip) ]  + w · (kl_coef · KL − entropy_coef · H)
+
+    - PPO clip (arXiv 1707.06347, eq. 7) with ε_low ≠ ε_high (DAPO, arXiv 2503.14476, eq. 10); the dual clip bounds
+      what a very likely token with negative advantage can do (arXiv 1912.09729, eq. 5; 0: off).
+    - correction `none`: the anchor is the generator, c = 1. `decoupled` (AReaL, arXiv 2505.24298, eq. 5): the anchor
+      is the proximal policy, c = exp(proximal − generator). `tis` (truncated importance sampling, IMPALA's ρ̄,
+      arXiv 1802.01561; for engine mismatch Yao et al. 2025): the same with c ≤ `tis_cap`.
+    - KL to the reference (Schulman, "Approximating KL divergence", 2020), d = learner − reference: k1 = d,
+      k2 = d²/2, k3 = exp(−d) − 1 + d. Differentiated on samples of the policy, k2 has the gradient of
+      KL(learner ‖ reference), k3 that of KL(reference ‖ learner), and k1's is zero on average.
+    """
+    learner = terms.learner_logprobs
+    anchor = entries.generator_logprobs
+    importance: torch.Tensor | float = 1.0
+    if config.correction != "none":
+        assert terms.proximal_logprobs is not None
+        anchor = terms.proximal_logprobs.detach()
+        importance = (anchor - entries.generator_logprobs).exp()
+        if config.correction == "tis":
+            importance = importance.clamp(max=config.tis_cap)
+    ratio = (learner - anchor).exp()
+    gain = ratio.clamp(max=1 + config.eps_clip_high)
+    harm = ratio.clamp(min=1 - config.eps_clip_low)
+    if config.dual_clip:
+        harm = harm.clamp(max=config.dual_clip)
+    loss = -(importance * (entries.positive * gain + entries.negative * harm)).sum()
+    if config.kl_loss_coef:
+        assert terms.reference_logprobs is not None
+        loss = (
+            loss + config.kl_loss_coef * (entries.weight * kl_estimate(learner, terms.reference_logprobs, config)).sum()
+        )
+    if config.entropy_coef:
+        assert terms.entropy is not None
+        loss = loss - config.entropy_coef * (entries.weight * terms.entropy).sum()
+    clipped = ((gain < ratio) & (entries.positive > 0)) | ((harm != ratio) & (entries.negative < 0))
+    return loss, clipped
+
+
+def kl_estimate(learner: torch.Tensor, reference: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """Per-token estimate [E] of KL(learner ‖ reference), `config.kl_estimator` (see `policy_loss`)."""
+    difference = learner - reference.detach()
+    if config.kl_estimator == "k1":
+        return difference
+    if config.kl_estimator == "k2":
+        return difference.square() / 2
+    return (-difference).exp() - 1 + difference
+
+
+class LossMetrics:
+    """Sums over entries, reduced over ranks before they become means: plain averages over trained tokens."""
+
+    SUMS = ("tokens", "ratio", "clipped", "entropy", "kl", "mismatch", "mismatch_kl", "staleness", "loss")
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64)
+        self.mismatch_max = torch.zeros(1, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(
+        self, entries: Entries, terms: LossTerms, loss: torch.Tensor, clipped: torch.Tensor, policy_version: int
+    ) -> None:
+        """Count one micro-batch. The mismatch is learner − generator log-probability of the same token."""
+        gap = (terms.learner_logprobs - entries.generator_logprobs).double()
+        ratio = gap.exp()
+        values = {
+            "tokens": torch.ones_like(gap),
+            "ratio": ratio,
+            "clipped": clipped,
+            "entropy": terms.entropy if terms.entropy is not None else torch.zeros_like(gap),
+            "kl": torch.zeros_like(gap),
+            "mismatch": gap.abs(),
+            "mismatch_kl": ratio - 1 - gap,
+            "staleness": policy_version - entries.policy_versions,
+        }
+        if terms.reference_logprobs is not None:
+            difference = (terms.learner_logprobs - terms.reference_logprobs).double()
+            values["kl"] = (-difference).exp() - 1 + difference
+        sums = [values[name].double().sum() for name in self.SUMS[:-1]]
+        self.sums += torch.stack([*sums, loss.double()]).cpu()
+        if entries.count:
+            self.mismatch_max = torch.maximum(self.mismatch_max, gap.abs().max().cpu())
+
+    def result(self) -> dict[str, float]:
+        """Means per trained token, by name; `mismatch_kl` estimates KL(generator ‖ learner) (k3 on its samples)."""
+        sums = dict(zip(self.SUMS, self.sums.tolist(), strict=True))
+        tokens = max(sums["tokens"], 1.0)
+        return {
+            "loss": sums["loss"],
+            "trained_tokens": sums["tokens"],
+            "ratio_mean": sums["ratio"] / tokens,
+            "clip_fraction": sums["clipped"] / tokens,
+            "entropy": sums["entropy"] / tokens,
+            "kl_reference": sums["kl"] / tokens,
+            "mismatch_mean": sums["mismatch"] / tokens,
+            "mismatch_kl": sums["mismatch_kl"] / tokens,
+            "mismatch_max": float(self.mismatch_max),
+            "staleness_mean": sums["staleness"] / tokens,
+        }

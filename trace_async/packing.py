@@ -1,0 +1,288 @@
+"""Rollout trees → rows of tokens with every shared token once, and what each row has to predict.
+
+    tree                      row (depth-first)        positions           subtree_end
+    a b ─┬─ c d ─┬─ e         a b c d e f g            0 1 2 3 4 4 2       7 7 6 6 5 6 7
+         │       └─ f
+         └─ g
+
+Row k is seen from row q exactly when `k ≤ q < subtree_end[k]`: its ancestors and itself. A token where branches part
+(b, d) predicts several next tokens, so what is trained are *entries* (source row, label), not shifted labels.
+Several trees share a row without seeing each other. `packing=flat` lays every branch out on its own, as trainers
+without trees do; both give the same gradient to rounding (tests/test_packing.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from trace_async.advantage import NodeCredit
+from trace_async.tree import ROOT, RolloutTree
+
+Packing = Literal["tree", "flat"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """N tokens of a forest in depth-first order (int64 arrays [N]).
+
+    `positions`: depth of the token in its own history. `subtree_end`: first row after the token's descendants.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    subtree_end: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Part of a tree that is packed as a whole: `targets` are the nodes whose generated tokens are trained here.
+
+    `num_tokens`: rows it takes, the context that it needs included. Every node is a target of at most one piece.
+    """
+
+    tree: int
+    targets: tuple[int, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entries:
+    """E trained tokens: `rows[e]` predicts `labels[e]`. All tensors [E]; int64 or float32.
+
+    `positive`, `negative` (≤ 0) and `weight` (≥ 0) are the token's credit (advantage.py); `generator_logprobs` and
+    `policy_versions` say which policy wrote the token and how likely it was.
+    """
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+    generator_logprobs: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor
+    weight: torch.Tensor
+    policy_versions: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Entries":
+        return Entries(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """One micro-batch: a row of tokens and its entries. Without credit it is computed only to keep ranks in step."""
+
+    layout: Layout
+    entries: Entries
+    has_credit: bool = True
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        return replace(self, entries=self.entries.to(device))
+
+    def without_credit(self) -> "PackedBatch":
+        none = torch.zeros_like(self.entries.weight)
+        return replace(self, entries=replace(self.entries, positive=none, negative=none, weight=none), has_credit=False)
+
+
+def lay_out_tree(tree: RolloutTree, ends: Mapping[int, int]) -> tuple[Layout, dict[int, int]]:
+    """Rows for the nodes in `ends` and all their ancestors, and per node the row of its first token.
+
+    `ends[y]`: how many tokens of node y are wanted (0 … all) when nothing below y is; ancestors are laid out whole.
+    """
+    wanted = set(ends)
+    for node in ends:
+        while node != ROOT and tree.nodes[node].parent not in wanted:
+            node = tree.nodes[node].parent
+            wanted.add(node)
+    inner = {tree.nodes[node].parent for node in wanted}
+    tokens: list[int] = []
+    positions: list[np.ndarray] = []
+    first_row: dict[int, int] = {}
+    depth_after = {-1: 0}
+    order = _depth_first(tree, wanted)
+    for node in order:
+        kept = tree.nodes[node].token_ids if node in inner else tree.nodes[node].token_ids[: ends[node]]
+        depth = depth_after[tree.nodes[node].parent]
+        first_row[node] = len(tokens)
+        tokens.extend(kept)
+        positions.append(np.arange(depth, depth + len(kept)))
+        depth_after[node] = depth + len(kept)
+    end_row = {node: first_row[node] + len(rows) for node, rows in zip(order, positions, strict=True)}
+    subtree_end: dict[int, int] = {}
+    for node in reversed(order):
+        subtree_end[node] = max(subtree_end.get(node, 0), end_row[node])
+        parent = tree.nodes[node].parent
+        subtree_end[parent] = max(subtree_end.get(parent, 0), subtree_end[node])
+    layout = Layout(
+        token_ids=np.array(tokens, dtype=np.int64),
+        positions=np.concatenate(positions).astype(np.int64) if positions else np.zeros(0, np.int64),
+        subtree_end=np.repeat(
+            np.array([subtree_end[node] for node in order], dtype=np.int64), [len(rows) for rows in positions]
+        ),
+    )
+    return layout, first_row
+
+
+def _depth_first(tree: RolloutTree, wanted: set[int]) -> list[int]:
+    order, stack = [], [ROOT] if wanted else []
+    while stack:
+        node = stack.pop()
+        order.append(node)
+        stack.extend(child for child in reversed(tree.children[node]) if child in wanted)
+    return order
+
+
+def concatenate(layouts: Sequence[Layout]) -> Layout:
+    """Several forests side by side; none sees another."""
+    starts = np.cumsum([0, *(layout.num_tokens for layout in layouts)])
+    return Layout(
+        token_ids=np.concatenate([layout.token_ids for layout in layouts]),
+        positions=np.concatenate([layout.positions for layout in layouts]),
+        subtree_end=np.concatenate([lay.subtree_end + start for lay, start in zip(layouts, starts, strict=False)]),
+    )
+
+
+def pack_values(trees: Sequence[RolloutTree]) -> tuple[Layout, list[np.ndarray]]:
+    """All tokens of all trees in one row, and per tree the row [num_nodes] where each node's history ends.
+
+    The hidden state there is what the predictor reads V(H) from. A node without tokens reads its parent's row.
+    """
+    layouts, ends, start = [], [], 0
+    for tree in trees:
+        layout, first_row = lay_out_tree(tree, {n: len(node.token_ids) for n, node in enumerate(tree.nodes)})
+        last = np.zeros(len(tree.nodes), dtype=np.int64)
+        for n, node in enumerate(tree.nodes):
+            last[n] = start + first_row[n] + len(node.token_ids) - 1 if node.token_ids else last[node.parent]
+        layouts.append(layout)
+        ends.append(last)
+        start += layout.num_tokens
+    return concatenate(layouts), ends
+
+
+def pieces_of(
+    index: int, tree: RolloutTree, credit: NodeCredit, *, packing: Packing, max_tokens: int, every_weight: bool
+) -> list[Piece]:
+    """The parts of one tree that have to be computed, each of at most `max_tokens` rows if its branches allow it.
+
+    Trained are the nodes with credit, and with `every_weight` (KL or entropy in the loss) all that carry weight;
+    nothing else is laid out but their context. A tree that fits is one piece; a bigger one is cut between branches in
+    depth-first order and its context repeated. `flat`: one piece per branch; a shared node is trained in the first.
+    """
+    trained = credit.weight > 0 if every_weight else (credit.positive > 0) | (credit.negative < 0)
+    order = _depth_first(tree, set(range(len(tree.nodes))))
+    targets = [node for node in order if trained[node] and tree.nodes[node].num_generated]
+    if packing == "flat":
+        ancestors = {above for node in targets for above in tree.path(node)[:-1]}
+        groups, group = [], []
+        for node in targets:
+            group.append(node)
+            if node not in ancestors:
+                groups.append(group)
+                group = []
+    elif _num_rows(tree, targets) <= max_tokens:
+        groups = [targets] if targets else []
+    else:
+        groups = [[targets[0]]]
+        for node in targets[1:]:
+            if _num_rows(tree, [*groups[-1], node]) > max_tokens:
+                groups.append([])
+            groups[-1].append(node)
+    return [Piece(tree=index, targets=tuple(group), num_tokens=_num_rows(tree, group)) for group in groups]
+
+
+def _num_rows(tree: RolloutTree, targets: Sequence[int]) -> int:
+    inner = {above for node in targets for above in tree.path(node)[:-1]}
+    context = sum(len(tree.nodes[node].token_ids) for node in inner)
+    return context + sum(tree.nodes[node].num_generated - 1 for node in targets if node not in inner)
+
+
+def plan_micro_batches(pieces: Sequence[Piece], *, num_ranks: int, max_tokens: int) -> list[list[list[Piece]]]:
+    """Per rank its micro-batches, equally many on every rank (some may be empty), balanced by rows.
+
+    The number of micro-batches comes from first-fit decreasing; the pieces are then spread evenly over so many
+    (longest first, into the emptiest) unless that would overfill one. A piece above `max_tokens` goes alone.
+    """
+    longest_first = sorted(pieces, key=lambda piece: -piece.num_tokens)
+    fitted: list[list[Piece]] = []
+    for piece in longest_first:
+        home = next((b for b in fitted if _load(b) + piece.num_tokens <= max_tokens), None)
+        if home is None:
+            fitted.append([piece])
+        else:
+            home.append(piece)
+    count = max(1, -(-len(fitted) // num_ranks)) * num_ranks
+    even: list[list[Piece]] = [[] for _ in range(count)]
+    for piece in longest_first:
+        min(even, key=_load).append(piece)
+    limit = max([max_tokens, *(piece.num_tokens for piece in pieces)])
+    if max(map(_load, even)) > limit:
+        even = fitted + [[] for _ in range(count - len(fitted))]
+    even.sort(key=_load, reverse=True)
+    ranks: list[list[list[Piece]]] = [[] for _ in range(num_ranks)]
+    for batch in even:
+        min((rank for rank in ranks if len(rank) < count // num_ranks), key=lambda r: sum(map(_load, r))).append(batch)
+    return ranks
+
+
+def _load(batch: Sequence[Piece]) -> int:
+    return sum(piece.num_tokens for piece in batch)
+
+
+def pack(trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], pieces: Sequence[Piece]) -> PackedBatch:
+    """One micro-batch of at least one piece; `trees` and `credits` are indexed by `Piece.tree`."""
+    layouts: list[Layout] = []
+    parts: list[tuple[np.ndarray, ...]] = []
+    start = 0
+    for piece in pieces:
+        tree, credit = trees[piece.tree], credits[piece.tree]
+        layout, first_row = lay_out_tree(tree, {n: tree.nodes[n].num_generated - 1 for n in piece.targets})
+        assert layout.num_tokens == piece.num_tokens
+        parts.extend(_node_entries(tree, credit, node, start, first_row) for node in piece.targets)
+        layouts.append(layout)
+        start += layout.num_tokens
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    integers = [torch.from_numpy(column.astype(np.int64)) for column in columns[:3]]
+    floats = [torch.from_numpy(column.astype(np.float32)) for column in columns[3:]]
+    entries = Entries(
+        rows=integers[0],
+        labels=integers[1],
+        policy_versions=integers[2],
+        generator_logprobs=floats[0],
+        positive=floats[1],
+        negative=floats[2],
+        weight=floats[3],
+    )
+    return PackedBatch(layout=concatenate(layouts), entries=entries)
+
+
+def _node_entries(
+    tree: RolloutTree, credit: NodeCredit, node: int, start: int, first_row: Mapping[int, int]
+) -> tuple[np.ndarray, ...]:
+    """Columns of `Entries` for one node: its first token is predicted where its history ends."""
+    record = tree.nodes[node]
+    count = record.num_generated
+    above = record.parent
+    while not tree.nodes[above].token_ids:
+        above = tree.nodes[above].parent
+        assert above >= 0, "a prompt has tokens"
+    rows = start + first_row[node] + np.arange(-1, count - 1)
+    rows[0] = start + first_row[above] + len(tree.nodes[above].token_ids) - 1
+    spans = record.version_spans
+    lengths = np.diff([*(span.start for span in spans), count])
+    return (
+        rows,
+        np.array(record.token_ids[:count]),
+        np.repeat([span.policy_version for span in spans], lengths),
+        np.array(record.logprobs),
+        np.full(count, credit.positive[node]),
+        np.full(count, credit.negative[node]),
+        np.full(count, credit.weight[node]),
+    )
