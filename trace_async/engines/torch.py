@@ -237,6 +237,7 @@ class TorchEngine:
             self._inbox.append(command)
             self._wake.notify()
 
+    @torch.inference_mode()
     def _run(self) -> None:
         """The worker thread: commands, then a step, as long as there is something to do."""
         scheduler = self._scheduler

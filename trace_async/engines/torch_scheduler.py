@@ -56,7 +56,7 @@ class Totals:
 
 
 class Scheduler:
-    """All requests of one engine. Not thread-safe: one thread calls it."""
+    """All requests of one engine. Not thread-safe: one thread calls it, under `torch.inference_mode`."""
 
     def __init__(
         self,
@@ -92,7 +92,6 @@ class Scheduler:
         self._top_k = np.zeros(max_rows, np.int64)
         self._stop_ids = np.full((max_rows, 1), -1, np.int64)
 
-    @torch.inference_mode()
     def step(self) -> list[tuple[Request, Completion]]:
         """Admit what fits, compute one token for every running request, and return those that finished."""
         self._admit()
