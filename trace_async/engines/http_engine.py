@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from trace_async.weights import WeightUpdate
 READY_POLL_S = 0.25
 PING_LIMIT_S = 20.0
 START_ATTEMPTS = 3
+RECEIVED = "received:"  # before the name of a tensor as the server's loader got it
 
 
 @dataclass(slots=True)
@@ -127,7 +128,7 @@ class HttpEngine(ABC):
 
     @abstractmethod
     async def _digests(self) -> dict[str, str]:
-        """Parameter name → digest of what the server holds now."""
+        """Parameter name → digest of what the server holds now, or RECEIVED name → digest of what it last loaded."""
 
     # Start and stop ---------------------------------------------------------------------------------------------
 
@@ -343,7 +344,7 @@ class HttpEngine(ABC):
                 await self._replace_weights(folder, tensors, manifest.policy_version)
             self._checksum, self._policy_version = manifest.checksum, manifest.policy_version
 
-    async def _replace_weights(self, folder: Path, tensors: dict[str, torch.Tensor], policy_version: int) -> None:
+    async def _replace_weights(self, folder: Path, tensors: Mapping[str, torch.Tensor], policy_version: int) -> None:
         try:
             before = await self._digests()
             await self._hold(drop_kv=True)
@@ -376,12 +377,13 @@ class HttpEngine(ABC):
                 f"such as {wrong[0]}: {shapes.get(wrong[0])} instead of {self._shapes.get(wrong[0])}"
             )
 
-    async def _require_loaded(self, before: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+    async def _require_loaded(self, before: dict[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
         found = await self._digests()
         if found == before:
             raise WeightSyncError(f"{self.name} holds the same weights as before")
         expected = await asyncio.to_thread(expected_digests, tensors, self._dtype)
-        wrong = sorted(name for name in self._readable if not _matches(found[name], expected.get(name)))
+        shown = [name for name in found if name in self._readable or name.startswith(RECEIVED)]
+        wrong = sorted(name for name in shown if not _matches(found[name], expected.get(name.removeprefix(RECEIVED))))
         if wrong:
             raise WeightSyncError(f"{self.name} holds other weights than were sent: {wrong[:3]} (of {len(wrong)})")
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from trace_async.engine import EngineError, EngineRequestError
 from trace_async.engines.http_client import Reply
-from trace_async.engines.http_engine import HttpEngine, version_spans
+from trace_async.engines.http_engine import RECEIVED, HttpEngine, version_spans
 from trace_async.engines.server import command_line_flags, engine_python
 from trace_async.types import Completion, FinishReason, SamplingParams
 
 BLOCK_TOKENS = 32
+WORKER_EXTENSION = Path(__file__).with_name("vllm_worker")
 EMPTY_DIGEST = hashlib.sha256().hexdigest()
 
 
@@ -23,6 +24,10 @@ class VLLMEngine(HttpEngine):
     """
 
     name = "vllm"
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._received: dict[str, str] = {}
 
     def _command(self, port: int) -> tuple[list[str], dict[str, str]]:
         config = self._config
@@ -41,13 +46,14 @@ class VLLMEngine(HttpEngine):
             "block_size": BLOCK_TOKENS,
             "kv_cache_memory_bytes": config.kv_cache_tokens * self._kv_bytes_per_token() or None,
             "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": "weight_receiver.WeightReceiver",
             "enable_scale_out": True,
             "enable_prompt_tokens_details": True,
         }
         environment = {
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": "",
+            "PYTHONPATH": str(WORKER_EXTENSION),
             "OMP_NUM_THREADS": str(config.num_threads),
             # Opens the endpoints for weight updates and pauses; the server listens on the loopback interface only.
             "VLLM_SERVER_DEV_MODE": "1",
@@ -126,8 +132,8 @@ class VLLMEngine(HttpEngine):
         await self._post("/update_weight_version", {"new_version": str(policy_version)})
 
     async def _load(self, folder: Path) -> None:
-        # Not `load_weights`, which leaves weights corrupt that were repacked for their kernels.
-        await self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        reply = await self._post("/collective_rpc", {"method": "receive_weights", "args": [str(folder)]})
+        self._received = {f"{RECEIVED}{name}": digest for name, digest in reply["results"][0].items()}
 
     async def _flush_cache(self) -> None:
         reply = await self._post("/reset_prefix_cache?reset_running_requests=true")
@@ -138,4 +144,4 @@ class VLLMEngine(HttpEngine):
         reply = await self._post("/weight_checker", {"action": "checksum"})
         # Names come as "dp0:pp0:pcp0:tp0:model.…". What was repacked on the CPU reads back as empty.
         digests = {name.removeprefix("dp0:pp0:pcp0:tp0:"): digest for name, digest in reply["checksums"].items()}
-        return {name: digest for name, digest in digests.items() if digest != EMPTY_DIGEST}
+        return {name: digest for name, digest in digests.items() if digest != EMPTY_DIGEST} | self._received
