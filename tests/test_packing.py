@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_trees import TASK, random_tree
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.random_trees import TASK, random_tree
 from trace_async.advantage import NodeCredit
 from trace_async.packing import (
     Piece,
