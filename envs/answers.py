@@ -65,6 +65,7 @@ class AnswerChecker:
         self._timeout_s = timeout_s
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def is_right(self, answer: str, gold: str) -> bool:
         answer, gold = _one_formula(unbox(answer)), _one_formula(unbox(gold))
@@ -75,6 +76,7 @@ class AnswerChecker:
             return given == wanted
         if self._check == "numeric":
             return answer.strip() == gold.strip()
+        self._leave_other_loop()
         async with self._turn:
             for _ in range(2):
                 verdict = await self._ask({"answer": answer, "gold": gold})
@@ -92,6 +94,15 @@ class AnswerChecker:
         await process.wait()
         assert process.stdin is not None
         process.stdin.close()
+
+    def _leave_other_loop(self) -> None:
+        """A process belongs to the event loop that started it; in another loop begin anew."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+            self._loop, self._process, self._turn = loop, None, asyncio.Lock()
 
     async def _ask(self, question: dict[str, str]) -> bool | None:
         """The verdict, or None where the process did not survive the question."""

@@ -62,12 +62,11 @@ class CodeResult:
 
 
 class Sandbox:
-    """A pool of workers, started at the first snippet. One event loop uses it; `close` ends the workers."""
+    """A pool of workers, started at the first snippet. `close` ends them; they also end with this process."""
 
     def __init__(self, limits: SandboxLimits | None = None) -> None:
         self._limits = limits or SandboxLimits()
-        self._pool: AsyncMonty | None = None
-        self._starting = asyncio.Lock()
+        self._starting: asyncio.Future[AsyncMonty] | None = None
         self._resource_limits: ResourceLimits = {
             "max_feed_duration_secs": self._limits.seconds,
             "max_memory": self._limits.memory_mb * 2**20,
@@ -104,25 +103,26 @@ class Sandbox:
 
     async def close(self) -> None:
         """End the workers; a later `run` starts new ones."""
-        async with self._starting:
-            pool, self._pool = self._pool, None
-            if pool is not None:
-                await pool.__aexit__(None, None, None)
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            await (await starting).__aexit__(None, None, None)
 
     async def _started_pool(self) -> AsyncMonty:
-        async with self._starting:
-            if self._pool is None:
-                pool = AsyncMonty(
-                    max_processes=self._limits.num_workers,
-                    checkout_timeout=self._limits.wait_s,
-                    request_timeout=self._limits.seconds + 30.0,
-                )
-                try:
-                    await pool.__aenter__()
-                except (OSError, RuntimeError) as error:
-                    raise EnvError(f"the sandbox cannot start: {error}") from error
-                self._pool = pool
-            return self._pool
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start())
+        try:
+            return await asyncio.shield(self._starting)  # whoever stops waiting does not stop the others
+        except (OSError, RuntimeError) as error:
+            self._starting = None
+            raise EnvError(f"the sandbox cannot start: {error}") from error
+
+    async def _start(self) -> AsyncMonty:
+        pool = AsyncMonty(
+            max_processes=self._limits.num_workers,
+            checkout_timeout=self._limits.wait_s,
+            request_timeout=self._limits.seconds + 30.0,
+        )
+        return await pool.__aenter__()
 
     def _finished(self, printed: "_Printed", value: object, new_state: bytes, state: bytes | None) -> CodeResult:
         if len(new_state) > self._limits.state_kb * 1024:

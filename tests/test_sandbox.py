@@ -188,6 +188,23 @@ def test_works_outside_the_main_thread() -> None:
     assert outputs == ["42"]
 
 
+def test_one_sandbox_serves_several_event_loops() -> None:
+    box = Sandbox()
+
+    async def count(state: bytes | None, code: str) -> bytes | None:
+        results = await asyncio.gather(*(box.run(code, state) for _ in range(5)))
+        assert len({result.output for result in results}) == 1
+        outputs.append(results[0].output)
+        return results[0].state
+
+    outputs: list[str] = []
+    state = asyncio.run(count(None, "n = 1; n"))
+    state = asyncio.run(count(state, "n += 1; n"))
+    asyncio.run(count(state, "n += 1; n"))
+    assert outputs == ["1", "2", "3"]
+    asyncio.run(box.close())
+
+
 def test_impossible_limits_name_the_setting() -> None:
     with pytest.raises(ConfigError, match=r"limits\.seconds=0"):
         SandboxLimits(seconds=0)
