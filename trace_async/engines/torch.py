@@ -184,9 +184,12 @@ class TorchEngine:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
         self._fail_all(EngineDeadError("the torch engine was closed"))
+        if self._thread is not None:
+            limit = self._config.request_timeout_s
+            await asyncio.to_thread(self._thread.join, limit)
+            if self._thread.is_alive():
+                raise EngineTimeoutError(f"the torch engine's worker does not stop: a step takes over {limit} s")
         self._scheduler = self._model = None
 
     def _check_alive(self) -> None:
