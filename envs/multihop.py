@@ -5,9 +5,10 @@ A turn is one assistant message, `need director of quiet river ; search [ quiet 
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from random import Random
 from typing import Literal, overload
 
@@ -32,6 +33,9 @@ DEFAULT_MIX: Mapping[str, float] = {
     "hard-6hop": 0.175,
 }
 """Many questions that are easy, many out of reach (more hops than searches), a fifth to be learnt."""
+
+_DEMONSTRATED_SHARES = {"easy": 0.2, "middle": 0.55, "hard": 0.25}
+"""Of the demonstrations, by the first part of a kind's name: what is easy needs no more to be learnt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +123,8 @@ class MultiHopEnv:
 class WorldTasks(Sequence[Task]):
     """Tasks made when they are asked for; neighbours come from different worlds, so that any slice is a fair sample."""
 
-    def __init__(self, domain: "MultiHop", split: Split, worlds: range, per_world: int) -> None:
-        self._domain, self._split, self._worlds, self._per_world = domain, split, worlds, per_world
+    def __init__(self, make: Callable[[int], tuple[Task, ...]], worlds: range, per_world: int) -> None:
+        self._make, self._worlds, self._per_world = make, worlds, per_world
 
     def __len__(self) -> int:
         return len(self._worlds) * self._per_world
@@ -135,7 +139,7 @@ class WorldTasks(Sequence[Task]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"task {index} of {len(self)}")
         question, world = divmod(index % len(self), len(self._worlds))
-        return self._domain.world_tasks(self._split, self._worlds[world])[question]
+        return self._make(self._worlds[world])[question]
 
     def __iter__(self) -> Iterator[Task]:
         return (self[index] for index in range(len(self)))
@@ -174,21 +178,19 @@ class MultiHop:
         if min(num_train_worlds, num_heldout_worlds, train_questions_per_world, heldout_questions_per_world) < 1:
             raise ValueError("env.args: numbers of worlds and of questions per world must be ≥ 1")
         self._seed = seed
-        self._mix = dict(mix)
         self._rates = ErrorRates.named(errors)
         self._settings = QaSettings(max_turns=max_turns, reward=reward)
         train, heldout = range(num_train_worlds), range(num_train_worlds, num_train_worlds + num_heldout_worlds)
-        self._splits = {
-            "train": WorldTasks(self, "train", train, train_questions_per_world),
-            "heldout": WorldTasks(self, "heldout", heldout, heldout_questions_per_world),
-        }
-        self._per_world = {"train": train_questions_per_world, "heldout": heldout_questions_per_world}
-        num_worlds = num_train_worlds + num_heldout_worlds
-        self._world = lru_cache(maxsize=min(num_worlds, 1024))(self._make_world)
-        self.world_tasks = lru_cache(maxsize=min(num_worlds, 4096))(self._make_world_tasks)
+        self._world = lru_cache(maxsize=1024)(partial(World, seed))
+        self._train = self._world_tasks("train", train, train_questions_per_world, mix)
+        self._heldout = self._world_tasks("heldout", heldout, heldout_questions_per_world, mix)
+        self._shown = self._world_tasks("train", train, train_questions_per_world, _demonstrated_mix(mix))
 
     def tasks(self, split: Split) -> Sequence[Task]:
-        return self._splits[split]
+        return self._train if split == "train" else self._heldout
+
+    def demonstration_tasks(self) -> Sequence[Task]:
+        return self._shown
 
     def make_env(self, task: Task) -> MultiHopEnv:
         return MultiHopEnv(task, self._world_of(task).retriever, self._settings)
@@ -213,19 +215,19 @@ class MultiHop:
         assert isinstance(number, int)
         return self._world(number)
 
-    def _make_world(self, number: int) -> World:
-        return World(self._seed, number)
+    def _world_tasks(self, split: Split, worlds: range, per_world: int, mix: Mapping[str, float]) -> WorldTasks:
+        def make(number: int) -> tuple[Task, ...]:
+            """The questions of one world, no text twice."""
+            world = self._world(number)
+            rng = Random(f"questions/{self._seed}/{number}")
+            questions: dict[str, Question] = {}
+            while len(questions) < per_world:
+                kind = rng.choices(list(mix), list(mix.values()))[0]
+                question = world.question(kind, rng, split)
+                questions.setdefault(question.text, question)
+            return tuple(self._task(number, index, q) for index, q in enumerate(questions.values()))
 
-    def _make_world_tasks(self, split: Split, number: int) -> tuple[Task, ...]:
-        """The questions of one world, no text twice."""
-        world = self._world(number)
-        rng = Random(f"questions/{self._seed}/{number}")
-        questions: dict[str, Question] = {}
-        while len(questions) < self._per_world[split]:
-            kind = rng.choices(list(self._mix), list(self._mix.values()))[0]
-            question = world.question(kind, rng, split)
-            questions.setdefault(question.text, question)
-        return tuple(self._task(number, index, q) for index, q in enumerate(questions.values()))
+        return WorldTasks(lru_cache(maxsize=4096)(make), worlds, per_world)
 
     def _task(self, number: int, index: int, question: Question) -> Task:
         data: dict[str, Json] = {
@@ -236,6 +238,18 @@ class MultiHop:
             "relations": list(question.relations),
         }
         return Task(id=f"{self._seed}-{number}-{index}", domain=self.name, kind=question.kind, data=data)
+
+
+def _demonstrated_mix(mix: Mapping[str, float]) -> dict[str, float]:
+    """`mix` with the groups of kinds brought to `_DEMONSTRATED_SHARES` of those that occur."""
+    groups: dict[str, float] = defaultdict(float)
+    for kind, share in mix.items():
+        groups[kind.split("-")[0]] += share
+    return {
+        kind: _DEMONSTRATED_SHARES[kind.split("-")[0]] * share / groups[kind.split("-")[0]]
+        for kind, share in mix.items()
+        if share > 0
+    }
 
 
 def _strings(task: Task, field: str) -> tuple[str, ...]:

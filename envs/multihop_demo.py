@@ -15,11 +15,13 @@ from envs.multihop_world import Question, World
 class ErrorRates:
     """Probabilities of errors, each where it can occur.
 
-    `half_name`: a person is searched by first name only. `half_film`: a film by its first word. `producer`: "producer"
-    is read as "director". `early_answer`: after two hops of a longer chain the answer is given. `wrong_relation`: some
-    other relation is read. `wasted_search`: a search of something else comes first.
+    `careful`: share of demonstrations without any error. In the others: `half_name`: a person is searched by first
+    name only. `half_film`: a film by its first word. `producer`: "producer" is read as "director". `early_answer`:
+    after two hops of a longer chain the answer is given. `wrong_relation`: some other relation is read.
+    `wasted_search`: a search of something else comes first.
     """
 
+    careful: float = 0.0
     half_name: float = 0.0
     half_film: float = 0.0
     producer: float = 0.0
@@ -44,7 +46,7 @@ class ErrorRates:
 
 
 _NAMED = {
-    "systematic": ErrorRates(half_name=0.7, producer=0.6, early_answer=0.55),
+    "systematic": ErrorRates(careful=0.2, half_name=0.8, producer=0.7, early_answer=0.6),
     "random": ErrorRates(half_name=0.2, half_film=0.2, wrong_relation=0.12, early_answer=0.06, wasted_search=0.06),
     "none": ErrorRates(),
 }
@@ -52,6 +54,8 @@ _NAMED = {
 
 def demonstrate(world: World, question: Question, max_turns: int, rates: ErrorRates, rng: Random) -> list[str]:
     """The turns of one demonstration, ending in an answer within `max_turns`."""
+    if rng.random() < rates.careful:
+        rates = _NAMED["none"]
     demo = _Demonstration(world, rates, rng, max_searches=max_turns - 1)
     if question.kind == "middle-older":
         return demo.older(question)

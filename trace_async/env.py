@@ -66,3 +66,12 @@ class Demonstrator(Protocol):
     def vocabulary(self) -> Sequence[str]:
         """Every word that prompts, observations and demonstrations may contain, for a small own tokenizer."""
         ...
+
+
+@runtime_checkable
+class DemonstrationSource(Protocol):
+    """A Demonstrator that demonstrates other tasks than its train split, for example in another mix of kinds."""
+
+    def demonstration_tasks(self) -> Sequence[Task]:
+        """Tasks to be demonstrated; none of them held out."""
+        ...

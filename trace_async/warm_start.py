@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trace_async.config import PolicyConfig
 from trace_async.dataset import TaskIterator
-from trace_async.env import Demonstrator, Domain
+from trace_async.env import DemonstrationSource, Demonstrator, Domain
 from trace_async.renderer import Renderer
 from trace_async.small_tokenizer import build_tokenizer
 from trace_async.types import Task
@@ -68,7 +68,8 @@ def make_policy(domain: Domain, config: PolicyConfig, *, log: Callable[[str], No
 def demonstrations(domain: Domain, renderer: Renderer, seed: int) -> Iterator[Demonstration]:
     """Endless demonstrations of the train tasks, as tokens."""
     assert isinstance(domain, Demonstrator)
-    tasks = TaskIterator(domain.tasks("train"), seed=seed)
+    shown = domain.demonstration_tasks() if isinstance(domain, DemonstrationSource) else domain.tasks("train")
+    tasks = TaskIterator(shown, seed=seed)
     rng = Random(f"demonstrations/{seed}")
     while True:
         chunk = tasks.take(_DEMOS_PER_CHUNK)
