@@ -8,6 +8,7 @@ A backend (sglang.py, vllm.py) adds how its server is started and what its reque
 """
 
 import asyncio
+import functools
 import json
 import time
 import uuid
@@ -89,8 +90,8 @@ class HttpEngine(ABC):
     # What a backend defines -------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _command(self, port: int) -> tuple[list[str], dict[str, str]]:
-        """The server's command line and what it needs in its environment."""
+    def _command(self, port: int, scratch: Path) -> tuple[list[str], dict[str, str]]:
+        """The server's command line and what it needs in its environment; files for it may be put into `scratch`."""
 
     @abstractmethod
     def _generate_request(
@@ -149,8 +150,7 @@ class HttpEngine(ABC):
             if not url:
                 port = free_port()
                 url = f"http://127.0.0.1:{port}"
-                command, environment = self._command(port)
-                self._process = ServerProcess(command, environment, log_path=self._log_path)
+                self._process = ServerProcess(functools.partial(self._command, port), log_path=self._log_path)
             self._http = HttpClient(url, self._describe)
             try:
                 await self._until_ready()

@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from trace_async.config import ConfigError
@@ -62,18 +63,26 @@ class ServerProcess:
     removed with the process, even when our own process is killed.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, log_path: Path) -> None:
+    def __init__(self, build: Callable[[Path], tuple[Sequence[str], Mapping[str, str]]], *, log_path: Path) -> None:
+        """`build`: gives command and environment, and may put files for the server into the scratch folder."""
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(tempfile.mkdtemp(prefix="trace_async_"))
         shared_root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         self.shared_scratch = Path(tempfile.mkdtemp(prefix="trace_async_", dir=shared_root))
+        try:
+            self._guard = self._start_guard(*build(self.scratch))
+        except BaseException:
+            shutil.rmtree(self.scratch)
+            shutil.rmtree(self.shared_scratch)
+            raise
+
+    def _start_guard(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         folders = f"{self.scratch}:{self.shared_scratch}"
-        # `-I`: the guard must not import anything of the server's PYTHONPATH.
-        guard = [sys.executable, "-I", str(GUARD), str(GRACE_S), folders, "--", *command]
-        with log_path.open("ab") as log:
-            self._guard = subprocess.Popen(
-                guard,
+        with self.log_path.open("ab") as log:
+            return subprocess.Popen(
+                # `-I`: the guard must not import anything of the server's PYTHONPATH.
+                [sys.executable, "-I", str(GUARD), str(GRACE_S), folders, "--", *command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,6 +1,10 @@
 """SGLang 0.5.23 as an engine: the default on GPUs. Recipe and traps: docs/engines.md."""
 
+import asyncio
+import json
+import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trace_async.engine import EngineError
@@ -9,7 +13,16 @@ from trace_async.engines.http_engine import HttpEngine, version_spans
 from trace_async.engines.server import command_line_flags, engine_python
 from trace_async.types import Completion, FinishReason, SamplingParams
 
+MIN_SHARED_TOKENS = 32
 CPU_STAND_INS = Path(__file__).with_name("cpu_stand_ins")
+
+
+@dataclass(slots=True)
+class _Siblings:
+    """Requests in flight for one prompt, and the request that fills the cache for all but the first."""
+
+    num_in_flight: int = 0
+    warm_up: asyncio.Task[None] | None = None
 
 
 class SGLangEngine(HttpEngine):
@@ -21,17 +34,22 @@ class SGLangEngine(HttpEngine):
 
     name = "sglang"
 
-    def _command(self, port: int) -> tuple[list[str], dict[str, str]]:
+    def _forget(self) -> None:
+        super()._forget()
+        self._siblings: dict[tuple[int, ...], _Siblings] = {}
+
+    def _command(self, port: int, scratch: Path) -> tuple[list[str], dict[str, str]]:
         config = self._config
         arguments: dict[str, object] = {
-            "model_path": self._policy_path,
+            "model_path": _without_end_tokens(self._policy_path, scratch / "model"),
             "host": "127.0.0.1",
             "port": port,
             "dtype": config.dtype,
             "tp_size": config.tensor_parallel_size,
             "max_running_requests": config.max_running_requests,
             "max_total_tokens": config.kv_cache_tokens or None,
-            "context_length": self._max_context_tokens,
+            # It keeps a few tokens of the context to itself.
+            "context_length": self._max_context_tokens + 8,
             "random_seed": self._seed,
             "disable_radix_cache": not config.prefix_cache,
             # Longest prefix first holds siblings on one cold prompt back until the first of them has filled the cache.
@@ -91,6 +109,32 @@ class SGLangEngine(HttpEngine):
             cached_tokens=meta["cached_tokens"],
         )
 
+    async def _sample(self, prompt: Sequence[int], params: SamplingParams, sample: int) -> Completion:
+        """Siblings that arrive while the first request for their prompt is in flight wait until its KV is there.
+
+        SGLang computes equal cold prompts of one batch once each. So the second to come sends a request that only
+        fills the cache, and all but the first go on when that has ended.
+        """
+        if len(prompt) < MIN_SHARED_TOKENS or not self._config.prefix_cache:
+            return await super()._sample(prompt, params, sample)
+        siblings = self._siblings.setdefault(tuple(prompt), _Siblings())
+        siblings.num_in_flight += 1
+        try:
+            if siblings.num_in_flight > 1:
+                if siblings.warm_up is None:
+                    siblings.warm_up = asyncio.create_task(self._fill_cache(prompt))
+                await asyncio.shield(siblings.warm_up)
+            return await super()._sample(prompt, params, sample)
+        finally:
+            siblings.num_in_flight -= 1
+            if not siblings.num_in_flight:
+                del self._siblings[tuple(prompt)]
+
+    async def _fill_cache(self, prompt: Sequence[int]) -> None:
+        _, body = self._generate_request(uuid.uuid4().hex, prompt, SamplingParams(), 0)
+        body["sampling_params"]["max_new_tokens"] = 0
+        await self._within_limit(self._client().post("/generate", body, limit_s=None))
+
     async def _abort(self, request_id: str) -> None:
         await self._post("/abort_request", {"rid": request_id})
 
@@ -120,3 +164,22 @@ class SGLangEngine(HttpEngine):
             for i, rank in enumerate(reply["ranks"])
             for name, digest in rank["checksums"].items()
         }
+
+
+def _without_end_tokens(policy_path: Path, folder: Path) -> Path:
+    """The model directory once more, by links, naming no token that ends an answer.
+
+    SGLang ends an answer at the end tokens of the model's and the tokenizer's files, or with `ignore_eos` at no token
+    at all. Here the request's `stop_token_ids` alone end it, as with the other engines.
+    """
+    folder.mkdir()
+    for file in policy_path.iterdir():
+        if file.name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+            content = json.loads(file.read_text())
+            content.pop("eos_token_id", None)
+            if file.name == "tokenizer_config.json":
+                content["eos_token"] = None
+            (folder / file.name).write_text(json.dumps(content))
+        else:
+            (folder / file.name).symlink_to(file)
+    return folder

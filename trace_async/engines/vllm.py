@@ -29,7 +29,7 @@ class VLLMEngine(HttpEngine):
         super()._forget()
         self._received: dict[str, str] = {}
 
-    def _command(self, port: int) -> tuple[list[str], dict[str, str]]:
+    def _command(self, port: int, scratch: Path) -> tuple[list[str], dict[str, str]]:
         config = self._config
         arguments: dict[str, object] = {
             "model": self._policy_path,
