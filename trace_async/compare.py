@@ -94,7 +94,7 @@ class Interval:
 def bootstrap_mean(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
     """The mean with its percentile bootstrap interval: over every resample for few values, drawn ones for many.
 
-    With three to five values it is narrower than it says (it covers the truth in about 75 to 85 % of cases);
+    With three to five values it is narrower than it says (it covers the truth in about 70 to 85 % of cases);
     `student_mean` is the careful one beside it.
     """
     data = np.asarray(values, dtype=float)

@@ -1,0 +1,304 @@
+"""`trace-async compare configs/compare_multihop.yaml`: methods × seeds at equal generated tokens, with a report.
+
+Each run is a `trace-async train` of its own. Interrupted at any moment, the same command goes on: finished runs are
+skipped, a run that had begun is resumed. A folder of kept figures in place of the YAML makes its report anew.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from trace_async.comparison import (
+    FIGURES_FILE,
+    SETTINGS_FILE,
+    Comparison,
+    Figures,
+    RunFigures,
+    load_comparison,
+    read_figures,
+    read_settings,
+    run_figures,
+    write_figures,
+)
+from trace_async.config import ConfigError, config_to_yaml
+from trace_async.document import write_document
+from trace_async.metrics_log import read_metrics, write_whole
+from trace_async.report import build_report, compared_budget, cut_curves
+from trace_async.tracking import Tracker, saved_run_id, tracking_uri
+
+TRAINER = (sys.executable, "-m", "scripts.cli", "train")
+STOP_LIMIT_S = 60.0
+Status = Literal["new", "begun", "done"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("comparison", type=Path, help="YAML file, or a folder with kept figures")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="so many runs at a time on this machine")
+    parser.add_argument("--minutes-per-run", type=float, default=60.0, help="a run that takes longer is stopped")
+    parser.add_argument("--report-only", action="store_true", help="start nothing; report what is finished")
+    parser.add_argument("--dry-run", action="store_true", help="check every config and print the runs")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="copy report and figures there, to commit them")
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="such as seeds=[0,1,2,3,4]")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.comparison.is_dir():
+        print(_write_report(args.comparison))
+        return 0
+    comparison = load_comparison(args.comparison, args.overrides)
+    plan = Plan(comparison, Path(comparison.output_dir) / comparison.name)
+    cells = plan.cells()
+    if args.dry_run:
+        for cell in cells:
+            print(f"{plan.status(cell):<6} {cell.name:<28} {shlex.join(plan.command(cell, TRAINER))}")
+        return 0
+    failed: list[str] = []
+    if not args.report_only:
+        failed = run_cells(plan, TRAINER, parallel=args.parallel, limit_s=60 * args.minutes_per_run)
+    report = report_finished(
+        plan, shlex.join(["trace-async", "compare", *map(str, (args.comparison, *args.overrides))])
+    )
+    if report is not None:
+        print(report)
+        if args.keep is not None:
+            _keep(plan.folder, args.keep)
+    for name in failed:
+        print(f"failed: {name}, see {plan.folder / 'logs' / (name + '.log')}", file=sys.stderr)
+    return 1 if failed or report is None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run: a method with a seed."""
+
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-s{self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a comparison's runs are and how far they have come."""
+
+    comparison: Comparison
+    folder: Path
+
+    def cells(self) -> list[Cell]:
+        """Seed by seed, so that an unfinished comparison has whole seeds. ConfigError for a run of other settings."""
+        cells = [Cell(m, s) for s in self.comparison.seeds for m in self.comparison.methods]
+        for cell in cells:
+            found = self._state(cell).get("settings", self.settings(cell))
+            if found != self.settings(cell):
+                raise ConfigError(
+                    f"{self.run_dir(cell)} was run with other settings; give the comparison another name, "
+                    "or delete its folder"
+                )
+        return cells
+
+    def run_dir(self, cell: Cell) -> Path:
+        return self.folder / "runs" / cell.name
+
+    def settings(self, cell: Cell) -> str:
+        return config_to_yaml(self.comparison.run_config(cell.method, cell.seed))
+
+    def status(self, cell: Cell) -> Status:
+        if self._state(cell).get("done"):
+            return "done"
+        return "begun" if (self.run_dir(cell) / "config.yaml").is_file() else "new"
+
+    def wall_s(self, cell: Cell) -> float:
+        return float(str(self._state(cell).get("wall_s", 0.0)))
+
+    def note(self, cell: Cell, *, wall_s: float, done: bool) -> None:
+        """Remember how long the run has taken in all, and whether it is finished."""
+        record = {"settings": self.settings(cell), "wall_s": round(wall_s, 1), "done": done}
+        self._state_file(cell).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._state_file(cell), json.dumps(record) + "\n")
+
+    def command(self, cell: Cell, trainer: Sequence[str]) -> list[str]:
+        """What starts the run, or goes on with it."""
+        if self.status(cell) == "begun":
+            return [*trainer, "--resume", str(self.run_dir(cell))]
+        base = ["--config", self.comparison.base] if self.comparison.base else []
+        config = self.comparison.run_config(cell.method, cell.seed)
+        place = [f"name={cell.name}", f"output_dir={self.folder / 'runs'}", f"tracking.uri={tracking_uri(config)}"]
+        return [*trainer, *base, *self.comparison.run_overrides(cell.method, cell.seed), *place]
+
+    def _state_file(self, cell: Cell) -> Path:
+        return self.folder / "runs" / f"{cell.name}.json"
+
+    def _state(self, cell: Cell) -> Mapping[str, object]:
+        path = self._state_file(cell)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+# ── running ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_cells(plan: Plan, trainer: Sequence[str], *, parallel: int, limit_s: float) -> list[str]:
+    """Run what is not finished; returns the names of runs that failed. Their logs are in `<folder>/logs`."""
+    cells = plan.cells()
+    waiting = [cell for cell in cells if plan.status(cell) != "done"]
+    print(f"{plan.folder}: {len(cells) - len(waiting)} of {len(cells)} runs are finished", flush=True)
+    return asyncio.run(_run_all(plan, waiting, trainer, parallel, limit_s)) if waiting else []
+
+
+async def _run_all(
+    plan: Plan, waiting: Sequence[Cell], trainer: Sequence[str], parallel: int, limit_s: float
+) -> list[str]:
+    parent = _parent_run(plan)
+    slots = asyncio.Semaphore(max(1, parallel))
+    failed: list[str] = []
+
+    async def one(cell: Cell) -> None:
+        async with slots:
+            if not await _run_cell(plan, cell, trainer, parent, limit_s):
+                failed.append(cell.name)
+
+    # The first run goes alone: it builds the start policy that the others find in the cache.
+    await one(waiting[0])
+    async with asyncio.TaskGroup() as group:
+        for cell in waiting[1:]:
+            group.create_task(one(cell))
+    return failed
+
+
+async def _run_cell(plan: Plan, cell: Cell, trainer: Sequence[str], parent: str | None, limit_s: float) -> bool:
+    """One run from its start, or from where it stopped, to its end; whether it ended well."""
+    log = plan.folder / "logs" / f"{cell.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = plan.command(cell, trainer)
+    before, started = plan.wall_s(cell), time.monotonic()
+    plan.note(cell, wall_s=before, done=False)
+    env = {"OMP_NUM_THREADS": "1", **os.environ} | ({"TRACE_ASYNC_PARENT_RUN": parent} if parent else {})
+    with log.open("ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True
+        )
+        try:
+            code: int | str = await asyncio.wait_for(process.wait(), limit_s)
+        except TimeoutError:
+            code = f"stopped after {limit_s / 60:.0f} minutes"
+        finally:
+            await _stop(process)
+            wall_s = before + time.monotonic() - started
+            plan.note(cell, wall_s=wall_s, done=process.returncode == 0)
+    print(f"{cell.name}: {_outcome(plan, cell) if code == 0 else f'FAILED ({code})'}, {wall_s:.0f} s", flush=True)
+    return code == 0
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """End a run that is still there as Ctrl-C would, so that it can be resumed; kill it when it does not end."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        if process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), STOP_LIMIT_S)
+
+
+def _outcome(plan: Plan, cell: Cell) -> str:
+    metric = plan.comparison.success[0]
+    curve = _figures_of(plan, cell).curve(metric)
+    if curve is None:
+        return "done"
+    return f"{metric} {curve.value[0]:.3f} → {curve.value[-1]:.3f} after {curve.cost[-1]:,.0f} tokens"
+
+
+# ── report ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def report_finished(plan: Plan, command: str) -> Path | None:
+    """Gather the figures of all finished runs and write the report; None when none is finished."""
+    done = [cell for cell in plan.cells() if plan.status(cell) == "done"]
+    if not done:
+        print("no run is finished yet, so there is nothing to report", file=sys.stderr)
+        return None
+    wall = {cell.name: plan.wall_s(cell) for cell in done}
+    runs = tuple(_figures_of(plan, cell) for cell in done)
+    write_figures(plan.folder, Figures(plan.comparison, runs, _machine(), wall, command))
+    page = _write_report(plan.folder)
+    _log_parent(plan, len(done))
+    return page
+
+
+def _figures_of(plan: Plan, cell: Cell) -> RunFigures:
+    return run_figures(cell.method, cell.seed, read_metrics(plan.run_dir(cell)))
+
+
+def _write_report(folder: Path) -> Path:
+    """The report is made from the kept figures alone, so it can be made again wherever they are."""
+    title, blocks = build_report(read_figures(folder), str(read_settings(folder)["base_config"]))
+    return write_document(folder, title, blocks)
+
+
+def _keep(folder: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in (folder / FIGURES_FILE, folder / SETTINGS_FILE, folder / "report.md", *folder.glob("*.svg")):
+        shutil.copy2(path, target)
+    shutil.copy2(folder / "report.html", target)
+
+
+def _machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    return f"{os.cpu_count()} × {model}, Python {platform.python_version()}, torch {version('torch')}"
+
+
+# ── MLflow: the parent of the runs ───────────────────────────────────────────────────────────────────────────────
+
+
+def _parent_tracker(plan: Plan) -> Tracker:
+    config = plan.comparison.base_config()
+    tracking = replace(config.tracking, uri=tracking_uri(config), system_metrics=False)
+    config = replace(config, name=plan.comparison.name, tracking=tracking)
+    return Tracker.start(config, plan.folder, resume_run_id=saved_run_id(plan.folder), resume_step=0, parent_run_id="")
+
+
+def _parent_run(plan: Plan) -> str | None:
+    """The MLflow run that the runs name as their parent; None when the tracking store does not answer."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    tracker = _parent_tracker(plan)
+    run_id = tracker.wait_for_run_id()
+    tracker.log_text(json.dumps(asdict(plan.comparison), indent=1), "comparison.json")
+    tracker.finish()
+    return run_id
+
+
+def _log_parent(plan: Plan, num_done: int) -> None:
+    """End figures of each method, by number of finished runs, and the report itself."""
+    figures = read_figures(plan.folder)
+    budget = compared_budget(figures)
+    tracker = _parent_tracker(plan)
+    metrics = {}
+    for method in plan.comparison.methods:
+        for metric in plan.comparison.success:
+            ends = [float(curve.value[-1]) for curve in cut_curves(figures, method, metric, budget).values()]
+            if ends:
+                metrics[f"{metric}/{method}"] = sum(ends) / len(ends)
+    tracker.log(metrics, num_done)
+    for name in ("report.html", "report.md", FIGURES_FILE, SETTINGS_FILE):
+        tracker.log_artifact(plan.folder / name)
+    tracker.finish()

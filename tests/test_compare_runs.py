@@ -1,0 +1,218 @@
+"""The comparison as a whole, with a fake trainer: runs, what was interrupted, figures and report."""
+
+import asyncio
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from scripts.compare import Plan, report_finished, run_cells
+from trace_async.comparison import load_comparison, read_figures, write_figures
+from trace_async.config import ConfigError
+from trace_async.report import build_report, compared_budget, cut_curves
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
+
+SPEC = """
+name: small
+base: base.yaml
+seeds: [0, 1]
+max_generated_tokens: 1000
+overrides: [budget.pool_size=32]
+methods:
+  grpo: {label: GRPO, overrides: [budget.stage1=uniform, budget.stage2=none, loss.advantage=grpo]}
+  trace: {label: "TRACE <ours>", overrides: [budget.stage1=beta]}
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path, store: Path) -> Callable[..., Plan]:
+    def make(*overrides: str, spec: str = SPEC) -> Plan:
+        (tmp_path / "base.yaml").write_text(
+            f"output_dir: {store}\nnum_updates: 1000\ntracking: {{uri: 'sqlite:///{store}/mlflow.db'}}\n"
+        )
+        (tmp_path / "compare.yaml").write_text(spec)
+        comparison = load_comparison(tmp_path / "compare.yaml", [f"output_dir={tmp_path}", *overrides])
+        return Plan(comparison, tmp_path / comparison.name)
+
+    return make
+
+
+def test_all_runs_are_made_once_and_reported(make_plan: Callable[..., Plan], capsys: pytest.CaptureFixture) -> None:
+    plan = make_plan()
+    assert run_cells(plan, FAKE, parallel=2, limit_s=60) == []
+    said = capsys.readouterr().out
+    assert "0 of 4 runs are finished" in said
+    assert "trace-s1: heldout/success_t1.0 0.260 →" in said
+    assert [plan.status(cell) for cell in plan.cells()] == ["done"] * 4
+    parents = {path.read_text().split()[-1] for path in (plan.folder / "logs").iterdir()}
+    assert len(parents) == 1  # all runs name the same MLflow parent
+    assert len(parents.pop()) == 32
+
+    page = report_finished(plan, "trace-async compare compare.yaml")
+    assert page is not None
+    again = make_plan("seeds=[0,1,2]")
+    assert run_cells(again, FAKE, parallel=1, limit_s=60) == []
+    assert "4 of 6 runs are finished" in capsys.readouterr().out
+    assert (plan.folder / "logs" / "grpo-s0.log").read_text().count("$ ") == 1
+
+
+def test_what_died_is_told_and_resumed(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan("seeds=[0]")
+    monkeypatch.setenv("FAKE_TRAINER_DIES", "trace-s0")
+    assert run_cells(plan, FAKE, parallel=1, limit_s=60) == ["trace-s0"]
+    assert {cell.name: plan.status(cell) for cell in plan.cells()} == {"grpo-s0": "done", "trace-s0": "begun"}
+    report_finished(plan, "again")
+    assert "Not finished, and left out: trace seed 0." in (plan.folder / "report.md").read_text()
+
+    assert run_cells(plan, FAKE, parallel=1, limit_s=60) == []
+    log = (plan.folder / "logs" / "trace-s0.log").read_text()
+    assert [line.split()[3] for line in log.splitlines() if line.startswith("$")] == ["--config", "--resume"]
+    report_finished(plan, "again")
+    (run,) = read_figures(plan.folder).of("trace")
+    assert [row["step"] for row in run.rows] == list(range(12))
+
+
+def test_a_run_that_hangs_is_stopped(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan("seeds=[0]")
+    monkeypatch.setenv("FAKE_TRAINER_HANGS", "grpo-s0")
+    assert run_cells(plan, FAKE, parallel=1, limit_s=5) == ["grpo-s0"]
+    assert {cell.name: plan.status(cell) for cell in plan.cells()} == {"grpo-s0": "begun", "trace-s0": "done"}
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan("seeds=[0]")
+    assert run_cells(plan, FAKE, parallel=1, limit_s=60) == []
+    changed = make_plan("seeds=[0]", spec=SPEC.replace("stage1=beta", "stage1=point"))
+    with pytest.raises(ConfigError, match="trace-s0 was run with other settings"):
+        run_cells(changed, FAKE, parallel=1, limit_s=60)
+
+
+def test_nothing_finished_gives_no_report(make_plan: Callable[..., Plan]) -> None:
+    assert report_finished(make_plan(), "x") is None
+
+
+class Tables(HTMLParser):
+    """The rows of all tables of a page, and every tag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: set[str] = set()
+        self._in_cell = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.rows[-1][-1] += data
+
+
+def test_the_report_says_what_the_figures_say(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = make_plan()
+    run_cells(plan, FAKE, parallel=2, limit_s=60)
+    page = report_finished(plan, "trace-async compare compare.yaml")
+    assert page is not None
+    text = page.read_text()
+    tables = Tables()
+    tables.feed(text)
+    # At 1000 tokens: .25 + .01·seed + gain, the gain .2 for GRPO and .4 for TRACE; mean height half way up.
+    assert ["GRPO", "2", "45.5% [45.0%, 46.0%]", "35.5% [35.0%, 36.0%]", "1,000 (100%)"] in tables.rows
+    assert ["TRACE <ours>", "2", "65.5% [65.0%, 66.0%]", "45.5% [45.0%, 46.0%]", "500 (50%)"] in tables.rows
+    assert ["ReAct (no training)", "4", "25.5% [25.0%, 26.0%]", "", ""] in tables.rows
+    difference = "+20.0 [+20.0, +20.0] (+20.0, +20.0)"
+    assert ["TRACE <ours>", "2", difference, "+10.0 [+10.0, +10.0] (+10.0, +10.0)"] in tables.rows
+    assert ["TRACE <ours>", "budget.stage1=beta"] in tables.rows
+    assert not tables.tags & {"script", "link", "img", "iframe"}
+    assert not re.search(r"url\(|(?<!xmlns=\")https?://", text)
+    assert "trace-async compare compare.yaml" in text
+    assert "pool_size: 32" in text
+
+    # Kept figures make the same report anywhere, and the Markdown finds its charts.
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for name in ("figures.csv", "settings.json"):
+        shutil.copy(plan.folder / name, kept)
+    figures = read_figures(kept)
+    assert build_report(figures, "c") == build_report(read_figures(plan.folder), "c")
+    assert cut_curves(figures, "trace", "heldout/success_t1.0", compared_budget(figures))[1].value[-1] == pytest.approx(
+        0.66
+    )
+    write_figures(tmp_path / "copy", figures)
+    assert (tmp_path / "copy" / "figures.csv").read_bytes() == (kept / "figures.csv").read_bytes()
+    markdown = (plan.folder / "report.md").read_text()
+    charts = re.findall(r"\]\((\w+\.svg)\)", markdown)
+    assert len(charts) == 6
+    assert all((plan.folder / chart).is_file() for chart in charts)
+    assert "| TRACE &lt;ours&gt; | 2 | **65.5% [65.0%, 66.0%]** |" in markdown
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("baseline=ppo", "baseline=ppo: not among the methods"),
+        ("seeds=[1,1]", "distinct, one or more"),
+        ("seeds=[]", "distinct, one or more"),
+        ("max_generated_tokens=0", "must be > 0"),
+        ("max_generated_token=5", "max_generated_token"),
+        ("name=a/b", "letters, digits"),
+        ("methods.bad.overrides=[budget.stage1=best]", "(?s)method bad: .*stage1"),
+    ],
+)
+def test_a_wrong_comparison_is_refused(make_plan: Callable[..., Plan], override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(override)
+
+
+def test_a_broken_file_of_figures_is_named(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan("seeds=[0]")
+    run_cells(plan, FAKE, parallel=1, limit_s=60)
+    report_finished(plan, "x")
+    path = plan.folder / "figures.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], lines[3].replace("0.", "zero.", 1), *lines[4:]]) + "\n")
+    with pytest.raises(ValueError, match=r"figures\.csv:4: not a row of figures"):
+        read_figures(plan.folder)
+
+
+def test_a_stopped_comparison_stops_its_runs_and_goes_on(
+    make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts import compare
+
+    plan = make_plan("seeds=[0]")
+    monkeypatch.setenv("FAKE_TRAINER_HANGS", "grpo-s0")
+
+    async def interrupted() -> None:
+        work = asyncio.create_task(compare._run_all(plan, plan.cells(), FAKE, 1, 60))
+        while not (plan.run_dir(plan.cells()[0]) / "config.yaml").is_file():
+            await asyncio.sleep(0.1)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    asyncio.run(interrupted())
+    state = json.loads((plan.folder / "runs" / "grpo-s0.json").read_text())
+    assert state["done"] is False
+    monkeypatch.delenv("FAKE_TRAINER_HANGS")
+    assert plan.status(plan.cells()[0]) == "begun"
