@@ -67,7 +67,10 @@ class _Minibatch:
 
 
 class Learner:
-    """`rank` of `world_size`; all ranks must make the same calls with the same arguments, in the same order."""
+    """`rank` of `world_size`; all ranks must make the same calls with the same arguments, in the same order.
+
+    `num_steps` counts optimizer steps over all updates; `engine` is DeepSpeed's (for learner_state.py).
+    """
 
     def __init__(
         self,
@@ -79,8 +82,10 @@ class Learner:
         master_addr: str = "127.0.0.1",
         master_port: int = 29500,
     ) -> None:
-        self._config = config
-        self._policy_path = policy_path
+        self.config = config
+        self.policy_path = policy_path
+        self.is_first = rank == 0
+        self.num_steps = 0
         self._rank, self._world_size = rank, world_size
         self._device = resolve_device(config.learner.device, rank)
         if self._device.type == "cpu":
@@ -97,27 +102,12 @@ class Learner:
             betas=(config.learner.adam_beta1, config.learner.adam_beta2),
             weight_decay=config.learner.weight_decay,
         )
-        self._engine = make_deepspeed(self._module, adam, config.learner)
-        self._steps = 0
+        self.engine = make_deepspeed(self._module, adam, config.learner)
 
     @property
     def policy(self) -> Any:
         """The transformers model that is trained (its parameters may be partitioned)."""
         return self._module.policy
-
-    @property
-    def engine(self) -> Any:
-        """The DeepSpeed engine, for checkpoint.py."""
-        return self._engine
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps so far, over all updates."""
-        return self._steps
-
-    @num_steps.setter
-    def num_steps(self, steps: int) -> None:
-        self._steps = steps
 
     def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
         """Train the policy, which is at `policy_version`, on `trees` (on every rank all of them); metrics of all ranks.
@@ -132,10 +122,8 @@ class Learner:
         if not minibatches:
             return {"updated": 0.0, "seconds": time.perf_counter() - started}
         before = self._fingerprint()
-        correcting = self._config.loss.correction != "none"
-        proximal = [
-            self._no_grad(self._engine, m) if correcting and len(minibatches) > 1 else None for m in minibatches
-        ]
+        correcting = self.config.loss.correction != "none"
+        proximal = [self._no_grad(self.engine, m) if correcting and len(minibatches) > 1 else None for m in minibatches]
         first, metrics = LossMetrics(), LossMetrics()
         grad_norms = []
         for index, (minibatch, anchors) in enumerate(zip(minibatches, proximal, strict=True)):
@@ -153,9 +141,9 @@ class Learner:
         return result | {
             "updated": 1.0,
             "grad_norm": float(np.mean(grad_norms)),
-            "learning_rate": self._engine.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "packed_tokens": unique,
-            "optimizer_steps": float(self._steps),
+            "optimizer_steps": float(self.num_steps),
             "seconds": time.perf_counter() - started,
         }
 
@@ -167,9 +155,9 @@ class Learner:
         """
         tensors = {}
         for name, tensor in policy_tensors(self.policy):
-            if self._rank == 0:
+            if self.is_first:
                 tensors[name] = tensor.detach().to("cpu", copy=True)
-        return pack_weights(tensors, policy_version) if self._rank == 0 else None
+        return pack_weights(tensors, policy_version) if self.is_first else None
 
     def close(self) -> None:
         """Leave the group of ranks."""
@@ -177,40 +165,40 @@ class Learner:
             torch.distributed.destroy_process_group()
 
     def _make_module(self, policy: Any) -> TokenLogprobs:
-        learner = self._config.learner
+        learner = self.config.learner
         kind = attention_for(self._device, flat=learner.packing == "flat")
         prepare_model(policy, kind)
         return TokenLogprobs(
             policy.to(self._device),
             kind,
-            temperature=self._config.sampling.temperature,
+            temperature=self.config.sampling.temperature,
             chunk_tokens=learner.logprob_chunk_tokens,
             entropy=True,
         )
 
     def _make_reference(self) -> TokenLogprobs | None:
         """The start policy, frozen, when KL holds to it."""
-        if not self._config.loss.kl_loss_coef:
+        if not self.config.loss.kl_loss_coef:
             return None
-        policy = load_model(self._policy_path, dtype=self._config.learner.dtype)
+        policy = load_model(self.policy_path, dtype=self.config.learner.dtype)
         return self._make_module(policy).requires_grad_(False)
 
     def _assert_fresh(self, trees: Sequence[RolloutTree], policy_version: int) -> None:
         for tree in trees:
             staleness = policy_version - tree.oldest_policy_version
-            assert 0 <= staleness <= self._config.actors.max_staleness, (
+            assert 0 <= staleness <= self.config.actors.max_staleness, (
                 f"tree of task {tree.task.id}: staleness {staleness} is not within "
-                f"0..actors.max_staleness={self._config.actors.max_staleness}"
+                f"0..actors.max_staleness={self.config.actors.max_staleness}"
             )
 
     def _plan_all(self, trees: Sequence[RolloutTree]) -> list[_Minibatch]:
-        loss = self._config.loss
+        loss = self.config.loss
         credits = compute_credits(loss.advantage, trees, normalize_std=loss.normalize_std)
-        parts = _split(trees, self._config.learner.minibatches)
+        parts = _split(trees, self.config.learner.minibatches)
         return [self._plan([trees[i] for i in part], [credits[i] for i in part]) for part in parts]
 
     def _plan(self, trees: Sequence[RolloutTree], credits: Sequence[NodeCredit]) -> _Minibatch:
-        loss, learner = self._config.loss, self._config.learner
+        loss, learner = self.config.loss, self.config.learner
         credits = normalize_credits(trees, credits, loss.aggregation)
         pieces = [
             piece
@@ -247,11 +235,11 @@ class Learner:
         policy_version: int,
     ) -> float:
         """Backward through all micro-batches, one optimizer step; returns the gradient norm before clipping."""
-        loss_config = self._config.loss
+        loss_config = self.config.loss
         reference = self._no_grad(self._reference, minibatch) if self._reference is not None else None
         self._module.train()
         for index, batch in enumerate(minibatch.batches):
-            logprobs, entropy = self._engine(batch)
+            logprobs, entropy = self.engine(batch)
             terms = LossTerms(
                 learner_logprobs=logprobs,
                 entropy=entropy,
@@ -265,12 +253,12 @@ class Learner:
                 for counter in counters:
                     counter.add(batch.entries, terms, loss, clipped, policy_version)
             # DeepSpeed averages over ranks; the entries are normalised over the whole minibatch already.
-            self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
-        for group in self._engine.optimizer.param_groups:
+            self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        self._engine.step()
-        self._steps += 1
-        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        self.engine.step()
+        self.num_steps += 1
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):
             raise LearnerError(f"update at version {policy_version}: the gradient norm is {norm}")
         return norm
@@ -280,9 +268,9 @@ class Learner:
             return [model(batch)[0].detach() for batch in minibatch.batches]
 
     def _learning_rate(self) -> float:
-        learner = self._config.learner
-        total = self._config.num_updates * learner.minibatches
-        return learner.learning_rate * schedule(learner, self._steps, total)
+        learner = self.config.learner
+        total = self.config.num_updates * learner.minibatches
+        return learner.learning_rate * schedule(learner, self.num_steps, total)
 
     def _fingerprint(self) -> torch.Tensor:
         """Two float64 sums per tensor, of what this rank holds."""

@@ -1,6 +1,6 @@
 """The policy's tensors by their Hugging Face names, whatever trains them: ZeRO-3 gathered in buckets, LoRA merged."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,11 +9,15 @@ from torch import nn
 from trace_async.deepspeed_engine import whole_parameters
 
 BUCKET_BYTES = 256 * 1024 * 1024
+LORA_SCALE = 2
 _LORA_BASE = ".base_layer."
 
 
 def add_lora(policy: Any, rank: int, *, seed: int) -> None:
-    """Inject LoRA adapters (arXiv 2106.09685; alpha = 2·rank) into every linear layer but the head; only they train."""
+    """Inject LoRA adapters (arXiv 2106.09685) into every linear layer but the head; from then on only they train.
+
+    alpha = LORA_SCALE · rank, so W = W₀ + LORA_SCALE · B A.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -22,7 +26,7 @@ def add_lora(policy: Any, rank: int, *, seed: int) -> None:
     targets = [name for name, module in policy.named_modules() if isinstance(module, nn.Linear) and module is not head]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), policy)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets), policy)
 
 
 def policy_tensors(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -57,3 +61,17 @@ def _gathered(bucket: list[tuple[str, nn.Parameter, Any]]) -> Iterator[tuple[str
 
 def _bytes(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+
+
+def merged(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Full tensors by their names in a policy with or without adapters → the plain model's tensors by name."""
+    result = {}
+    for name, tensor in values.items():
+        if ".lora_" in name:
+            continue
+        adapter = name.removesuffix("base_layer.weight") if name.endswith("base_layer.weight") else None
+        if adapter is not None:
+            a, b = (values[f"{adapter}lora_{part}.default.weight"].float() for part in "AB")
+            tensor = (tensor.float() + LORA_SCALE * b @ a).to(tensor.dtype)
+        result[name.replace(_LORA_BASE, ".")] = tensor
+    return result

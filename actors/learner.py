@@ -1,0 +1,156 @@
+"""LearnerRank: one DeepSpeed rank behind Ray; LearnerGroup: all of them as one learner, with asyncio methods."""
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from trace_async.config import Config
+from trace_async.tree import RolloutTree
+from trace_async.weights import WeightManifest, WeightUpdate
+
+
+class LearnerRankError(Exception):
+    """A learner rank died or did not answer in time; the message names it. The group must be closed."""
+
+
+class LearnerRank:
+    """One process of the group. Every method but `meeting_point` is called on all ranks together."""
+
+    def __init__(self, config: Config, policy_path: str, rank: int) -> None:
+        self._config = config
+        self._policy_path = Path(policy_path)
+        self._rank = rank
+        self._learner: Any = None
+
+    def meeting_point(self) -> tuple[str, int]:
+        """This node's address and a free port, where the ranks meet."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def build(self, master_addr: str, master_port: int) -> None:
+        """Load the policy and join the other ranks."""
+        from trace_async.learner import Learner
+
+        self._learner = Learner(
+            self._config,
+            self._policy_path,
+            rank=self._rank,
+            world_size=self._config.learner.num_ranks,
+            master_addr=master_addr,
+            master_port=master_port,
+        )
+
+    def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+        return self._learner.update(trees, policy_version)
+
+    @ray.method(num_returns=2)
+    def weights(self, policy_version: int) -> tuple[WeightManifest | None, WeightUpdate | None]:
+        """The manifest apart, so that the group can wait without fetching the weights themselves."""
+        update = self._learner.weights(policy_version)
+        return (update.manifest, update) if update is not None else (None, None)
+
+    def save(self, folder: str) -> None:
+        from trace_async.learner_state import save_learner
+
+        save_learner(self._learner, Path(folder))
+
+    def load(self, folder: str) -> None:
+        from trace_async.learner_state import load_learner
+
+        load_learner(self._learner, Path(folder))
+
+    def export(self, target: str) -> None:
+        from trace_async.learner_state import export_learner
+
+        export_learner(self._learner, Path(target))
+
+    def close(self) -> None:
+        if self._learner is not None:
+            self._learner.close()
+
+
+class LearnerGroup:
+    """`learner.num_ranks` ranks. Calls go to all ranks and wait at most `learner.step_timeout_s`; the first failure is
+    raised at once, since ranks that wait for a dead one would wait for long."""
+
+    def __init__(self, config: Config, policy_path: Path) -> None:
+        self._config = config
+        self._policy_path = policy_path
+        self._ranks: list[ActorHandle] = []
+
+    async def start(self) -> None:
+        """Start the processes, load the policy, form the group."""
+        learner = self._config.learner
+        remote = ray.remote(num_cpus=learner.num_threads, num_gpus=self._config.actors.learner_gpus)(LearnerRank)
+        environment = {"env_vars": {"OMP_NUM_THREADS": str(learner.num_threads)}}
+        self._ranks = [
+            remote.options(runtime_env=environment).remote(self._config, str(self._policy_path), rank)
+            for rank in range(learner.num_ranks)
+        ]
+        (meeting_point,) = await self._wait("start", [self._ranks[0].meeting_point.remote()])
+        await self._all("build", *meeting_point)
+
+    async def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+        """Train on `trees`, by the policy at `policy_version`; `learner/…` metrics (see Learner.update).
+
+        `learner/updated` is 0 when no tree carries a signal: the weights are what they were.
+        """
+        shared = ray.put(list(trees))
+        results = await self._all("update", shared, policy_version)
+        return {f"learner/{name}": value for name, value in results[0].items()}
+
+    async def weights(self, policy_version: int) -> ray.ObjectRef:
+        """Reference to the WeightUpdate with the current weights as `policy_version`; they stay in the object store."""
+        pairs = [rank.weights.remote(policy_version) for rank in self._ranks]
+        await self._wait("weights", [manifest for manifest, _ in pairs])
+        return pairs[0][1]
+
+    async def save(self, folder: Path) -> None:
+        """Write the learner's part of a checkpoint into `folder` (on a disk that rank 0 sees)."""
+        await self._all("save", str(folder))
+
+    async def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote, with whatever number of ranks. CheckpointError when it does not fit."""
+        await self._all("load", str(folder))
+
+    async def export(self, target: Path) -> None:
+        """Write the current policy as a Hugging Face folder, LoRA merged."""
+        await self._all("export", str(target))
+
+    async def close(self) -> None:
+        """End the processes; a rank that hangs is killed."""
+        if self._ranks:
+            await asyncio.wait([asyncio.wrap_future(rank.close.remote().future()) for rank in self._ranks], timeout=5)
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+
+    async def _all(self, call: str, *arguments: Any) -> list[Any]:
+        return await self._wait(call, [getattr(rank, call).remote(*arguments) for rank in self._ranks])
+
+    async def _wait(self, call: str, references: Sequence[ray.ObjectRef]) -> list[Any]:
+        futures = [asyncio.wrap_future(reference.future()) for reference in references]
+        limit = self._config.learner.step_timeout_s
+        done, waiting = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+        failed = {future for future in done if future.exception() is not None}
+        if failed and waiting:
+            # Peers of a dead rank fail of broken connections, perhaps before its death is known: prefer the cause.
+            done, _ = await asyncio.wait(futures, timeout=2)
+            failed = {future for future in done if future.exception() is not None}
+        errors = [(rank, future.exception()) for rank, future in enumerate(futures) if future in failed]
+        for rank, error in sorted(errors, key=lambda pair: not isinstance(pair[1], RayActorError)):
+            assert error is not None
+            if isinstance(error, RayActorError):
+                raise LearnerRankError(f"learner rank {rank} died during {call}: {error}") from error
+            raise error
+        if waiting:
+            late = [rank for rank, future in enumerate(futures) if future in waiting]
+            raise LearnerRankError(f"learner ranks {late} did not finish {call} within learner.step_timeout_s={limit}")
+        return [future.result() for future in futures]
