@@ -14,6 +14,7 @@ from typing import Protocol, cast
 from envs import function_tasks
 from envs.actions import REASONS, TRUNCATED, Malformed, ToolCall, cut_text, parse_tool_calls
 from envs.function_tasks import LEVELS
+from envs.lazy_tasks import LazyTasks
 from envs.services import ERRORS, TOOLS, ServicesState, ToolError, call_tool
 from trace_async.config import ConfigError
 from trace_async.types import Json, Message, Prompt, Split, StepResult, Task
@@ -157,7 +158,7 @@ class Functions:
         self,
         *,
         seed: int = 0,
-        num_train: int = 6_000,
+        num_train: int = 10_000,
         num_heldout: int = 2_000,
         shares: Mapping[str, float] | None = None,
         misread_rate: float = 0.65,
@@ -174,22 +175,15 @@ class Functions:
         self._max_turns = max_turns
         self._max_observation_chars = max_observation_chars
         self._show_tools = show_tools
-        self._tasks: dict[Split, list[Task]] = {}
 
     def tasks(self, split: Split) -> Sequence[Task]:
-        if split not in self._tasks:
-            rng = Random(f"functions-{split}-{self._seed}")
-            levels = rng.choices(LEVELS, [self._shares.get(level, 0.0) for level in LEVELS], k=self._counts[split])
-            self._tasks[split] = [
-                Task(
-                    id=f"functions-{split}-{index}",
-                    domain=self.name,
-                    kind=level,
-                    data=function_tasks.make_task(level, rng),
-                )
-                for index, level in enumerate(levels)
-            ]
-        return self._tasks[split]
+        def make(index: int) -> Task:
+            task_id = f"functions-{split}-{index}"
+            rng = Random(f"{task_id}-{self._seed}")
+            level = rng.choices(LEVELS, [self._shares.get(level, 0.0) for level in LEVELS])[0]
+            return Task(id=task_id, domain=self.name, kind=level, data=function_tasks.make_task(level, rng))
+
+        return LazyTasks(self._counts[split], make)
 
     def make_env(self, task: Task) -> ConversationEnv:
         first, *later = cast(list[str], task.data["requests"])

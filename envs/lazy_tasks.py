@@ -1,0 +1,28 @@
+"""A sequence of tasks that are made when they are asked for, so that a large split costs nothing to name."""
+
+from collections.abc import Callable, Sequence
+from typing import overload
+
+from trace_async.types import Task
+
+
+class LazyTasks(Sequence[Task]):
+    """`make(i)` makes task i of `count`, the same one each time."""
+
+    def __init__(self, count: int, make: Callable[[int], Task]) -> None:
+        self._count = count
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Task]: ...
+    def __getitem__(self, index: int | slice) -> Task | list[Task]:
+        if isinstance(index, slice):
+            return [self._make(i) for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(f"task {index} of {self._count}")
+        return self._make(index % self._count)
