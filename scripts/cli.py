@@ -26,7 +26,12 @@ def main(argv: list[str] | None = None) -> int:
         sub = commands.add_parser(name, help=help_text)
         if arguments[:1] == [name]:
             importlib.import_module(module).add_arguments(sub)
-    args = parser.parse_args(arguments)
+    # argparse takes positionals in one stretch only; settings may stand anywhere among the options.
+    args, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
     try:
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except ConfigError as error:

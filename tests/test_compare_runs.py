@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import cli
 from scripts.compare import Plan, report_finished, run_cells
 from trace_async.comparison import load_comparison, read_figures, write_figures
 from trace_async.config import ConfigError
@@ -165,6 +166,20 @@ def test_the_report_says_what_the_figures_say(make_plan: Callable[..., Plan], tm
     assert len(charts) == 6
     assert all((plan.folder / chart).is_file() for chart in charts)
     assert "| TRACE &lt;ours&gt; | 2 | **65.5% [65.0%, 66.0%]** |" in markdown
+
+
+@pytest.mark.parametrize("name", ["multihop", "ablation"])
+def test_the_comparisons_that_come_with_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configs = Path(__file__).parents[1] / "configs"
+    assert cli.main(["compare", str(configs / f"compare_{name}.yaml"), "--dry-run", "seeds=[7]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 6
+    assert all(line.startswith("new ") and " seed=7 " in line for line in lines)
+    comparison = load_comparison(configs / f"compare_{name}.yaml")
+    for method in comparison.methods:
+        budget = comparison.run_config(method, 0).budget
+        cost = budget.root_rollouts * (1 + budget.continuations_per_root / 2)
+        assert cost == (64 if method == "shape_half_2" else 128)
 
 
 @pytest.mark.parametrize(

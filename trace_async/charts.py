@@ -9,8 +9,8 @@ import numpy as np
 
 from trace_async.compare import Curve
 
-WIDTH, HEIGHT = 860, 380
-LEFT, RIGHT, TOP, BOTTOM = 62, 220, 16, 46
+WIDTH, HEIGHT = 900, 380
+LEFT, RIGHT, TOP, BOTTOM = 62, 250, 16, 46
 # Okabe and Ito's colours, told apart with every kind of colour blindness; after eight, dashes tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a6d00")
 DASHES = ("", "7 4", "2 3")
