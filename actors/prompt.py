@@ -41,17 +41,17 @@ class PromptActor:
 
     async def run_prompt(self, task: Task, prompt: PendingPrompt) -> RolloutTree:
         """Grow the tree of one prompt; it has no rollouts when all broke down."""
-        budget = self.config.budget
+        settings = self.config.budget
         rng = np.random.default_rng(prompt.seed)
 
-        def plan(anchors: Sequence[Anchor], continuations: int) -> np.ndarray:
-            return plan_prefixes(budget, anchors, continuations, rng)
+        def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
+            return plan_prefixes(settings, anchors, budget, rng)
 
-        needs_values = budget.stage2 not in ("none", "random")
+        needs_values = settings.stage2 not in ("none", "random")
         expansion = Expansion(
             plan=plan,
-            per_root=budget.continuations_per_root,
-            rounds=budget.stage2_rounds,
+            per_root=settings.continuations_per_root,
+            rounds=settings.stage2_rounds,
             value=self._values if needs_values else None,
         )
         async with self.slots:
@@ -62,7 +62,7 @@ class PromptActor:
                 lambda prompt_ids, params: self.router.generate(task.id, prompt_ids, params),
                 self._limits(self.config.sampling.temperature),
                 num_roots=prompt.num_roots,
-                expansion=expansion if budget.stage2 != "none" and budget.continuations_per_root else None,
+                expansion=expansion if settings.stage2 != "none" and settings.continuations_per_root else None,
                 policy_version=prompt.policy_version,
                 root_value=prompt.root_value,
             )

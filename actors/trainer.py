@@ -34,6 +34,7 @@ from actors.prompt_group import PromptGroup, PromptLostError
 from envs import load_domain
 from trace_async.allocation import is_trained_on, plan_roots
 from trace_async.buffer import TreeBuffer
+from trace_async.checkpoint import CheckpointStore
 from trace_async.config import Config
 from trace_async.dataset import TaskIterator
 from trace_async.estimates import Estimates
@@ -44,6 +45,7 @@ from trace_async.types import Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MAX_UPDATES_WITHOUT_CREDIT = 20
 
 OnMetrics = Callable[[int, Mapping[str, float], Sequence[RolloutTree]], None]
 
@@ -75,7 +77,8 @@ class Trainer:
         self.policy_path = policy_path
         self.on_metrics = on_metrics
         domain = load_domain(config.env)
-        self.train_tasks = TaskIterator(domain.tasks("train"), seed=config.seed)
+        self.all_train_tasks = domain.tasks("train")
+        self.train_tasks = TaskIterator(self.all_train_tasks, seed=config.seed)
         self.heldout_tasks = domain.tasks("heldout")
         self.state = RunState()
         self.buffer = TreeBuffer(config.budget.root_rollouts, config.actors.max_staleness)
@@ -85,6 +88,7 @@ class Trainer:
         self.prompts = PromptGroup(config, policy_path, self.predictor)
         self.pool = GeneratorPool(config, policy_path, run_dir / "logs", self.prompts.announce)
         self.changed = asyncio.Condition()
+        self.checkpoints = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep)
         self.clock = Clock({})
         self.growers: set[asyncio.Task[None]] = set()
         self.grower_error: BaseException | None = None
@@ -97,12 +101,13 @@ class Trainer:
         """Train until the configured updates or tokens are spent; from `checkpoint` when resuming."""
         try:
             await self._start(checkpoint)
-            if self.state.policy_version == 0:
+            if checkpoint is None:
                 self.on_metrics(0, await self.evaluate(), [])
             await self._race(self._updates(), self._admissions(), self.pool.watch())
             if not self._evaluation_due():
-                self.on_metrics(self.state.policy_version, await self.evaluate(), [])
+                self.on_metrics(self.state.num_updates, await self.evaluate(), [])
             await self.save()
+            await self.learner.export(self.run_dir / "policy")
             return self.state
         finally:
             await self._close()
@@ -145,12 +150,12 @@ class Trainer:
             await self._admit_round()
 
     def _may_admit(self) -> bool:
-        return not self._spent() and self.buffer.may_admit(self.state.admitted_roots, self.state.policy_version)
+        return not self._spent() and self.buffer.may_admit(self.state.admitted_roots, self.state.num_updates)
 
     def _spent(self) -> bool:
         """No further round is needed: by updates, or by generated tokens."""
         limit = self.config.max_generated_tokens
-        updates_left = self.config.num_updates - self.state.policy_version
+        updates_left = self.config.num_updates - self.state.num_updates
         enough = self.state.admitted_roots >= self.config.num_updates * self.config.budget.root_rollouts
         return updates_left <= 0 or (enough and not self.buffer.exhausted()) or 0 < limit <= self.state.generated_tokens
 
@@ -228,21 +233,21 @@ class Trainer:
     # ── updates ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _updates(self) -> None:
-        while self.state.policy_version < self.config.num_updates:
+        while self.state.num_updates < self.config.num_updates:
             started = time.monotonic()
             trees = await self.clock.time("wait_for_trees", self._take())
             if not trees:
                 return
             await self._update(trees, started)
             if self._evaluation_due():
-                self.on_metrics(self.state.policy_version, await self.evaluate(), [])
+                self.on_metrics(self.state.num_updates, await self.evaluate(), [])
             every = self.config.checkpoint.every_updates
-            if every and self.state.policy_version % every == 0:
+            if every and self.state.num_updates % every == 0:
                 await self.clock.time("checkpoint", self.save())
 
     def _evaluation_due(self) -> bool:
         every = self.config.eval.every_updates
-        return bool(every) and self.state.policy_version % every == 0
+        return bool(every) and self.state.num_updates % every == 0
 
     async def _take(self) -> list[RolloutTree]:
         """The trees of the next update; none when the budget is spent. RuntimeError when nothing comes any more."""
@@ -280,20 +285,32 @@ class Trainer:
             self.clock.time("update", self.learner.update(trees, version)),
             self.clock.time("predictor", self._train_predictor(trees, version)),
         )
-        weights = await self.clock.time("gather", self.learner.weights(version + 1))
-        await self.clock.time("sync", self.pool.update_weights(weights, version + 1))
+        if learned["learner/updated"]:
+            weights = await self.clock.time("gather", self.learner.weights(version + 1))
+            await self.clock.time("sync", self.pool.update_weights(weights, version + 1))
         async with self.changed:
-            self.state.policy_version = version + 1
-            for tree in trees:
-                self.state.ledger.train(tree)
-            self._check_ledger()
+            self._account(trees, updated=bool(learned["learner/updated"]))
             self.changed.notify_all()
         step_s = time.monotonic() - started
         self.state.elapsed_s += step_s
         metrics |= learned | predicted | await self._run_metrics(step_s)
-        self.on_metrics(version + 1, metrics, trees)
+        self.on_metrics(self.state.num_updates, metrics, trees)
 
-    async def _train_predictor(self, trees: list[RolloutTree], version: int) -> Mapping[str, float]:
+    def _account(self, trees: Sequence[RolloutTree], *, updated: bool) -> None:
+        """Enter a finished update. Without a token of credit no weight has changed, and the version stays."""
+        for tree in trees:
+            self.state.ledger.train(tree)
+        self._check_ledger()
+        self.state.num_updates += 1
+        self.state.policy_version += updated
+        self.state.updates_without_credit = 0 if updated else self.state.updates_without_credit + 1
+        if self.state.updates_without_credit >= MAX_UPDATES_WITHOUT_CREDIT:
+            raise RuntimeError(
+                f"in {MAX_UPDATES_WITHOUT_CREDIT} updates in a row no prompt had both outcomes: nothing can be learnt "
+                "from these tasks with this policy; see train/reward, and choose easier or harder tasks (env.args)"
+            )
+
+    async def _train_predictor(self, trees: list[RolloutTree], version: int) -> dict[str, float]:
         return await self.predictor.train.remote(trees, version)
 
     def _check_ledger(self) -> None:
@@ -332,7 +349,7 @@ class Trainer:
             "tokens/generated_total": float(self.state.generated_tokens),
         }
 
-    async def save(self) -> Path:
+    async def save(self) -> None:
         """A checkpoint of everything, at an update boundary; trees that arrive meanwhile belong to the next one."""
         saved = SavedTrainer(
             state=copy.deepcopy(self.state),
@@ -340,18 +357,24 @@ class Trainer:
             pending=list(self.pending.values()),
             waiting=list(self.buffer.waiting),
         )
-        raise NotImplementedError
+        async with self.checkpoints.saving(saved.state.num_updates) as folder:
+            save_trainer(folder, saved)
+            (folder / "learner").mkdir()
+            await self.learner.save(folder / "learner")
+            await self.predictor.save.remote(str(folder / "predictor"))
 
     async def _restore(self, checkpoint: Path) -> None:
         saved = load_trainer(checkpoint)
         self.state = saved.state
         self.train_tasks.load_state(saved.dataset)
-        self.dataset_position = saved.dataset
+        self.dataset_position = dict(saved.dataset)
         self.buffer.waiting = list(saved.waiting)
-        await asyncio.gather(self.learner.load(checkpoint), self.predictor.load.remote(str(checkpoint / "predictor")))
+        await asyncio.gather(
+            self.learner.load(checkpoint / "learner"), self.predictor.load.remote(str(checkpoint / "predictor"))
+        )
         if self.state.policy_version > 0:
             version = self.state.policy_version
             await self.pool.update_weights(await self.learner.weights(version), version)
-        by_id = {task.id: task for task in self.train_tasks.tasks}
+        by_id = {task.id: task for task in self.all_train_tasks}
         for ticket, prompt in enumerate(saved.pending):
             self._grow_in_background(-1 - ticket, prompt, by_id[prompt.task_id])

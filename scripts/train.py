@@ -75,7 +75,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
     from trace_async.progress import Progress
     from trace_async.run_state import load_trainer
     from trace_async.run_summary import summarise
-    from trace_async.tracking import Tracker, saved_run_id, ui_command
+    from trace_async.tracking import RunStatus, Tracker, saved_run_id, ui_command
     from trace_async.tree_io import trees_path, write_trees
 
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None
@@ -86,12 +86,13 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
         config,
         run_dir,
         resume_run_id=saved_run_id(run_dir) if resume else None,
-        resume_step=(first.policy_version if first else 0) if resume else None,
+        # A run that was killed before its first checkpoint starts anew, so none of its points stay.
+        resume_step=(first.num_updates if first else -1) if resume else None,
     )
     progress = Progress(
         config.num_updates,
         token_budget=config.max_generated_tokens,
-        first_update=first.policy_version if first else 0,
+        first_update=first.num_updates if first else 0,
         tokens_before=first.generated_tokens if first else 0,
     )
 
@@ -103,7 +104,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
             write_trees(path, trees[: config.tracking.trees_per_artifact])
             tracker.log_artifact(path, "trees")
 
-    status = "FAILED"
+    status: RunStatus = "FAILED"
     try:
         with progress:
             trainer = Trainer(config, run_dir, policy_path, on_metrics)

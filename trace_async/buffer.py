@@ -3,7 +3,7 @@
 The bound: a tree admitted at learner version v is trained at a version ≤ v + max_staleness. It is kept by order: an
 update takes every tree that is due, waiting for those still growing, before it fills up with others, oldest first. No
 tree is ever dropped for being late. Admission keeps the load even: a round of M roots starts only while fewer than
-(version + max_staleness + 1)·M were admitted, so that what is due at a version is about one update's worth.
+(updates + max_staleness + 1)·M were admitted, so that what is due at an update is about one update's worth.
 """
 
 from collections import Counter
@@ -79,9 +79,9 @@ class TreeBuffer:
     waiting: list[RolloutTree] = field(default_factory=list)
     growing: dict[int, int] = field(default_factory=dict)  # prompt ticket → version at admission
 
-    def may_admit(self, admitted_roots: int, policy_version: int) -> bool:
+    def may_admit(self, admitted_roots: int, num_updates: int) -> bool:
         """Whether another round may start; `admitted_roots`: of all rounds so far, less those that were filtered."""
-        return admitted_roots < (policy_version + self.max_staleness + 1) * self.roots_per_update
+        return admitted_roots < (num_updates + self.max_staleness + 1) * self.roots_per_update
 
     def admit(self, ticket: int, policy_version: int) -> None:
         self.growing[ticket] = policy_version

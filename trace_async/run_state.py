@@ -1,4 +1,4 @@
-"""The trainer's own part of a checkpoint: counters, ledger, the data set's position, trees waiting, prompts under way."""
+"""The trainer's part of a checkpoint: counters, ledger, position in the data, trees waiting, prompts under way."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,17 @@ class PendingPrompt:
 
 @dataclass(slots=True)
 class RunState:
-    """Counters of a run. `admitted_roots` leaves out what a selection rule filtered afterwards.
+    """Counters of a run.
 
-    `generated_tokens`: of all trees that arrived, trained or not (evaluation is not charged).
-    `elapsed_s`: of training, over all its sessions.
+    `num_updates`: batches trained on. One without a token of credit changes no weight, so no `policy_version`
+    (`updates_without_credit`: of those, how many in a row). `admitted_roots` leaves out what a selection rule filtered
+    afterwards. `generated_tokens`: of all trees that arrived, trained or not; evaluation is not charged. `elapsed_s`:
+    of training, over all its sessions.
     """
 
     policy_version: int = 0
+    num_updates: int = 0
+    updates_without_credit: int = 0
     num_rounds: int = 0
     admitted_roots: int = 0
     num_prompts: int = 0
