@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3 of about 51,000 parameters with a word-level tokenizer and a chat template.
+    """A random Qwen3 of about 70,000 parameters with a word-level tokenizer and a chat template.
 
     Vocabulary of 100: 0–3 are special (SPECIAL_TOKENS), 4–7 the roles, then w4 … w95. The weights are larger
     than at a usual start, so that distributions are peaked and an error in attention or KV shows in the output.
@@ -40,7 +40,7 @@ def tiny_policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,  # what the CPU attention of vLLM needs
         max_position_embeddings=2048,
         initializer_range=0.1,
         tie_word_embeddings=True,
