@@ -47,6 +47,8 @@ Status = Literal["new", "begun", "done"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("comparison", type=Path, help="YAML file, or a folder with kept figures")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="so many runs at a time on this machine")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="side by side on this Ray cluster with a shared disk")
+    parser.add_argument("--cpus-per-run", type=float, default=4.0, help="cores that a run takes on the cluster")
     parser.add_argument("--minutes-per-run", type=float, default=60.0, help="a run that takes longer is stopped")
     parser.add_argument("--report-only", action="store_true", help="start nothing; report what is finished")
     parser.add_argument("--dry-run", action="store_true", help="check every config and print the runs")
@@ -66,8 +68,11 @@ def run(args: argparse.Namespace) -> int:
             print(f"{plan.status(cell):<6} {cell.name:<28} {shlex.join(plan.command(cell, TRAINER))}")
         return 0
     failed: list[str] = []
-    if not args.report_only:
-        failed = run_cells(plan, TRAINER, parallel=args.parallel, limit_s=60 * args.minutes_per_run)
+    limit_s = 60 * args.minutes_per_run
+    if args.ray_address and not args.report_only:
+        failed = run_cells_on_cluster(plan, TRAINER, args.ray_address, cpus=args.cpus_per_run, limit_s=limit_s)
+    elif not args.report_only:
+        failed = run_cells(plan, TRAINER, parallel=args.parallel, limit_s=limit_s)
     report = report_finished(
         plan, shlex.join(["trace-async", "compare", *map(str, (args.comparison, *args.overrides))])
     )
@@ -179,7 +184,40 @@ async def _run_all(
     return failed
 
 
-async def _run_cell(plan: Plan, cell: Cell, trainer: Sequence[str], parent: str | None, limit_s: float) -> bool:
+def run_cells_on_cluster(plan: Plan, trainer: Sequence[str], address: str, *, cpus: float, limit_s: float) -> list[str]:
+    """As `run_cells`, with Ray Tune placing the runs on a cluster whose nodes share the comparison's folder.
+
+    Each run is still a `trace-async train` of its own, with its own Ray on the node where Tune puts it; it is started
+    in this directory, with this Python, so both must be there on every node.
+    """
+    import ray
+    from ray import tune
+
+    plan = Plan(plan.comparison, plan.folder.absolute())
+    cells = {cell.name: cell for cell in plan.cells() if plan.status(cell) != "done"}
+    parent = _parent_run(plan) if cells else None
+    here = Path.cwd()
+
+    def trial(settings: Mapping[str, str]) -> None:
+        fine = asyncio.run(_run_cell(plan, cells[settings["run"]], trainer, parent, limit_s, here))
+        tune.report({"finished": float(fine)})
+
+    if cells:
+        ray.init(address=address, log_to_driver=False)
+        try:
+            tune.Tuner(
+                tune.with_resources(trial, {"cpu": cpus}),
+                param_space={"run": tune.grid_search(list(cells))},
+                run_config=tune.RunConfig(name="tune", storage_path=str(plan.folder), verbose=0),
+            ).fit()
+        finally:
+            ray.shutdown()
+    return [name for name, cell in cells.items() if plan.status(cell) != "done"]
+
+
+async def _run_cell(
+    plan: Plan, cell: Cell, trainer: Sequence[str], parent: str | None, limit_s: float, cwd: Path | None = None
+) -> bool:
     """One run from its start, or from where it stopped, to its end; whether it ended well."""
     log = plan.folder / "logs" / f"{cell.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +229,13 @@ async def _run_cell(plan: Plan, cell: Cell, trainer: Sequence[str], parent: str 
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True
+            *command,
+            cwd=cwd,
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
         try:
             code: int | str = await asyncio.wait_for(process.wait(), limit_s)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scripts import cli
-from scripts.compare import Plan, report_finished, run_cells
+from scripts.compare import Plan, report_finished, run_cells, run_cells_on_cluster
 from trace_async.comparison import load_comparison, read_figures, write_figures
 from trace_async.config import ConfigError
 from trace_async.report import build_report, compared_budget, cut_curves
@@ -66,6 +66,16 @@ def test_all_runs_are_made_once_and_reported(make_plan: Callable[..., Plan], cap
     assert run_cells(again, FAKE, parallel=1, limit_s=60) == []
     assert "4 of 6 runs are finished" in capsys.readouterr().out
     assert (plan.folder / "logs" / "grpo-s0.log").read_text().count("$ ") == 1
+
+
+@pytest.mark.slow
+def test_on_a_cluster_ray_tune_places_the_runs(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan("seeds=[0]")
+    monkeypatch.setenv("FAKE_TRAINER_DIES", "trace-s0")
+    assert run_cells_on_cluster(plan, FAKE, "local", cpus=1, limit_s=60) == ["trace-s0"]
+    assert run_cells_on_cluster(plan, FAKE, "local", cpus=1, limit_s=60) == []
+    assert [plan.status(cell) for cell in plan.cells()] == ["done", "done"]
+    assert run_cells_on_cluster(plan, FAKE, "nowhere:1", cpus=1, limit_s=60) == []  # nothing to do, no cluster asked
 
 
 def test_what_died_is_told_and_resumed(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,8 @@ def _effective_section(figures: Figures, budget: float) -> list[Block]:
             blocks.append(Chart(slug, f"{caption} by update, mean over seeds", svg))
     if not blocks:
         return []
-    return [Heading("Prompts with both outcomes"), *blocks, _effective_table(figures, budget)]
+    note = "Of the prompts trained on: dynamic sampling (DAPO) filters the others, and pays for them in tokens."
+    return [Heading("Prompts with both outcomes"), *blocks, _effective_table(figures, budget), Paragraph(note)]
 
 
 def _effective_table(figures: Figures, budget: float) -> Table:
