@@ -32,6 +32,7 @@ _TOKENS_PER_STEP = 3072
 _DEMOS_PER_CHUNK = 512
 _FINGERPRINT_DEMOS = 256
 _LEARNING_RATE = 4e-3
+_MUON_LEARNING_RATE = 8e-3
 _HEAD_SIZE = 32
 
 
@@ -161,21 +162,37 @@ def _train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(tokenizer, config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = _optimizers(model)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: learning_rate_factor(step, steps)) for o in optimizers
+    ]
     started = time.monotonic()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = _LEARNING_RATE * learning_rate_factor(step, steps)
         loss = _loss(model, *next(data))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         if (step + 1) % 50 == 0 or step + 1 == steps:
             seconds = (time.monotonic() - started) / (step + 1)
             left = seconds * (steps - step - 1)
             log(f"policy: step {step + 1}/{steps}, loss {loss.item():.3f}, {seconds:.2f} s a step, {left:.0f} s left")
     return model.eval()
+
+
+def _optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings and norms.
+
+    With AdamW alone the policy takes about four times as many steps until it can copy out of its context.
+    """
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=_MUON_LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
