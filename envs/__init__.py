@@ -15,6 +15,7 @@ BUILT_IN: dict[str, str] = {
     "functions": "envs.functions:Functions",
     "bfcl": "envs.bfcl:Bfcl",
     "mixed": "envs.mixed:Mixed",
+    "gymnasium": "envs.gymnasium_adapter:Gymnasium",
 }
 
 

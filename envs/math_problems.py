@@ -98,7 +98,7 @@ def demonstrate(problem: Mapping[str, Json], rng: Random, *, misread_rate: float
 
 def words() -> list[str]:
     """Every word of questions and demonstrations."""
-    texts = [*PERSONS, *ITEMS, *DAYS, "0 1 2 3 4 5 6 7 8 9 : . ? ; = + - * // ( ) , has how many on n"]
+    texts = [*PERSONS, *ITEMS, *DAYS, *map(str, range(MAX_VALUE + 1)), ": . ? ; = + - * // ( ) , has how many on n"]
     texts += ["<python> </python> <answer> </answer>"]
     for event in (*PLAIN, *TRICKY):
         texts += [event.phrase, event.code, event.misread]

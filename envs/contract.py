@@ -1,0 +1,262 @@
+"""Does an environment keep the contract of `trace_async/env.py`? Plays it in many ways, says in words what is wrong."""
+
+import asyncio
+import gc
+import os
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Literal, TypeVar
+
+from trace_async.env import Demonstrator, Domain, Env, EnvError
+from trace_async.types import Message, StepResult, Task
+
+_Answer = TypeVar("_Answer")
+
+_MAX_TURNS = 200
+_STEP_TIMEOUT_S = 60.0
+_SLOW_STEP_S = 1.0
+_ODD_TEXTS = (
+    *("", " ", "\n\t", "\x00\x1b[31m", "\ufffd\u2028\U0001f600", "[" * 3000, "{" * 3000, "}" * 3000, "<" * 3000),
+    *('"' * 3000, "a" * 100_000, "[] " * 30_000, "<answer>", "</answer>", "answer [", "search [ ]", "<python>"),
+    *("<tool_call>", '<tool_call>{"name": 3}</tool_call>', "<tool_call>null</tool_call>", "<|im_end|>", "done"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`error`: the contract is broken, training on it would go wrong. `warning`: worth a look. `info`: measured."""
+
+    level: Literal["error", "warning", "info"]
+    text: str
+
+
+@dataclass(slots=True)
+class _Play:
+    """What one playing of a task brought: everything that must be the same at a repetition."""
+
+    prompt: tuple[Message, ...] = ()
+    results: list[StepResult] = field(default_factory=list)
+
+    @property
+    def reward(self) -> float | None:
+        return self.results[-1].reward if self.results else None
+
+
+class _BrokenError(Exception):
+    """The environment broke its contract in the middle of a play; the text says how."""
+
+
+def check_domain(domain: Domain, *, num_tasks: int = 10, seed: int = 0) -> list[Finding]:
+    """Plays `num_tasks` tasks of each split with demonstrations (if there are any), random words and odd texts."""
+    return asyncio.run(_Check(domain, num_tasks, seed).run())
+
+
+class _Check:
+    def __init__(self, domain: Domain, num_tasks: int, seed: int) -> None:
+        self._domain = domain
+        self._num_tasks = num_tasks
+        self._rng = Random(seed)
+        self._findings: list[Finding] = []
+        self._seconds: list[float] = []
+
+    async def run(self) -> list[Finding]:
+        tasks = self._check_tasks()
+        if tasks:
+            before = None
+            for task in tasks:
+                await self._guarded(self._check_task(task), f"task {task.id}")
+                gc.collect()
+                before = before or _resources()  # the first task may start what the domain keeps
+            self._check_leaks(before)
+            await self._guarded(self._check_verifier(tasks), "verifier")
+            self._check_time()
+        close = getattr(self._domain, "close", None)
+        if close is not None:
+            await close()
+        return list(dict.fromkeys(self._findings))
+
+    async def _guarded(self, check: Coroutine[None, None, None], what: str) -> None:
+        try:
+            await check
+        except _BrokenError as error:
+            self._add("error", f"{what}: {error}")
+        except EnvError as error:
+            self._add("error", f"{what}: the environment itself broke down: {error}")
+
+    def _add(self, level: Literal["error", "warning", "info"], text: str) -> None:
+        self._findings.append(Finding(level, text))
+
+    def _check_tasks(self) -> list[Task]:
+        """A sample of both splits."""
+        sample: list[Task] = []
+        known: dict[str, str] = {}
+        for split in ("train", "heldout"):
+            tasks = self._domain.tasks(split)
+            self._add("info", f"{len(tasks)} tasks in {split}")
+            if not len(tasks):
+                self._add("error", f"the split {split} has no tasks")
+                continue
+            some = [tasks[i] for i in self._rng.sample(range(len(tasks)), min(len(tasks), 200))]
+            again = self._domain.tasks(split)
+            if len(again) != len(tasks) or any(tasks[i] != again[i] for i in range(min(20, len(tasks)))):
+                self._add("error", f"tasks({split!r}) gives other tasks the second time")
+            for task in some:
+                where = known.setdefault(task.id, split)
+                known.setdefault(repr(task.data), split)
+                if where != split or known[repr(task.data)] != split:
+                    self._add("error", f"task {task.id} is in train and in heldout")
+            if len({task.id for task in some}) < len(some):
+                self._add("error", f"two tasks of {split} have the same id")
+            sample += some[: self._num_tasks]
+        return sample
+
+    async def _check_task(self, task: Task) -> None:
+        scripts = [self._random_turns(task) for _ in range(2)]
+        if isinstance(self._domain, Demonstrator):
+            scripts.insert(0, list(self._domain.demonstrate(task, Random(f"{task.id}"))))
+        for turns in scripts:
+            first = await self._play(task, turns)
+            self._compare(first, await self._play(task, turns), "the same turns, played again, give another result")
+            for fork_after in {0, len(first.results) // 2, max(0, len(first.results) - 1)}:
+                await self._check_fork(task, turns, first, fork_after)
+        await self._check_odd_texts(task)
+
+    async def _check_fork(self, task: Task, turns: Sequence[str], first: _Play, fork_after: int) -> None:
+        env = self._domain.make_env(task)
+        forks: list[Env] = []
+        try:
+            original = _Play((await env.init()).messages)
+            await self._go_on(env, turns[:fork_after], original)
+            forks = [await env.fork() for _ in range(3)]
+            other = _Play(original.prompt)
+            await self._go_on(forks[0], [*self._random_turns(task), *turns], other)
+            await forks[0].close()
+            same = _Play(original.prompt, [*original.results])
+            await self._go_on(forks[1], turns[fork_after:], same)
+            self._compare(
+                first, same, f"forks after turn {fork_after} see each other: the second one goes on differently"
+            )
+            await self._go_on(env, turns[fork_after:], original)
+            self._compare(first, original, f"an environment forked after turn {fork_after} sees what its forks did")
+            late = _Play(original.prompt, original.results[:fork_after])
+            await self._go_on(forks[2], turns[fork_after:], late)
+            self._compare(first, late, f"a fork after turn {fork_after} sees later turns of what it was forked from")
+        finally:
+            for one in (env, *forks):
+                await one.close()
+
+    async def _check_odd_texts(self, task: Task) -> None:
+        for odd in _ODD_TEXTS:
+            play = await self._play(task, [odd], truncated=odd == "done")
+            if play.reward:
+                self._add("error", f"task {task.id}: the turn {odd[:20]!r} alone is rewarded with {play.reward}")
+        env = self._domain.make_env(task)
+        play = _Play((await env.init()).messages)
+        await self._go_on(env, [self._rng.choice(_ODD_TEXTS[:9]) for _ in range(_MAX_TURNS)], play)
+        await env.close()
+        await env.close()
+        if play.reward is None:
+            self._add(
+                "error", f"task {task.id}: not over after {_MAX_TURNS} useless turns; end it after a number of turns"
+            )
+
+    async def _check_verifier(self, tasks: Sequence[Task]) -> None:
+        lucky = [(await self._play(task, self._random_turns(task))).reward for task in tasks for _ in range(3)]
+        share = sum(bool(reward) for reward in lucky) / len(lucky)
+        if share > 0.05:
+            self._add("error", f"random turns are rewarded in {share:.0%} of the plays")
+        if not isinstance(self._domain, Demonstrator):
+            self._add("info", "no demonstrations: needs a policy from policy.path")
+            return
+        shown = []
+        for task in tasks:
+            for seed in range(3):
+                turns = self._domain.demonstrate(task, Random(seed))
+                play = await self._play(task, turns)
+                if play.reward is None or len(play.results) != len(turns):
+                    self._add("error", f"task {task.id}: a demonstration does not end with the task")
+                shown.append(play.reward or 0.0)
+        mean = sum(shown) / len(shown)
+        self._add("info", f"demonstrations are rewarded with {mean:.2f} on average")
+        if mean == 0:
+            self._add("error", "no demonstration is ever rewarded: is the verifier right?")
+        elif mean == 1:
+            self._add("warning", "every demonstration succeeds: a policy taught by them has little left to learn")
+
+    async def _play(self, task: Task, turns: Sequence[str], *, truncated: bool = False) -> _Play:
+        env = self._domain.make_env(task)
+        try:
+            prompt = await _limited(env.init(), "init")
+            if not prompt.messages or prompt.messages[-1].role != "user":
+                raise _BrokenError("init gives a prompt that does not end with a user message")
+            play = _Play(prompt.messages)
+            await self._go_on(env, turns, play, truncated=truncated)
+        finally:
+            await env.close()
+        return play
+
+    async def _go_on(self, env: Env, turns: Sequence[str], play: _Play, *, truncated: bool = False) -> None:
+        for turn in turns:
+            if play.reward is not None:
+                return
+            started = time.perf_counter()
+            result = await _limited(env.step(turn, truncated=truncated), f"step({turn[:60]!r})")
+            self._seconds.append(time.perf_counter() - started)
+            if result.reward is not None and not 0 <= result.reward <= 1:
+                raise _BrokenError(f"the reward {result.reward} is outside of [0, 1]")
+            if any(message.role == "assistant" for message in result.messages):
+                raise _BrokenError("an observation has the role assistant")
+            play.results.append(result)
+
+    def _random_turns(self, task: Task) -> list[str]:
+        words = ["answer", "search", "[", "]", "<answer>", "</answer>", "the", "42", "yes", "no", "done", "guess"]
+        if isinstance(self._domain, Demonstrator):
+            words += [word for turn in self._domain.demonstrate(task, self._rng) for word in turn.split()]
+        return [" ".join(self._rng.choices(words, k=self._rng.randint(1, 12))) for _ in range(6)]
+
+    def _compare(self, one: _Play, other: _Play, problem: str) -> None:
+        if (one.prompt, one.results) != (other.prompt, other.results):
+            pairs = zip(one.results, other.results, strict=False)
+            turn = next((number for number, (a, b) in enumerate(pairs, 1) if a != b), len(other.results))
+            raise _BrokenError(f"{problem} (turn {turn})")
+
+    def _check_leaks(self, before: dict[str, int] | None) -> None:
+        for name, number in _resources().items():
+            allowed = (before or {}).get(name, 0) + 2
+            if number > allowed:
+                self._add(
+                    "error",
+                    f"{name} left open: {number}, after the first task {allowed - 2}; give them back in close()",
+                )
+
+    def _check_time(self) -> None:
+        if self._seconds:
+            mean, worst = sum(self._seconds) / len(self._seconds), max(self._seconds)
+            self._add("info", f"a step takes {1000 * mean:.2f} ms on average, {1000 * worst:.1f} ms at most")
+            if mean > _SLOW_STEP_S:
+                self._add("warning", f"steps take {mean:.1f} s on average: rollouts will wait for the environment")
+
+
+async def _limited(call: Coroutine[None, None, _Answer], what: str) -> _Answer:
+    try:
+        return await asyncio.wait_for(call, _STEP_TIMEOUT_S)
+    except TimeoutError as error:
+        raise _BrokenError(f"{what} takes longer than {_STEP_TIMEOUT_S:g} s") from error
+    except EnvError:
+        raise
+    except Exception as error:
+        raise _BrokenError(f"{what} raises {type(error).__name__}: {error}") from error
+
+
+def _resources() -> dict[str, int]:
+    children = 0
+    for thread in Path("/proc/self/task").iterdir():
+        children += len((thread / "children").read_text().split())
+    return {
+        "file descriptors": len(os.listdir("/proc/self/fd")),
+        "child processes": children,
+        "asyncio tasks": len(asyncio.all_tasks()),
+    }
