@@ -11,18 +11,26 @@ import numpy as np
 
 # Eviction frees at least this share of the pool, so that its scan of all leaves is paid rarely.
 EVICT_SHARE = 1 / 16
+TOKEN_BYTES = np.dtype(np.int64).itemsize
 
 
 @dataclass(slots=True, eq=False)
 class RadixNode:
-    """An edge of the tree: `tokens` and the pool slots that hold their KV. `pending`: the KV is not written yet."""
+    """An edge of the tree: its tokens as raw int64 bytes and the pool slots that hold their KV.
 
-    tokens: np.ndarray
+    `pending`: the KV is not written yet. `children` by the bytes of their first token.
+    """
+
+    raw: bytes
     slots: np.ndarray
     parent: "RadixNode | None"
     last_used: int = 0
     pending: bool = False
-    children: dict[int, "RadixNode"] = field(default_factory=dict)
+    children: dict[bytes, "RadixNode"] = field(default_factory=dict)
+
+    @property
+    def first(self) -> bytes:
+        return self.raw[:TOKEN_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,7 @@ class RadixCache:
 
     def clear(self) -> None:
         """Forget everything; every slot is free again."""
-        self._root = RadixNode(np.empty(0, np.int64), np.empty(0, np.int64), None)
+        self._root = RadixNode(b"", np.empty(0, np.int64), None)
         self._free = np.arange(self.capacity)
         self._num_free = self.capacity
         self._pending: list[RadixNode] = []
@@ -73,12 +81,13 @@ class RadixCache:
         """
         node, depth = self._root, 0
         for child, shared in self._walk(tokens):
-            node = child if shared == len(child.tokens) else self._split(child, shared)
+            node = child if shared == len(child.slots) else self._split(child, shared)
             depth += shared
         slots = self._allocate(len(tokens) - depth, keep=node)
         if len(slots):
-            leaf = RadixNode(tokens[depth : depth + len(slots)].copy(), slots, node, self._clock, pending=True)
-            node.children[int(leaf.tokens[0])] = leaf
+            raw = tokens[depth : depth + len(slots)].tobytes()
+            leaf = RadixNode(raw, slots, node, self._clock, pending=True)
+            node.children[leaf.first] = leaf
             self._pending.append(leaf)
         return depth, slots
 
@@ -92,27 +101,34 @@ class RadixCache:
         """The nodes along `tokens` with how many of their tokens agree; marks them as just used."""
         self._clock += 1
         path: list[tuple[RadixNode, int]] = []
-        node, depth = self._root, 0
-        while depth < len(tokens) and (child := node.children.get(int(tokens[depth]))) is not None:
-            rest = tokens[depth : depth + len(child.tokens)]
-            differs = np.flatnonzero(child.tokens[: len(rest)] != rest)
-            shared = int(differs[0]) if len(differs) else len(rest)
-            child.last_used = self._clock
-            path.append((child, shared))
-            depth += shared
-            if shared < len(child.tokens):
+        node, depth, num_tokens, size = self._root, 0, len(tokens), TOKEN_BYTES
+        # Edges are compared as bytes: most agree as a whole, and numpy costs microseconds for each.
+        raw = tokens.tobytes()
+        while depth < num_tokens:
+            child = node.children.get(raw[depth * size : (depth + 1) * size])
+            if child is None:
                 break
+            child.last_used = self._clock
+            length = len(child.slots)
+            if raw[depth * size : (depth + length) * size] != child.raw:
+                rest = tokens[depth : depth + length]
+                differs = np.frombuffer(child.raw, tokens.dtype)[: len(rest)] != rest
+                path.append((child, int(differs.argmax()) if differs.any() else len(rest)))
+                break
+            path.append((child, length))
+            depth += length
             node = child
         return path
 
     def _split(self, node: RadixNode, at: int) -> RadixNode:
         """Put a new parent with the first `at` tokens above `node`, which keeps the others."""
         assert node.parent is not None
-        assert 0 < at < len(node.tokens)
-        head = RadixNode(node.tokens[:at], node.slots[:at], node.parent, node.last_used, node.pending)
-        node.parent.children[int(head.tokens[0])] = head
-        node.tokens, node.slots, node.parent = node.tokens[at:], node.slots[at:], head
-        head.children[int(node.tokens[0])] = node
+        assert 0 < at < len(node.slots)
+        border = at * TOKEN_BYTES
+        head = RadixNode(node.raw[:border], node.slots[:at], node.parent, node.last_used, node.pending)
+        node.parent.children[head.first] = head
+        node.raw, node.slots, node.parent = node.raw[border:], node.slots[at:], head
+        head.children[node.first] = node
         if head.pending:
             self._pending.append(head)
         return head
@@ -135,7 +151,7 @@ class RadixCache:
             self._num_free += len(leaf.slots)
             num -= len(leaf.slots)
             parent = leaf.parent
-            del parent.children[int(leaf.tokens[0])]
+            del parent.children[leaf.first]
             if parent is not self._root and not parent.children and parent is not keep and not parent.pending:
                 heapq.heappush(leaves, (parent.last_used, id(parent), parent))
 

@@ -66,12 +66,14 @@ class TorchEngine:
         self._error: BaseException | None = None
         self._last_progress = time.monotonic()
         self._thread: threading.Thread | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._load)
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
         self._thread.start()
+        self._watcher = asyncio.create_task(self._watch())
 
     def _load(self) -> None:
         config = self._config
@@ -104,15 +106,15 @@ class TorchEngine:
         self._check_request(prompt, params)
         requests = [self._new_request(prompt, params, index) for index in range(n)]
         futures = [self._loop.create_future() for _ in requests]
+        self._expect_progress()
         self._futures.update(zip(requests, futures, strict=True))
         self._post(lambda scheduler: scheduler.waiting.extend(requests))
         try:
-            await self._wait(futures)
-            return tuple(future.result() for future in futures)
+            return tuple(await asyncio.gather(*futures))
         finally:
             for request, future in zip(requests, futures, strict=True):
                 self._futures.pop(request, None)
-                if future.cancel():
+                if future.cancel() or future.cancelled() or future.exception() is not None:
                     self._post(partial(_abort, request))
 
     def _check_request(self, prompt: np.ndarray, params: SamplingParams) -> None:
@@ -168,7 +170,7 @@ class TorchEngine:
         self._check_alive()
         scheduler = self._scheduler
         assert scheduler is not None
-        if (scheduler.running or scheduler.waiting or self._inbox) and self._is_stuck():
+        if (_has_work(scheduler) or self._inbox) and self._is_stuck():
             raise EngineTimeoutError(f"the torch engine made no step in {self._config.request_timeout_s} s")
         totals = scheduler.totals
         return EngineHealth(
@@ -184,6 +186,8 @@ class TorchEngine:
         with self._wake:
             self._closing = True
             self._wake.notify()
+        if self._watcher is not None:
+            self._watcher.cancel()
         self._fail_all(EngineDeadError("the torch engine was closed"))
         if self._thread is not None:
             limit = self._config.request_timeout_s
@@ -201,16 +205,18 @@ class TorchEngine:
     def _is_stuck(self) -> bool:
         return not self._paused and time.monotonic() - self._last_progress > self._config.request_timeout_s
 
-    async def _wait(self, futures: Sequence[asyncio.Future[Completion]]) -> None:
-        """Until all are done; EngineTimeoutError when the worker makes no step for `request_timeout_s`."""
-        pending: set[asyncio.Future[Completion]] = set(futures)
-        while pending:
-            limit = self._config.request_timeout_s
-            done, pending = await asyncio.wait(pending, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
-            if any(future.exception() for future in done):
-                return
-            if pending and self._is_stuck():
-                raise EngineTimeoutError(f"the torch engine made no step in {limit} s")
+    def _expect_progress(self) -> None:
+        """The time that an idle worker slept does not count as a hang."""
+        if not self._futures and not self._commands:
+            self._last_progress = time.monotonic()
+
+    async def _watch(self) -> None:
+        """Everything that waits fails when the worker makes no step for `request_timeout_s`."""
+        limit = self._config.request_timeout_s
+        while True:
+            await asyncio.sleep(limit / 4)
+            if (self._futures or self._commands) and self._is_stuck():
+                self._fail_all(EngineTimeoutError(f"the torch engine made no step in {limit} s"))
 
     async def _command(self, command: Command) -> None:
         """Run `command` in the worker thread between two steps; its EngineError is raised here."""
@@ -225,13 +231,11 @@ class TorchEngine:
             else:
                 self._loop.call_soon_threadsafe(_succeed, done, None)
 
+        self._expect_progress()
         self._commands.add(done)
         self._post(run)
-        limit = self._config.request_timeout_s
         try:
-            await asyncio.wait_for(done, limit)
-        except TimeoutError as error:
-            raise EngineTimeoutError(f"the torch engine did not answer in {limit} s") from error
+            await done
         finally:
             self._commands.discard(done)
 

@@ -198,7 +198,7 @@ class Scheduler:
         position_T = computed[row_T] + offset_T
         # Rows of similar width run attention together. The running rows (width 1) come first, then the admitted ones,
         # sorted; so equal widths are neighbours.
-        bucket = np.where(num_new == 1, 0, np.maximum(3, np.ceil(np.log2(num_new))))
+        bucket = np.where(num_new == 1, 0, np.maximum(4, np.ceil(np.log2(num_new))))
         borders = [0, *(np.flatnonzero(np.diff(bucket)) + 1).tolist(), num_rows]
         groups = []
         for first, last in pairwise(borders):
