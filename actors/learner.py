@@ -72,8 +72,9 @@ class LearnerRank:
         export_learner(self._learner, Path(target))
 
     def close(self) -> None:
-        if self._learner is not None:
-            self._learner.close()
+        from trace_async.deepspeed_engine import leave_ranks
+
+        leave_ranks()
 
 
 class LearnerGroup:

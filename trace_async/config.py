@@ -91,7 +91,8 @@ class BudgetConfig:
     `stage1`: uniform (every prompt gets `uniform_rollouts`, alias n, group size, num_generations) | point | beta
     (posterior) | thompson (MoPPS) | pcl | vip | dapo. `stage2`: none | random | contrast | contrast_per_token |
     contrast_value_only. `stage2_rounds`: the continuations of a prompt are spent in this many rounds (Tree-GRPO's L).
-    `warmup_rounds`: first rounds with stage1=uniform, while the predictor learns; charged like all others.
+    `warmup_rounds`: first rounds with stage1=uniform in groups of `warmup_rollouts` (small groups show the predictor
+    more prompts); charged like all others.
     """
 
     root_rollouts: int = 64
@@ -105,6 +106,7 @@ class BudgetConfig:
     stage2: Stage2Rule = "contrast"
     stage2_rounds: int = 1
     warmup_rounds: int = 2
+    warmup_rollouts: int = 2
 
     def __post_init__(self) -> None:
         _require(self.root_rollouts >= 2, "budget.root_rollouts", self.root_rollouts, "must be ≥ 2")
@@ -116,6 +118,7 @@ class BudgetConfig:
         )
         _require(self.uniform_rollouts >= 2, "budget.uniform_rollouts", self.uniform_rollouts, "must be ≥ 2")
         _require(self.stage2_rounds >= 1, "budget.stage2_rounds", self.stage2_rounds, "must be ≥ 1")
+        _require(self.warmup_rollouts >= 2, "budget.warmup_rollouts", self.warmup_rollouts, "must be ≥ 2")
         _require(self.warmup_rounds >= 0, "budget.warmup_rounds", self.warmup_rounds, "must be ≥ 0")
         _require(
             self.pool_size * self.min_rollouts <= self.root_rollouts,

@@ -1,5 +1,6 @@
 """The trainer's part of a checkpoint: counters, ledger, position in the data, trees waiting, prompts under way."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,9 @@ class RunState:
     generated_tokens: int = 0
     elapsed_s: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
+
+    def copy(self) -> "RunState":
+        return copy.deepcopy(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
