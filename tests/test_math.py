@@ -202,3 +202,25 @@ async def test_an_answer_that_never_ends_is_wrong_and_the_checker_goes_on() -> N
     assert await checker.is_right("\\frac{\\pi}{1}", "\\pi")
     await checker.close()
     await checker.close()
+
+
+async def test_hostile_programs_are_observations_and_the_rollout_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"problem": "a", "answer": "4"}\n{"problem": "b", "answer": "5"}\n')
+    domain = MathFiles(path=str(path), num_heldout=1, max_turns=20, max_observation_chars=300, limits={"seconds": 0.2})
+    env = domain.make_env(domain.tasks("train")[0])
+    await env.step("<python>n = 4</python>")
+    for code, said in (
+        ("while True: pass", "error : TimeoutError: "),
+        ("[0] * 10**10", "error : MemoryError: memory limit exceeded"),
+        ("open('/etc/passwd').read()", "error : PermissionError: Permission denied"),
+        ("import socket", "error : ModuleNotFoundError: No module named 'socket'"),
+        ("def f(): return f()\nf()", "error : RecursionError: maximum recursion depth exceeded"),
+        ("print('x' * 10**6)", "x" * 300 + " [ cut ]"),
+    ):
+        observation = (await env.step(f"<python>{code}</python>")).messages[0].content
+        assert observation.startswith(said)
+        assert len(observation) <= 310
+    assert (await env.step("<python>n</python>")).messages[0].content == "4"
+    assert (await env.step("<answer>4</answer>")).reward == 1.0
+    await domain.close()
