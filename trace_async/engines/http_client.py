@@ -18,9 +18,10 @@ class HttpClient:
     def __init__(self, url: str, describe: Callable[[], str]) -> None:
         self._url = url
         self._describe = describe
-        # No limits of aiohttp's own: neither on time (each call brings its limit) nor on connections.
+        # No limits of aiohttp's own: neither on time (each call brings its limit) nor on connections. None is kept
+        # open: a server that closes an idle one just when it is used again would look like a server that died.
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0)
+            timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0, force_close=True)
         )
 
     async def get(self, path: str, *, limit_s: float) -> Reply:
