@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import torch
 
-from trace_async.engines.torch_sampling import sample_tokens
+from trace_async.engines.torch_sampling import sample_tokens, stream_key, uniforms
 
 PROBS = torch.tensor([0.2, 0.5, 0.3])
 
@@ -66,3 +67,16 @@ def test_rows_keep_their_own_settings():
         torch.tensor([0, 0, 0]),
     )
     assert tokens.tolist() == [1, 1, 0]
+
+
+def test_streams_are_uniform_and_independent_of_each_other():
+    # The first output of splitmix64 from state 0 is 0xE220A8397B1DCDAF.
+    assert uniforms(np.array([0], np.uint64), np.array([0]))[0] == (0xE220A8397B1DCDAF >> 11) * 2.0**-53
+    keys = np.array([stream_key(1, seed, 0) for seed in range(200)], np.uint64)
+    drawn = np.stack([uniforms(keys, np.full(200, position)) for position in range(200)])
+    assert 0 <= drawn.min() < drawn.max() < 1
+    counts = np.histogram(drawn, bins=10, range=(0, 1))[0]
+    assert np.abs(counts - 4_000).max() < 5 * 60  # five standard deviations of a count
+    assert abs(np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1]) < 0.3
+    assert abs(np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < 0.025
+    assert stream_key(1, 7, 0) != stream_key(1, 0, 7)

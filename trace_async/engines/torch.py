@@ -26,6 +26,7 @@ from trace_async.engine import (
     WeightSyncError,
 )
 from trace_async.engines.torch_model import TorchModel
+from trace_async.engines.torch_sampling import stream_key
 from trace_async.engines.torch_scheduler import Request, Scheduler
 from trace_async.policy import load_tokenizer
 from trace_async.types import Completion, SamplingParams
@@ -33,9 +34,6 @@ from trace_async.weights import WeightUpdate, read_weights
 
 Command = Callable[[Scheduler], None]
 Result = TypeVar("Result")
-
-# The largest number below 1 that stays below after scaling by a sum of probabilities that rounding put above 1.
-LARGEST_UNIFORM = 1 - 2**-50
 
 
 class TorchEngine:
@@ -127,16 +125,15 @@ class TorchEngine:
             raise EngineRequestError(f"stop strings need a tokenizer, and {self._policy_path} has no tokenizer.json")
 
     def _new_request(self, prompt: np.ndarray, params: SamplingParams, index: int) -> Request:
-        limit = min(len(prompt) + params.max_new_tokens, self._max_context_tokens)
         # A request without a seed gets its number; the first word keeps the two kinds apart.
-        own = (0, self._seed, self._num_requests) if params.seed is None else (1, params.seed % 2**64, index)
+        own = (0, self._seed, self._num_requests) if params.seed is None else (1, params.seed, index)
         self._num_requests += 1
         return Request(
             prompt_tokens=len(prompt),
             tokens=prompt,
             params=params,
-            limit=limit,
-            uniforms=np.minimum(np.random.default_rng(own).random(limit - len(prompt)), LARGEST_UNIFORM),
+            limit=min(len(prompt) + params.max_new_tokens, self._max_context_tokens),
+            key=stream_key(*own),
         )
 
     async def update_weights(self, update: WeightUpdate) -> None:

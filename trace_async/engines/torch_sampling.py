@@ -1,7 +1,30 @@
 """Sampling for a whole batch at once."""
 
+import hashlib
+
+import numpy as np
 import torch
 from torch import Tensor
+
+# Below 1 by so much that rounding, in scaling by a sum of probabilities, cannot reach that sum.
+LARGEST_UNIFORM = 1 - 2**-50
+
+
+def stream_key(*parts: int) -> int:
+    """Names a stream of random numbers (64 bits)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
+
+
+def uniforms(key_B: np.ndarray, index_B: np.ndarray) -> np.ndarray:
+    """Number `index` in [0, 1) of each stream: splitmix64 (Steele, Lea and Flood, OOPSLA 2014). Keys are uint64.
+
+    A function of key and index instead of a generator with state: a step draws for all its requests at once.
+    """
+    z = key_B + (index_B.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return np.minimum((z >> np.uint64(11)).astype(np.float64) * 2.0**-53, LARGEST_UNIFORM)
 
 
 def sample_tokens(

@@ -17,7 +17,7 @@ import torch
 
 from trace_async.engines.radix_cache import RadixCache
 from trace_async.engines.torch_model import AttentionGroup, TorchModel
-from trace_async.engines.torch_sampling import sample_tokens
+from trace_async.engines.torch_sampling import sample_tokens, uniforms
 from trace_async.types import Completion, FinishReason, SamplingParams, VersionSpan
 
 # New tokens that one step takes in: bounds its time and memory. A longer prompt still runs, alone.
@@ -29,7 +29,7 @@ FIRST_CAPACITY = 128
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sample. `limit`: length of prompt and answer together; `uniforms`: a number in [0, 1) per answer token.
+    """One sample. `limit`: length of prompt and answer together; `key` names its random numbers.
 
     `tokens` and `logprobs` (of the answer) are current only while the request waits; `cached_tokens` is None before
     its first admission.
@@ -39,7 +39,7 @@ class Request:
     tokens: np.ndarray
     params: SamplingParams
     limit: int
-    uniforms: np.ndarray
+    key: int
     logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     spans: list[VersionSpan] = field(default_factory=list)
     cached_tokens: int | None = None
@@ -83,7 +83,7 @@ class Scheduler:
         self.running: list[Request] = []
         self._tokens = np.zeros((max_rows, max_context_tokens), np.int64)
         self._logprobs = np.zeros((max_rows, max_context_tokens), np.float32)
-        self._uniforms = np.zeros((max_rows, max_context_tokens), np.float64)
+        self._key = np.zeros(max_rows, np.uint64)
         self._length = np.zeros(max_rows, np.int64)
         self._computed = np.zeros(max_rows, np.int64)
         self._limit = np.zeros(max_rows, np.int64)
@@ -166,7 +166,7 @@ class Scheduler:
         length, params = len(request.tokens), request.params
         self._tokens[row, :length] = request.tokens
         self._logprobs[row, request.prompt_tokens : length] = request.logprobs
-        self._uniforms[row, request.prompt_tokens : request.limit] = request.uniforms
+        self._key[row] = request.key
         self._length[row], self._computed[row], self._limit[row] = length, num_cached, request.limit
         self._temperature[row], self._top_p[row], self._top_k[row] = params.temperature, params.top_p, params.top_k
         num_stop = len(params.stop_token_ids)
@@ -240,7 +240,7 @@ class Scheduler:
         tokens, logprobs = sample_tokens(
             logits,
             self._to_device(self._temperature[:num_rows]),
-            self._to_device(self._uniforms[np.arange(num_rows), self._length[:num_rows]]),
+            self._to_device(uniforms(self._key[:num_rows], self._length[:num_rows])),
             self._to_device(top_p) if filtered else None,
             self._to_device(top_k) if filtered else None,
         )
@@ -305,7 +305,7 @@ class Scheduler:
 
     def _arrays(self) -> list[np.ndarray]:
         """What the host keeps by row."""
-        wide: list[np.ndarray] = [self._tokens, self._logprobs, self._uniforms, self._stop_ids]
+        wide: list[np.ndarray] = [self._tokens, self._logprobs, self._stop_ids, self._key]
         return [
             *wide,
             self._length,
