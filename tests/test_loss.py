@@ -255,7 +255,7 @@ def test_metrics_by_hand():
     assert result["ratio_mean"] == pytest.approx(1.25)
     assert result["clip_fraction"] == 0.5
     assert result["entropy"] == 1.0
-    assert result["mismatch_mean"] == pytest.approx(LOG2)
+    assert result["mismatch"] == pytest.approx(LOG2)
     assert result["mismatch_max"] == pytest.approx(LOG2)
     assert result["mismatch_kl"] == pytest.approx(((2 - 1 - LOG2) + (0.5 - 1 + LOG2)) / 2)
     assert result["kl_reference"] == pytest.approx(0.5 - 1 + LOG2)

@@ -58,24 +58,35 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def join_ranks(address: RankAddress, device: torch.device, timeout_s: float) -> None:
-    """Start torch.distributed through DeepSpeed: gloo on the CPU, nccl on CUDA. Waits at most `timeout_s`."""
+    """Start torch.distributed through DeepSpeed: gloo on the CPU, nccl on CUDA. Waits at most `timeout_s`.
+
+    A process that has joined stays joined; a second call does nothing.
+    """
     os.environ.update(address.environment)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     with stdout_to_stderr():
         import deepspeed
-        from deepspeed.ops import __compatible_ops__
+        import deepspeed.ops
+        from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # A shared-memory all-reduce that would be compiled for half a minute at the first start.
-        __compatible_ops__["deepspeed_shm_comm"] = False
+        if device.type == "cpu":
+            # Otherwise it tries the compiler on all its ops, and builds a shared-memory all-reduce for half a minute.
+            deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
         deepspeed.init_distributed(
             dist_backend="gloo" if device.type == "cpu" else "nccl",
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=timeout_s),
             verbose=False,
         )
+
+
+def leave_ranks() -> None:
+    """Break the connections to the other ranks; this process cannot be a rank again."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def deepspeed_options(config: LearnerConfig) -> dict[str, Any]:

@@ -159,11 +159,6 @@ class Learner:
                 tensors[name] = tensor.detach().to("cpu", copy=True)
         return pack_weights(tensors, policy_version) if self.is_first else None
 
-    def close(self) -> None:
-        """Leave the group of ranks."""
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
     def _make_module(self, policy: Any) -> TokenLogprobs:
         learner = self.config.learner
         kind = attention_for(self._device, flat=learner.packing == "flat")

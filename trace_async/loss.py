@@ -211,7 +211,7 @@ class LossMetrics:
             "clip_fraction": sums["clipped"] / tokens,
             "entropy": sums["entropy"] / tokens,
             "kl_reference": sums["kl"] / tokens,
-            "mismatch_mean": sums["mismatch"] / tokens,
+            "mismatch": sums["mismatch"] / tokens,
             "mismatch_kl": sums["mismatch_kl"] / tokens,
             "mismatch_max": float(self.mismatch_max),
             "staleness_mean": sums["staleness"] / tokens,
