@@ -123,7 +123,18 @@ def make_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, config: 
         import deepspeed
 
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_options(config))
+    _start_adam_state(engine)
     return engine
+
+
+def _start_adam_state(engine: Any) -> None:
+    """AdamW's state from step 0 on, so that a checkpoint can be read or written before the first step."""
+    holders = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+    for partition in next((getattr(engine.optimizer, h) for h in holders if hasattr(engine.optimizer, h)), []):
+        moments = {key: torch.zeros_like(partition) for key in ADAM_STATE}
+        _adam(engine).state[partition] = {"step": torch.tensor(0.0), **moments}
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _is_plain(config: LearnerConfig) -> bool:
