@@ -1,7 +1,6 @@
 """The real servers, SGLang and vLLM: the conformance suite, and what can go wrong with a process."""
 
 import os
-from typing import Any, ClassVar
 
 import pytest
 
@@ -27,6 +26,7 @@ class TestSGLang(EngineConformance):
 class TestVLLM(EngineConformance):
     backend = "vllm"
     cache_granularity = 32
+    long_answer = 470
 
     async def test_top_k_and_top_p_cut_the_tail_and_leave_logprobs_as_they_are(self, harness):
         """vLLM's log-probabilities would be renormalised, so such requests are refused."""

@@ -62,20 +62,12 @@ def _shared_memory_of(group: int) -> set[int]:
     return inodes
 
 
-def _signal_all(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
-    if number == signal.SIGKILL:
-        # Children that left the group were re-parented to us.
-        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            try:
-                os.kill(int(child), number)
-            except ProcessLookupError:
-                continue
+def _reap_all(deadline: float, *, kill: bool) -> bool:
+    """Waits until no child is left; False at the deadline.
 
-
-def _reap_all(deadline: float) -> bool:
-    """Waits until no child is left; False at the deadline."""
+    `kill`: also those that left the group; they become our children only when their own parent has ended.
+    """
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
     while True:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)
@@ -84,15 +76,19 @@ def _reap_all(deadline: float) -> bool:
         if pid == 0:
             if time.monotonic() > deadline:
                 return False
+            for child in children.read_text().split() if kill else ():
+                os.kill(int(child), signal.SIGKILL)  # not yet reaped, so the number is still its own
             time.sleep(0.02)
 
 
 def _end(server: subprocess.Popen[bytes], grace_s: float, inodes: set[int], scratch: list[str]) -> None:
     inodes |= _shared_memory_of(server.pid)
-    _signal_all(server.pid, signal.SIGTERM)
-    if not _reap_all(time.monotonic() + grace_s):
-        _signal_all(server.pid, signal.SIGKILL)
-        _reap_all(time.monotonic() + KILL_WAIT_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+    if not _reap_all(time.monotonic() + grace_s, kill=False):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        _reap_all(time.monotonic() + KILL_WAIT_S, kill=True)
     for entry in os.scandir("/dev/shm"):
         if entry.inode() in inodes:
             Path(entry.path).unlink(missing_ok=True)
