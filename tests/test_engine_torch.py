@@ -23,7 +23,7 @@ from transformers import (
 from tests.engine_conformance import EngineConformance, Harness
 from trace_async.config import EngineConfig
 from trace_async.engine import EngineDeadError, EngineError, EngineRequestError, EngineTimeoutError
-from trace_async.engines import make_engine
+from trace_async.engines import make_engine, torch_scheduler
 from trace_async.engines.torch_scheduler import Scheduler
 from trace_async.policy import load_model
 from trace_async.types import SamplingParams
@@ -143,6 +143,29 @@ async def test_without_a_prefix_cache_nothing_is_reused_and_all_is_right(tiny_po
         for completion in await harness.generate(prompt, n=3, max_new_tokens=10):
             assert completion.cached_tokens == 0
             harness.check_logprobs(prompt, completion)
+    await engine.close()
+
+
+async def test_long_prompts_are_computed_in_chunks(tiny_policy_path, monkeypatch):
+    monkeypatch.setattr(torch_scheduler, "MAX_CHUNK_TOKENS", 30)
+    engine = await started(tiny_policy_path)
+    harness = Harness(engine, tiny_policy_path, load_model(tiny_policy_path))
+    prompts = [harness.prompt(length) for length in (29, 30, 31, 60, 61, 200)]
+    prompts.append([*prompts[-1][:100], *harness.prompt(90)])
+    answers = await asyncio.gather(*(harness.generate(p, temperature=0, max_new_tokens=10) for p in prompts))
+    for prompt, (completion,) in zip(prompts, answers, strict=True):
+        assert list(completion.token_ids) == harness.greedy(prompt, 10)
+        harness.check_logprobs(prompt, completion)
+    await engine.close()
+
+
+async def test_the_same_version_may_arrive_twice(tiny_policy_path):
+    engine = await started(tiny_policy_path)
+    harness = Harness(engine, tiny_policy_path, load_model(tiny_policy_path))
+    update = harness.new_weights()
+    await harness.update(update)
+    await engine.update_weights(update)
+    assert (await engine.health()).policy_version == 1
     await engine.close()
 
 

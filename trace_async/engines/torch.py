@@ -146,7 +146,9 @@ class TorchEngine:
 
         def load(scheduler: Scheduler) -> None:
             assert self._model is not None
-            self._model.load(tensors)
+            # The same version again is no error: whoever is not sure that it arrived may send it twice.
+            if not self._model.load(tensors) and version != scheduler.policy_version:
+                raise WeightSyncError(f"weights version {version} equal those of version {scheduler.policy_version}")
             scheduler.restart_all(version)
 
         await self._command(load)

@@ -116,8 +116,8 @@ class TorchModel:
             down=self._own(state, [f"{at}mlp.down_proj.weight"]),
         )
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Overwrite all weights, or none: WeightSyncError when names or shapes do not fit or nothing changes."""
+    def load(self, tensors: dict[str, Tensor]) -> bool:
+        """Overwrite all weights, or none: WeightSyncError when names or shapes do not fit. Whether anything changed."""
         tensors = {name: tensor for name, tensor in tensors.items() if name != self._alias}
         missing, unknown = sorted(set(self._targets) - set(tensors)), sorted(set(tensors) - set(self._targets))
         if missing or unknown:
@@ -131,10 +131,9 @@ class TorchModel:
                 raise WeightSyncError(f"weights: {name} has shape {tuple(found)}, not {tuple(expected)}")
             tensors[name] = tensors[name].to(self.device, self.dtype)
             changed = changed or not torch.equal(tensors[name].expand_as(target), target)
-        if not changed:
-            raise WeightSyncError("the update changes nothing: every weight equals the one in use")
         for name, target in self._targets.items():
             target.copy_(tensors[name])
+        return changed
 
     def forward(
         self, ids_T: Tensor, positions_T: Tensor, at_T: Tensor, last_B: Tensor, groups: list[AttentionGroup], kv: Tensor

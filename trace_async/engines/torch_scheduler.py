@@ -22,6 +22,8 @@ from trace_async.types import Completion, FinishReason, SamplingParams, VersionS
 
 # New tokens that one step takes in: bounds its time and memory. A longer prompt still runs, alone.
 MAX_PREFILL_TOKENS = 4_096
+# Longer prompts are computed in chunks, because the attention mask grows with chunk × context.
+MAX_CHUNK_TOKENS = 1_024
 # A request waits one step for another one that is computing at least so many tokens of its prefix.
 MIN_SHARED_TOKENS = 8
 FIRST_CAPACITY = 128
@@ -191,29 +193,34 @@ class Scheduler:
         """Logits [rows, vocab] after each row's last token; computes all tokens that have no KV yet."""
         length, computed = self._length[:num_rows], self._computed[:num_rows]
         self._reserve(int(length.max()))
-        num_new = length - computed
-        ends = np.cumsum(num_new)
-        row_T = np.repeat(np.arange(num_rows), num_new)
+        for row in np.flatnonzero(length - computed > MAX_CHUNK_TOKENS):
+            while length[row] - computed[row] > MAX_CHUNK_TOKENS:
+                self._forward_rows(int(row), np.array([MAX_CHUNK_TOKENS]))
+                computed[row] += MAX_CHUNK_TOKENS
+        return self._forward_rows(0, length - computed)
+
+    def _forward_rows(self, first_row: int, num_new: np.ndarray) -> torch.Tensor:
+        """Compute the next `num_new` [rows] tokens of the rows from `first_row` on; logits after the last ones."""
+        rows = np.arange(first_row, first_row + len(num_new))
+        computed, ends = self._computed[rows], np.cumsum(num_new)
+        row_T = np.repeat(rows, num_new)
         offset_T = np.arange(ends[-1]) - np.repeat(ends - num_new, num_new)
-        position_T = computed[row_T] + offset_T
-        # Rows of similar width run attention together. The running rows (width 1) come first, then the admitted ones,
-        # sorted; so equal widths are neighbours.
-        bucket = np.where(num_new == 1, 0, np.maximum(4, np.ceil(np.log2(num_new))))
-        borders = [0, *(np.flatnonzero(np.diff(bucket)) + 1).tolist(), num_rows]
+        position_T = self._computed[row_T] + offset_T
         groups = []
-        for first, last in pairwise(borders):
+        for first, last in _runs_of_similar_width(num_new):
             tokens = slice(int(ends[first] - num_new[first]), int(ends[last - 1]))
             width = int(num_new[first:last].max())
-            padded_T = (row_T[tokens] - first) * width + offset_T[tokens]
+            padded_T = (row_T[tokens] - rows[first]) * width + offset_T[tokens]
+            length = int((computed + num_new)[first:last].max())
             groups.append(
                 AttentionGroup(
                     first_token=tokens.start,
                     last_token=tokens.stop,
-                    first_row=first,
-                    last_row=last,
+                    first_row=first_row + first,
+                    last_row=first_row + last,
                     width=width,
                     padded_T=self._to_device(padded_T) if width > 1 else None,
-                    mask=self._mask(last - first, width, int(length[first:last].max()), padded_T, position_T[tokens]),
+                    mask=self._mask(last - first, width, length, padded_T, position_T[tokens]),
                 )
             )
         return self._model.forward(
@@ -347,3 +354,12 @@ class Scheduler:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._model.device)
+
+
+def _runs_of_similar_width(num_new: np.ndarray) -> list[tuple[int, int]]:
+    """Borders of the runs of neighbouring rows that run attention together: width 1, up to 16, up to 32, …
+
+    The running rows (width 1) come first, then the admitted ones, sorted; so similar widths are neighbours.
+    """
+    bucket = np.where(num_new == 1, 0, np.maximum(4, np.ceil(np.log2(num_new))))
+    return list(pairwise([0, *(np.flatnonzero(np.diff(bucket)) + 1).tolist(), len(num_new)]))
