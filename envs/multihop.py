@@ -26,8 +26,8 @@ HOW_TO_ACT = "write search [ query ] or answer [ text ]"
 
 DEFAULT_MIX: Mapping[str, float] = {
     "easy-1hop": 0.45,
-    "middle-2hop": 0.07,
-    "middle-3hop": 0.07,
+    "middle-2hop": 0.05,
+    "middle-3hop": 0.09,
     "middle-4hop": 0.06,
     "hard-5hop": 0.175,
     "hard-6hop": 0.175,

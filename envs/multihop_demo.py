@@ -46,7 +46,7 @@ class ErrorRates:
 
 
 _NAMED = {
-    "systematic": ErrorRates(careful=0.12, half_name=0.85, producer=0.8, early_answer=0.7),
+    "systematic": ErrorRates(careful=0.15, half_name=0.7, producer=0.65, early_answer=0.55),
     "random": ErrorRates(half_name=0.2, half_film=0.2, wrong_relation=0.12, early_answer=0.06, wasted_search=0.06),
     "none": ErrorRates(),
 }

@@ -52,7 +52,7 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     hidden_size: int = 128
     num_layers: int = 3
-    warm_start_steps: int = 500
+    warm_start_steps: int = 300
 
     def __post_init__(self) -> None:
         _require(self.hidden_size % 32 == 0, "policy.hidden_size", self.hidden_size, "must be a multiple of 32")
@@ -140,9 +140,11 @@ class PredictorConfig:
 
     `path`: Hugging Face directory to start from; empty: the start policy's own weights (its first `num_layers`
     layers, 0: all). Its head learns `head_lr_scale` times as fast as the rest. `loss`: mse (the paper's) | bce.
-    `replay_trees`: the last finished trees it is trained on. `prior_strength`: how many pseudo rollouts its estimate
-    is worth beside a prompt's own counts; with `fit_prior_strength` only at first, then fitted to what came out. A
-    prompt's counts lose half their weight every `count_half_life` policy versions (0: never).
+    `replay_trees`: the last finished trees it is trained on, per update in `steps_per_update` steps of
+    `trees_per_step` whole trees, after `prompt_steps_per_update` cheap steps on `prompts_per_step` prompts alone.
+    `prior_strength`: how many pseudo rollouts its estimate is worth beside a prompt's own counts; with
+    `fit_prior_strength` only at first, then fitted to what came out. A prompt's counts lose half their weight every
+    `count_half_life` policy versions (0: never).
     """
 
     path: str = ""
@@ -151,8 +153,10 @@ class PredictorConfig:
     head_lr_scale: float = 1.0
     weight_decay: float = 0.01
     loss: Literal["mse", "bce"] = "bce"
-    steps_per_update: int = 2
-    trees_per_step: int = 48
+    prompt_steps_per_update: int = 4
+    prompts_per_step: int = 128
+    steps_per_update: int = 1
+    trees_per_step: int = 32
     replay_trees: int = 512
     prior_strength: float = 4.0
     fit_prior_strength: bool = True
@@ -165,6 +169,13 @@ class PredictorConfig:
         _require(self.head_lr_scale > 0, "predictor.head_lr_scale", self.head_lr_scale, "must be > 0")
         _require(self.weight_decay >= 0, "predictor.weight_decay", self.weight_decay, "must be ≥ 0")
         _require(self.steps_per_update >= 0, "predictor.steps_per_update", self.steps_per_update, "must be ≥ 0")
+        _require(
+            self.prompt_steps_per_update >= 0,
+            "predictor.prompt_steps_per_update",
+            self.prompt_steps_per_update,
+            "must be ≥ 0",
+        )
+        _require(self.prompts_per_step >= 1, "predictor.prompts_per_step", self.prompts_per_step, "must be ≥ 1")
         _require(self.trees_per_step >= 1, "predictor.trees_per_step", self.trees_per_step, "must be ≥ 1")
         _require(self.replay_trees >= 1, "predictor.replay_trees", self.replay_trees, "must be ≥ 1")
         _require(self.prior_strength > 0, "predictor.prior_strength", self.prior_strength, "must be > 0")
