@@ -5,6 +5,7 @@ import threading
 import time
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -156,6 +157,39 @@ async def test_long_prompts_are_computed_in_chunks(tiny_policy_path, monkeypatch
     for prompt, (completion,) in zip(prompts, answers, strict=True):
         assert list(completion.token_ids) == harness.greedy(prompt, 10)
         harness.check_logprobs(prompt, completion)
+    await engine.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_storm_of_turns_aborts_pauses_and_updates_leaves_every_token_right(seed, tiny_policy_path):
+    engine = await started(tiny_policy_path, max_running_requests=7, kv_cache_tokens=500)
+    harness = Harness(engine, tiny_policy_path, load_model(tiny_policy_path))
+    rng, roots = np.random.default_rng(seed), [harness.prompt(40) for _ in range(4)]
+    finished = []
+
+    async def agent(root):
+        history = list(root)
+        for _ in range(3):
+            before = list(history)
+            (completion,) = await harness.generate(before, max_new_tokens=int(rng.integers(1, 25)))
+            finished.append((before, completion))
+            history += [*completion.token_ids, *harness.prompt(int(rng.integers(1, 12)))]
+
+    tasks = [asyncio.create_task(agent(roots[i % 4])) for i in range(24)]
+    for _ in range(6):
+        await asyncio.sleep(float(rng.uniform(0, 0.05)))
+        tasks[int(rng.integers(24))].cancel()
+        if rng.random() < 0.3:
+            await engine.pause()
+        await harness.update(harness.new_weights())
+        await engine.resume()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert not [r for r in results if isinstance(r, Exception)]
+    assert len(finished) >= 18 * 3
+    for prompt, completion in finished:
+        harness.check_logprobs(prompt, completion)
+    health = await engine.health()
+    assert (health.num_running, health.num_waiting) == (0, 0)
     await engine.close()
 
 
