@@ -7,6 +7,7 @@ skipped, a run that had begun is resumed. A folder of kept figures in place of t
 import argparse
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -33,7 +34,7 @@ from trace_async.comparison import (
     run_figures,
     write_figures,
 )
-from trace_async.config import ConfigError, config_to_yaml
+from trace_async.config import ConfigError
 from trace_async.document import write_document
 from trace_async.metrics_log import read_metrics, write_whole
 from trace_async.report import build_report, compared_budget, cut_curves
@@ -108,8 +109,8 @@ class Plan:
         """Seed by seed, so that an unfinished comparison has whole seeds. ConfigError for a run of other settings."""
         cells = [Cell(m, s) for s in self.comparison.seeds for m in self.comparison.methods]
         for cell in cells:
-            found = self._state(cell).get("settings", self.settings(cell))
-            if found != self.settings(cell):
+            settings = self.comparison.run_settings(cell.method, cell.seed)
+            if self._state(cell).get("settings", settings) != settings:
                 raise ConfigError(
                     f"{self.run_dir(cell)} was run with other settings; give the comparison another name, "
                     "or delete its folder"
@@ -118,9 +119,6 @@ class Plan:
 
     def run_dir(self, cell: Cell) -> Path:
         return self.folder / "runs" / cell.name
-
-    def settings(self, cell: Cell) -> str:
-        return config_to_yaml(self.comparison.run_config(cell.method, cell.seed))
 
     def status(self, cell: Cell) -> Status:
         if self._state(cell).get("done"):
@@ -132,7 +130,11 @@ class Plan:
 
     def note(self, cell: Cell, *, wall_s: float, done: bool) -> None:
         """Remember how long the run has taken in all, and whether it is finished."""
-        record = {"settings": self.settings(cell), "wall_s": round(wall_s, 1), "done": done}
+        record = {
+            "settings": self.comparison.run_settings(cell.method, cell.seed),
+            "wall_s": round(wall_s, 1),
+            "done": done,
+        }
         self._state_file(cell).parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._state_file(cell), json.dumps(record) + "\n")
 
@@ -167,6 +169,10 @@ def run_cells(plan: Plan, trainer: Sequence[str], *, parallel: int, limit_s: flo
 async def _run_all(
     plan: Plan, waiting: Sequence[Cell], trainer: Sequence[str], parallel: int, limit_s: float
 ) -> list[str]:
+    # Ended from outside, it stops its runs as after Ctrl-C instead of leaving them behind.
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
     parent = _parent_run(plan)
     slots = asyncio.Semaphore(max(1, parallel))
     failed: list[str] = []
@@ -223,9 +229,14 @@ async def _run_cell(
     log.parent.mkdir(parents=True, exist_ok=True)
     command = plan.command(cell, trainer)
     before, started = plan.wall_s(cell), time.monotonic()
-    plan.note(cell, wall_s=before, done=False)
     env = {"OMP_NUM_THREADS": "1", **os.environ} | ({"TRACE_ASYNC_PARENT_RUN": parent} if parent else {})
     with log.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run's process inherits the lock with its output
+        except BlockingIOError:
+            print(f"{cell.name}: still running, started by an earlier command that was killed", flush=True)
+            return False
+        plan.note(cell, wall_s=before, done=False)
         file.write(f"$ {shlex.join(command)}\n".encode())
         file.flush()
         process = await asyncio.create_subprocess_exec(

@@ -29,7 +29,10 @@ def main() -> int:
         run_dir = Path(config.output_dir) / config.name
         run_dir.mkdir(parents=True)
         (run_dir / "config.yaml").write_text(config_to_yaml(config))
-    print(f"training {config.name}; parent {os.environ.get('TRACE_ASYNC_PARENT_RUN', '')}", flush=True)
+    print(
+        f"training {config.name}; process {os.getpid()}; parent {os.environ.get('TRACE_ASYNC_PARENT_RUN', '')}",
+        flush=True,
+    )
     if os.environ.get("FAKE_TRAINER_HANGS") == config.name:
         time.sleep(600)
     return train(config, run_dir, resumed=args.resume is not None)

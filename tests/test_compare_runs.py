@@ -1,10 +1,12 @@
 """The comparison as a whole, with a fake trainer: runs, what was interrupted, figures and report."""
 
-import asyncio
-import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -220,24 +222,51 @@ def test_a_broken_file_of_figures_is_named(make_plan: Callable[..., Plan]) -> No
         read_figures(plan.folder)
 
 
-def test_a_stopped_comparison_stops_its_runs_and_goes_on(
+SCRIPT = """
+import sys
+from pathlib import Path
+from scripts.compare import Plan, run_cells
+from trace_async.comparison import load_comparison
+folder = sys.argv[1]
+comparison = load_comparison(folder + "/compare.yaml", [f"output_dir={folder}", "seeds=[0]"])
+run_cells(Plan(comparison, Path(folder) / "small"), sys.argv[2:], parallel=1, limit_s=60)
+"""
+
+
+def begun_by_a_process(plan: Plan) -> subprocess.Popen:
+    """A comparison in a process of its own, whose first run has begun (and hangs)."""
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(plan.folder.parent), *FAKE])
+    while not (plan.run_dir(plan.cells()[0]) / "config.yaml").is_file():
+        assert process.poll() is None
+        time.sleep(0.1)
+    return process
+
+
+def test_ended_from_outside_it_stops_its_runs_and_can_go_on(
     make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scripts import compare
-
     plan = make_plan("seeds=[0]")
     monkeypatch.setenv("FAKE_TRAINER_HANGS", "grpo-s0")
-
-    async def interrupted() -> None:
-        work = asyncio.create_task(compare._run_all(plan, plan.cells(), FAKE, 1, 60))
-        while not (plan.run_dir(plan.cells()[0]) / "config.yaml").is_file():
-            await asyncio.sleep(0.1)
-        work.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await work
-
-    asyncio.run(interrupted())
-    state = json.loads((plan.folder / "runs" / "grpo-s0.json").read_text())
-    assert state["done"] is False
-    monkeypatch.delenv("FAKE_TRAINER_HANGS")
+    process = begun_by_a_process(plan)
+    process.terminate()
+    assert process.wait(30) != 0
     assert plan.status(plan.cells()[0]) == "begun"
+    assert "KeyboardInterrupt" in (plan.folder / "logs" / "grpo-s0.log").read_text()
+    monkeypatch.delenv("FAKE_TRAINER_HANGS")
+    assert run_cells(plan, FAKE, parallel=1, limit_s=60) == []
+
+
+def test_a_run_left_behind_by_a_killed_command_is_not_started_twice(
+    make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan("seeds=[0]")
+    monkeypatch.setenv("FAKE_TRAINER_HANGS", "grpo-s0")
+    process = begun_by_a_process(plan)
+    process.kill()
+    process.wait(30)
+    monkeypatch.delenv("FAKE_TRAINER_HANGS")
+    assert run_cells(plan, FAKE, parallel=1, limit_s=60) == ["grpo-s0"]
+    assert "grpo-s0: still running, started by an earlier command" in capsys.readouterr().out
+    log = plan.folder / "logs" / "grpo-s0.log"
+    os.kill(int(re.search(r"process (\d+)", log.read_text()).group(1)), signal.SIGKILL)
+    assert run_cells(plan, FAKE, parallel=1, limit_s=60) == []

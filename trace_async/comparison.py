@@ -81,6 +81,13 @@ class Comparison:
         except ConfigError as error:
             raise ConfigError(f"comparison {self.name}, method {method}: {error}") from error
 
+    def run_settings(self, method: str, seed: int) -> str:
+        """The settings of one run that differ from the defaults, as YAML: what tells whether it is the same run."""
+        base = OmegaConf.load(self.base) if self.base else OmegaConf.create()
+        return OmegaConf.to_yaml(
+            OmegaConf.merge(base, OmegaConf.from_dotlist(self.run_overrides(method, seed))), sort_keys=True
+        )
+
     def base_config(self) -> Config:
         """What all methods share."""
         return load_config(self.base or None, self.overrides)
