@@ -159,6 +159,19 @@ def test_an_update_without_signal_changes_nothing_and_says_so(tiny_policy_path):
         assert_close(weights_of(learner), before, 0.0)
 
 
+def test_an_update_whose_tokens_are_all_clipped_says_so(tiny_policy_path):
+    """Rewarded tokens far likelier than when they were generated, others far less likely: nothing is left to push."""
+    trees = trees_of(0)
+    with learning(configure("loss.advantage=grpo"), tiny_policy_path) as learner:
+        tree = next(t for t in trees if {r.reward for r in t.rollouts if r.kind == "root"} == {0.0, 1.0})
+        reward = [r.reward for r in tree.rollouts]
+        nodes = [replace(n, logprobs=(-50.0 if reward[n.rollout] else 0.0,) * n.num_generated) for n in tree.nodes[1:]]
+        clipped = replace(tree, nodes=(tree.nodes[0], *nodes))
+        metrics = learner.update([clipped], VERSION)
+    assert metrics["clip_fraction"] == 1.0
+    assert metrics["updated"] == 0.0
+
+
 def test_zero_advantage_trees_stay_in_the_normaliser(tiny_policy_path):
     idle = [replace(t, rollouts=tuple(replace(r, reward=0.0) for r in t.rollouts)) for t in trees_of(5)]
     with learning(configure(), tiny_policy_path) as learner:

@@ -112,8 +112,8 @@ class Learner:
     def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
         """Train the policy, which is at `policy_version`, on `trees` (on every rank all of them); metrics of all ranks.
 
-        `updated` is 0 and nothing is touched when no token has credit. Asserts `actors.max_staleness`. Raises
-        LearnerError when a loss is not finite or no weight changed.
+        `updated` is 0 when no weight changed since no token has credit or all that have are clipped. Asserts
+        `actors.max_staleness`. Raises LearnerError when a loss is not finite or no weight changed for another reason.
         """
         started = time.perf_counter()
         self._assert_fresh(trees, policy_version)
@@ -130,16 +130,17 @@ class Learner:
             grad_norms.append(
                 self._step(minibatch, anchors, [metrics, first] if index == 0 else [metrics], policy_version)
             )
-        if not self._changed(before):
-            raise LearnerError(f"update at version {policy_version}: no weight changed (grad norms {grad_norms})")
-        unique = self._sum([batch.layout.num_tokens for m in minibatches for batch in m.batches])
         result = self._reduced(metrics).result()
         # Only before the first step is the gap to the generator one of engines and staleness, not of learning.
         start = self._reduced(first).result()
         result |= {name: start[name] for name in start if name.startswith("mismatch")}
         result["loss"] /= len(minibatches)
+        changed = self._changed(before)
+        if not changed and result["clip_fraction"] < 1:
+            raise LearnerError(f"update at version {policy_version}: no weight changed (grad norms {grad_norms})")
+        unique = self._sum([batch.layout.num_tokens for m in minibatches for batch in m.batches if batch.has_credit])
         return result | {
-            "updated": 1.0,
+            "updated": float(changed),
             "grad_norm": float(np.mean(grad_norms)),
             "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "packed_tokens": unique,
