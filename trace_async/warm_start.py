@@ -1,8 +1,8 @@
 """A small policy of one's own, since no weights can be downloaded: Qwen3 with a word-level tokenizer, taught by
 demonstrations that the domain generates, saved as a Hugging Face directory and cached.
 
-Supervised training: every token a demonstration's turns hold counts 1, all others (prompt, observations) count
-`_CONTEXT_WEIGHT`, because predicting what is searched teaches the copying that answering needs.
+Supervised training: every token of a demonstration's turns counts 1, all others (prompt, observations) count
+`_CONTEXT_WEIGHT`: a little of what is read helps to learn what is written.
 """
 
 import asyncio
@@ -60,7 +60,12 @@ def make_policy(domain: Domain, config: PolicyConfig, *, log: Callable[[str], No
     if directory.is_dir():
         log(f"policy: cached in {directory}")
         return directory
-    model = _train(domain, tokenizer, config, log)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two are hardly faster at this size, far slower on a busy machine, and round otherwise
+    try:
+        model = _train(domain, tokenizer, config, log)
+    finally:
+        torch.set_num_threads(num_threads)
     _save_at_once(model, tokenizer, directory)
     log(f"policy: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, saved in {directory}")
     return directory
