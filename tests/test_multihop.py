@@ -30,6 +30,13 @@ def domain() -> MultiHop:
     return MultiHop(num_train_worlds=30, num_heldout_worlds=20, mix=EQUAL_MIX)
 
 
+@pytest.fixture(scope="module")
+def default_tasks() -> dict[str, list[Task]]:
+    domain = MultiHop()
+    tasks = {"train": domain.tasks("train"), "heldout": domain.tasks("heldout"), "shown": domain.demonstration_tasks()}
+    return {name: list(found) for name, found in tasks.items()}
+
+
 async def play(domain: MultiHop, task: Task, turns: list[str]) -> StepResult:
     env = domain.make_env(task)
     await env.init()
@@ -166,21 +173,23 @@ def test_answers_follow_from_the_facts(domain: MultiHop) -> None:
             assert task.data["answers"] == ends
 
 
-def test_splits_share_neither_worlds_nor_questions() -> None:
-    domain = MultiHop()
-    train, heldout = domain.tasks("train"), domain.tasks("heldout")
-    assert (len(train), len(heldout)) == (10_000, 2_000)
-    texts = [{task.data["question"] for task in tasks} for tasks in (train, heldout, domain.demonstration_tasks())]
-    assert not texts[0] & texts[1]
-    assert not texts[2] & texts[1]
-    worlds = [{task.data["world"] for task in tasks} for tasks in (train, heldout)]
-    assert (len(worlds[0]), len(worlds[1])) == (400, 200)
-    assert not worlds[0] & worlds[1]
-    assert len({task.id for task in train}) == 10_000
+def test_splits_share_neither_worlds_nor_questions(default_tasks: dict[str, list[Task]]) -> None:
+    assert {name: len(tasks) for name, tasks in default_tasks.items()} == {
+        "train": 10_000,
+        "heldout": 2_000,
+        "shown": 10_000,
+    }
+    texts = {name: {task.data["question"] for task in tasks} for name, tasks in default_tasks.items()}
+    assert not texts["train"] & texts["heldout"]
+    assert not texts["shown"] & texts["heldout"]
+    worlds = {name: {task.data["world"] for task in tasks} for name, tasks in default_tasks.items()}
+    assert (len(worlds["train"]), len(worlds["heldout"])) == (400, 200)
+    assert not worlds["train"] & worlds["heldout"]
+    assert len({task.id for task in default_tasks["train"]}) == 10_000
 
 
-def test_the_mix_of_kinds_is_as_asked() -> None:
-    counts = Counter(task.kind for task in MultiHop().tasks("train"))
+def test_the_mix_of_kinds_is_as_asked(default_tasks: dict[str, list[Task]]) -> None:
+    counts = Counter(task.kind for task in default_tasks["train"])
     assert set(counts) == set(DEFAULT_MIX)
     for kind, share in DEFAULT_MIX.items():
         assert counts[kind] / 10_000 == pytest.approx(share, abs=0.04)
