@@ -21,8 +21,8 @@ FOLDERS = ("desk", "office", "home", "music", "school", "backup")
 PEOPLE = ("ann", "ben", "cara", "dan", "eva", "finn", "gina", "hugo")
 CITIES = ("rome", "oslo", "paris", "lima", "cairo", "delhi", "tokyo", "quito")
 FARES = ("saver", "flex", "first")
-TICKETS = tuple(f"t{number}" for number in range(1, 25))
-FLIGHTS = tuple(f"f{number}" for number in range(1, 25))
+TICKETS = tuple(f"t{number}" for number in range(1, 13))
+FLIGHTS = tuple(f"f{number}" for number in range(1, 13))
 
 Call = tuple[str, dict[str, str]]
 
@@ -213,4 +213,8 @@ def words() -> list[str]:
     names += ["doors", "engine", "heating", *(parameter for tool in TOOLS.values() for parameter in tool.parameters)]
     texts = "move delete where is the file to ? back up clear the folder close give escalate ticket all tickets of "
     texts += "book flight change a from open lock doors start warm car"
-    return [*(f'"{name}" {{"{name}"' for name in dict.fromkeys(names)), *texts.split(), '{"a": [], {}}} {} [{"a"}] , :']
+    return [
+        *(f'"{name}" {{"{name}"' for name in dict.fromkeys(names)),
+        *texts.split(),
+        '{"a": [ ], {}}} {} [ {"a"} ] , :',
+    ]

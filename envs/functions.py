@@ -14,9 +14,8 @@ from typing import Protocol, cast
 from envs import function_tasks
 from envs.actions import REASONS, TRUNCATED, Malformed, ToolCall, cut_text, parse_tool_calls
 from envs.function_tasks import LEVELS
-from envs.lazy_tasks import LazyTasks
+from envs.lazy_tasks import LazyTasks, check_shares
 from envs.services import ERRORS, TOOLS, ServicesState, ToolError, call_tool
-from trace_async.config import ConfigError
 from trace_async.types import Json, Message, Prompt, Split, StepResult, Task
 
 _REMINDER = 'to act write <tool_call> {"name": "tool", "arguments": {}} </tool_call>'
@@ -124,7 +123,8 @@ class ServicesBackend:
             result = call_tool(self._state, call.name, call.arguments)
         except ToolError as error:
             result = {"error": str(error)}
-        return json.dumps(result)
+        # A blank before the first of a list: to a word-level tokenizer it is then the same word as in a call.
+        return json.dumps(result).replace("[", "[ ")
 
     def end_request(self) -> bool:
         return True
@@ -148,7 +148,8 @@ class ServicesBackend:
 class Functions:
     """Generated tasks on simulated services, for small policies; the domain can demonstrate its tasks.
 
-    `shares`: of easy, middle (learnable) and hard tasks. `misread_rate`: of the demonstrations' systematic errors.
+    `shares`: of easy, middle (learnable) and hard tasks; `demonstration_shares`: of those that are demonstrated (short
+    ones teach faster). `misread_rate`: of the demonstrations' systematic errors.
     `show_tools`: tell the model the tools and how to call them (a policy warm-started on the domain knows them).
     """
 
@@ -161,14 +162,16 @@ class Functions:
         num_train: int = 10_000,
         num_heldout: int = 2_000,
         shares: Mapping[str, float] | None = None,
+        demonstration_shares: Mapping[str, float] | None = None,
         misread_rate: float = 0.65,
         max_turns: int = 24,
         max_observation_chars: int = 1000,
         show_tools: bool = False,
     ) -> None:
-        self._shares = dict(shares or {"easy": 0.3, "middle": 0.4, "hard": 0.3})
-        if set(self._shares) - set(LEVELS) or not sum(self._shares.values()) > 0:
-            raise ConfigError(f"env.args.shares={self._shares}: positive shares of {', '.join(LEVELS)}")
+        self._shares = check_shares("shares", shares or {"easy": 0.3, "middle": 0.4, "hard": 0.3}, LEVELS)
+        self._demonstration_shares = check_shares(
+            "demonstration_shares", demonstration_shares or {"easy": 0.4, "middle": 0.5, "hard": 0.1}, LEVELS
+        )
         self._seed = seed
         self._counts: dict[Split, int] = {"train": num_train, "heldout": num_heldout}
         self._misread_rate = misread_rate
@@ -177,13 +180,21 @@ class Functions:
         self._show_tools = show_tools
 
     def tasks(self, split: Split) -> Sequence[Task]:
-        def make(index: int) -> Task:
-            task_id = f"functions-{split}-{index}"
-            rng = Random(f"{task_id}-{self._seed}")
-            level = rng.choices(LEVELS, [self._shares.get(level, 0.0) for level in LEVELS])[0]
-            return Task(id=task_id, domain=self.name, kind=level, data=function_tasks.make_task(level, rng))
+        return self._made(f"functions-{split}", self._counts[split], self._shares)
 
-        return LazyTasks(self._counts[split], make)
+    def demonstration_tasks(self) -> Sequence[Task]:
+        return self._made("functions-shown", self._counts["train"], self._demonstration_shares)
+
+    def _made(self, prefix: str, count: int, shares: Mapping[str, float]) -> Sequence[Task]:
+        weights = [shares.get(level, 0.0) for level in LEVELS]
+
+        def make(index: int) -> Task:
+            rng = Random(f"{prefix}-{index}-{self._seed}")
+            level = rng.choices(LEVELS, weights)[0]
+            data = function_tasks.make_task(level, rng)
+            return Task(id=f"{prefix}-{index}", domain=self.name, kind=level, data=data)
+
+        return LazyTasks(count, make)
 
     def make_env(self, task: Task) -> ConversationEnv:
         first, *later = cast(list[str], task.data["requests"])

@@ -1,9 +1,17 @@
 """A sequence of tasks that are made when they are asked for, so that a large split costs nothing to name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
+from trace_async.config import ConfigError
 from trace_async.types import Task
+
+
+def check_shares(setting: str, shares: Mapping[str, float], levels: Sequence[str]) -> dict[str, float]:
+    """`shares` of `levels` as they are; ConfigError naming the setting where they cannot be drawn by."""
+    if set(shares) - set(levels) or min(shares.values()) < 0 or not sum(shares.values()) > 0:
+        raise ConfigError(f"env.args.{setting}={dict(shares)}: positive shares of {', '.join(levels)}")
+    return dict(shares)
 
 
 class LazyTasks(Sequence[Task]):

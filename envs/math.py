@@ -10,6 +10,7 @@ from random import Random
 from envs import math_problems
 from envs.actions import REASONS, TRUNCATED, Malformed, cut_text, parse_block
 from envs.answers import AnswerCheck, AnswerChecker
+from envs.lazy_tasks import check_shares
 from envs.sandbox import Sandbox, SandboxLimits
 from trace_async.config import ConfigError
 from trace_async.dataset import read_rows
@@ -126,9 +127,7 @@ class Math:
     ) -> None:
         self._seed = seed
         self._counts: dict[Split, int] = {"train": num_train, "heldout": num_heldout}
-        self._shares = dict(shares or {"easy": 0.3, "middle": 0.4, "hard": 0.3})
-        if set(self._shares) - set(math_problems.LEVELS) or not sum(self._shares.values()) > 0:
-            raise ConfigError(f"env.args.shares={self._shares}: positive shares of {', '.join(math_problems.LEVELS)}")
+        self._shares = check_shares("shares", shares or {"easy": 0.3, "middle": 0.4, "hard": 0.3}, math_problems.LEVELS)
         self._misread_rate = misread_rate
         self._early_rate = early_rate
         self._max_turns = max_turns

@@ -68,7 +68,7 @@ async def test_wrong_state_missing_reading_call_and_side_effects_get_nothing() -
 async def test_detours_and_several_calls_in_a_turn_are_fine() -> None:
     look = write_call("list_files", {"folder": "desk"})
     results = await play(env_of(BACK_UP), f"first {look}\n{COPY}", "done", FIND, "done")
-    assert [m.content for m in results[0].messages] == ['{"files": ["report", "notes"]}', '"ok"']
+    assert [m.content for m in results[0].messages] == ['{"files": [ "report", "notes"]}', '"ok"']
     assert results[-1].reward == 1.0
 
 
@@ -103,7 +103,7 @@ async def test_too_many_turns_end_without_reward() -> None:
 
 async def test_observations_are_cut() -> None:
     result = (await play(env_of(BACK_UP, max_observation_chars=12), write_call("list_files", {"folder": "desk"})))[0]
-    assert result.messages[0].content == '{"files": [" [ cut ]'
+    assert result.messages[0].content == '{"files": [ [ cut ]'
 
 
 async def test_forks_do_not_see_each_other() -> None:
