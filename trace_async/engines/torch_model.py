@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trace_async.cpu_linear import linear
 from trace_async.engine import EngineError, WeightSyncError
 from trace_async.policy import load_model
 
@@ -148,7 +149,7 @@ class TorchModel:
         width = (x.shape[-1],)
         for layer, (keys, values) in zip(self._layers, kv, strict=True):
             h = F.rms_norm(x, width, layer.input_norm, self._epsilon)
-            heads = F.linear(h, layer.qkv, layer.qkv_bias).view(len(x), num_q + 2 * num_k, self.head_dim)
+            heads = linear(h, layer.qkv, layer.qkv_bias).view(len(x), num_q + 2 * num_k, self.head_dim)
             qk = heads[:, : num_q + num_k]
             if layer.qk_norm is not None:
                 qk = F.rms_norm(qk, (self.head_dim,), None, self._epsilon) * layer.qk_norm
@@ -157,12 +158,12 @@ class TorchModel:
             values.view(-1, num_k, self.head_dim)[at_T] = heads[:, num_q + num_k :]
             parts = [self._attend(qk[:, :num_q], keys, values, group) for group in groups]
             h = parts[0] if len(parts) == 1 else torch.cat(parts)
-            x = x + F.linear(h, layer.out)
+            x = x + linear(h, layer.out)
             h = F.rms_norm(x, width, layer.post_norm, self._epsilon)
-            gate, up = F.linear(h, layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            gate, up = linear(h, layer.gate_up).chunk(2, dim=-1)
+            x = x + linear(F.silu(gate) * up, layer.down)
         x = F.rms_norm(x[last_B], width, self._norm, self._epsilon)
-        return F.linear(x, self._head).float()
+        return linear(x, self._head).float()
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, group: AttentionGroup) -> Tensor:
         """Attention of one group's tokens over its rows' KV: [tokens, heads·head_dim].

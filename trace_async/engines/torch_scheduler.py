@@ -20,8 +20,9 @@ from trace_async.engines.torch_model import AttentionGroup, TorchModel
 from trace_async.engines.torch_sampling import sample_tokens, uniforms
 from trace_async.types import Completion, FinishReason, SamplingParams, VersionSpan
 
-# New tokens that one step takes in: bounds its time and memory. A longer prompt still runs, alone.
-MAX_PREFILL_TOKENS = 4_096
+# New tokens that one step takes in: bounds its time and memory; on the CPU so few that activations stay in the cache.
+# A longer prompt still runs, alone.
+MAX_PREFILL_TOKENS = {"cpu": 1_024, "cuda": 8_192}
 # Longer prompts are computed in chunks, because the attention mask grows with chunk × context.
 MAX_CHUNK_TOKENS = 1_024
 # A request waits one step for another one that is computing at least so many tokens of its prefix.
@@ -129,7 +130,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move waiting requests to rows, shortest new part first; siblings of one being computed wait for its KV."""
-        budget, later = MAX_PREFILL_TOKENS, []
+        budget, later = MAX_PREFILL_TOKENS[self._model.device.type], []
         admitted: list[tuple[Request, np.ndarray, int, np.ndarray]] = []
         empty = np.empty(0, np.int64)
         while self.waiting and budget > 0 and len(self.running) + len(admitted) < self._max_rows:

@@ -1,0 +1,70 @@
+"""fp32 linear layers at the CPU's full width.
+
+PyTorch multiplies fp32 matrices with MKL, which takes its narrow (AVX2) kernels on AMD CPUs. oneDNN comes with PyTorch
+too and uses AVX-512 there, at the same precision: measured on a Zen 5 core, 64 and more rows, it takes 0.55 of the time
+forward and 0.45 forward and backward. On Intel both are alike, so nothing is changed there.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Below so many rows the call's overhead (10 µs) is larger than what it saves.
+MIN_ROWS = 32
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this is an AMD CPU with AVX-512."""
+    cpu_info = Path("/proc/cpuinfo")
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and cpu_info.is_file()
+        and "AuthenticAMD" in cpu_info.read_text()
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for [rows, in] · [out, in]ᵀ without gradients."""
+    if len(x) < MIN_ROWS or x.dtype != torch.float32 or x.device.type != "cpu" or not onednn_is_faster():
+        return F.linear(x, weight, bias)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+class _LinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        grad_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = linear(grad.t(), x.t()) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad.sum(dim=0) if ctx.has_bias else None
+
+
+class FastLinear(nn.Linear):
+    """`nn.Linear` that goes through `linear`, with its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        flat: Tensor = _LinearFunction.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return flat.view(*x.shape[:-1], -1)
+
+
+def accelerate_linears(model: nn.Module) -> None:
+    """Let all plain `nn.Linear` of a model be FastLinear, where that is faster; weights and names stay as they are."""
+    if not onednn_is_faster():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FastLinear
