@@ -6,13 +6,14 @@ A turn is one assistant message, `need director of quiet river ; search [ quiet 
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from random import Random
-from typing import Literal, overload
+from typing import Literal
 
 from envs.actions import REASONS, TRUNCATED, Malformed, cut_text
+from envs.lazy_tasks import LazyTasks
 from envs.multihop_demo import ErrorRates, demonstrate
 from envs.multihop_world import KINDS, Question, World, vocabulary
 from envs.qa_metrics import AnswerScore, score_answer
@@ -120,31 +121,6 @@ class MultiHopEnv:
         return StepResult(done=True, reward=metrics[self._settings.reward], metrics=metrics)
 
 
-class WorldTasks(Sequence[Task]):
-    """Tasks made when they are asked for; neighbours come from different worlds, so that any slice is a fair sample."""
-
-    def __init__(self, make: Callable[[int], tuple[Task, ...]], worlds: range, per_world: int) -> None:
-        self._make, self._worlds, self._per_world = make, worlds, per_world
-
-    def __len__(self) -> int:
-        return len(self._worlds) * self._per_world
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Task]: ...
-    def __getitem__(self, index: int | slice) -> Task | list[Task]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"task {index} of {len(self)}")
-        question, world = divmod(index % len(self), len(self._worlds))
-        return self._make(self._worlds[world])[question]
-
-    def __iter__(self) -> Iterator[Task]:
-        return (self[index] for index in range(len(self)))
-
-
 class MultiHop:
     """Generated worlds, with demonstrations.
 
@@ -182,9 +158,9 @@ class MultiHop:
         self._settings = QaSettings(max_turns=max_turns, reward=reward)
         train, heldout = range(num_train_worlds), range(num_train_worlds, num_train_worlds + num_heldout_worlds)
         self._world = lru_cache(maxsize=1024)(partial(World, seed))
-        self._train = self._world_tasks("train", train, train_questions_per_world, mix)
-        self._heldout = self._world_tasks("heldout", heldout, heldout_questions_per_world, mix)
-        self._shown = self._world_tasks("train", train, train_questions_per_world, _demonstrated_mix(mix))
+        self._train = self._world_tasks("train", "train", train, train_questions_per_world, mix)
+        self._heldout = self._world_tasks("heldout", "heldout", heldout, heldout_questions_per_world, mix)
+        self._shown = self._world_tasks("shown", "train", train, train_questions_per_world, _demonstrated_mix(mix))
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return self._train if split == "train" else self._heldout
@@ -215,21 +191,34 @@ class MultiHop:
         assert isinstance(number, int)
         return self._world(number)
 
-    def _world_tasks(self, split: Split, worlds: range, per_world: int, mix: Mapping[str, float]) -> WorldTasks:
-        def make(number: int) -> tuple[Task, ...]:
-            """The questions of one world, no text twice."""
-            world = self._world(number)
-            rng = Random(f"questions/{self._seed}/{number}")
-            questions: dict[str, Question] = {}
-            while len(questions) < per_world:
-                kind = rng.choices(list(mix), list(mix.values()))[0]
-                question = world.question(kind, rng, split)
-                questions.setdefault(question.text, question)
-            return tuple(self._task(number, index, q) for index, q in enumerate(questions.values()))
+    def _world_tasks(
+        self, name: str, split: Split, worlds: range, per_world: int, mix: Mapping[str, float]
+    ) -> Sequence[Task]:
+        """`per_world` questions of each world; neighbours come from different worlds: any slice is a fair sample."""
 
-        return WorldTasks(lru_cache(maxsize=4096)(make), worlds, per_world)
+        @lru_cache(maxsize=4096)
+        def of_world(number: int) -> tuple[Task, ...]:
+            questions = self._questions(number, split, per_world, mix)
+            return tuple(self._task(f"{name}-{number}-{i}", number, question) for i, question in enumerate(questions))
 
-    def _task(self, number: int, index: int, question: Question) -> Task:
+        return LazyTasks(len(worlds) * per_world, lambda i: of_world(worlds[i % len(worlds)])[i // len(worlds)])
+
+    def _questions(self, number: int, split: Split, count: int, mix: Mapping[str, float]) -> list[Question]:
+        """The questions of one world, no text twice."""
+        world = self._world(number)
+        rng = Random(f"questions/{self._seed}/{number}")
+        questions: dict[str, Question] = {}
+        for _ in range(100 * count):
+            kind = rng.choices(list(mix), list(mix.values()))[0]
+            question = world.question(kind, rng, split)
+            questions.setdefault(question.text, question)
+            if len(questions) == count:
+                return list(questions.values())
+        raise ValueError(
+            f"env.args.{split}_questions_per_world={count}: a world has not so many different questions of this mix"
+        )
+
+    def _task(self, task_id: str, number: int, question: Question) -> Task:
         data: dict[str, Json] = {
             "world": number,
             "question": question.text,
@@ -237,7 +226,7 @@ class MultiHop:
             "entities": list(question.entities),
             "relations": list(question.relations),
         }
-        return Task(id=f"{self._seed}-{number}-{index}", domain=self.name, kind=question.kind, data=data)
+        return Task(id=task_id, domain=self.name, kind=question.kind, data=data)
 
 
 def _demonstrated_mix(mix: Mapping[str, float]) -> dict[str, float]:

@@ -185,7 +185,7 @@ def test_splits_share_neither_worlds_nor_questions(default_tasks: dict[str, list
     worlds = {name: {task.data["world"] for task in tasks} for name, tasks in default_tasks.items()}
     assert (len(worlds["train"]), len(worlds["heldout"])) == (400, 200)
     assert not worlds["train"] & worlds["heldout"]
-    assert len({task.id for task in default_tasks["train"]}) == 10_000
+    assert len({task.id for tasks in default_tasks.values() for task in tasks}) == 22_000
 
 
 def test_the_mix_of_kinds_is_as_asked(default_tasks: dict[str, list[Task]]) -> None:
@@ -277,6 +277,12 @@ def test_the_vocabulary_covers_all_that_is_said(domain: MultiHop) -> None:
 def test_bad_settings_are_named(args: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiHop(**args)
+
+
+def test_more_questions_than_a_world_has_are_refused() -> None:
+    domain = MultiHop(mix={"easy-1hop": 1.0}, heldout_questions_per_world=60)
+    with pytest.raises(ValueError, match="heldout_questions_per_world=60: a world has not so many"):
+        domain.tasks("heldout")[0]
 
 
 def test_named_rates() -> None:
