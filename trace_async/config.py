@@ -141,7 +141,8 @@ class PredictorConfig:
     `path`: Hugging Face directory to start from; empty: the start policy's own weights (its first `num_layers`
     layers, 0: all). Its head learns `head_lr_scale` times as fast as the rest. `loss`: mse (the paper's) | bce.
     `replay_trees`: the last finished trees it is trained on, per update in `steps_per_update` steps of
-    `trees_per_step` whole trees, after `prompt_steps_per_update` cheap steps on `prompts_per_step` prompts alone.
+    `trees_per_step` whole trees, after `prompt_steps_per_update` cheap steps on `prompts_per_step` prompts alone; the
+    first update has `warmup_steps` more of those, each that follows half as many.
     `prior_strength`: how many pseudo rollouts its estimate is worth beside a prompt's own counts; with
     `fit_prior_strength` only at first, then fitted to what came out. A prompt's counts lose half their weight every
     `count_half_life` policy versions (0: never).
@@ -153,7 +154,8 @@ class PredictorConfig:
     head_lr_scale: float = 1.0
     weight_decay: float = 0.01
     loss: Literal["mse", "bce"] = "bce"
-    prompt_steps_per_update: int = 4
+    prompt_steps_per_update: int = 1
+    warmup_steps: int = 16
     prompts_per_step: int = 128
     steps_per_update: int = 1
     trees_per_step: int = 32
@@ -175,6 +177,7 @@ class PredictorConfig:
             self.prompt_steps_per_update,
             "must be ≥ 0",
         )
+        _require(self.warmup_steps >= 0, "predictor.warmup_steps", self.warmup_steps, "must be ≥ 0")
         _require(self.prompts_per_step >= 1, "predictor.prompts_per_step", self.prompts_per_step, "must be ≥ 1")
         _require(self.trees_per_step >= 1, "predictor.trees_per_step", self.trees_per_step, "must be ≥ 1")
         _require(self.replay_trees >= 1, "predictor.replay_trees", self.replay_trees, "must be ≥ 1")
@@ -254,6 +257,8 @@ class EngineConfig:
 
     `python`: interpreter of the engine's own environment (empty: found under `.venvs/<backend>`). `url`: attach to a
     running server instead of starting one. `server_args`: more flags for the server, handed on as they are.
+    `kv_cache_tokens` 0: with a server as many as its GPU has room for. `weight_sync`, how new weights reach a server:
+    memory (a file in shared memory) | disk | collective (broadcast; sglang).
     """
 
     backend: EngineBackend = "torch"
@@ -283,6 +288,7 @@ class ActorsConfig:
 
     `prompts_per_actor`: how many prompts one PromptActor process hosts at a time (1: a process per prompt).
     `spill_requests`: requests beyond which a generator counts as overloaded and a prompt spills to another.
+    `num_nodes`, `gpus_per_node`, `gpu_memory_gib`: the cluster that `--dry-run` plans for; nothing else reads them.
     """
 
     num_generators: int = 1
@@ -297,11 +303,16 @@ class ActorsConfig:
     generator_gpus: float = 0.0
     learner_gpus: float = 0.0
     predictor_gpus: float = 0.0
+    num_nodes: int = 1
+    gpus_per_node: int = 8
+    gpu_memory_gib: float = 80.0
 
     def __post_init__(self) -> None:
         _require(self.num_generators >= 1, "actors.num_generators", self.num_generators, "must be ≥ 1")
         _require(self.num_prompt_actors >= 1, "actors.num_prompt_actors", self.num_prompt_actors, "must be ≥ 1")
         _require(self.prompts_per_actor >= 1, "actors.prompts_per_actor", self.prompts_per_actor, "must be ≥ 1")
+        _require(self.num_nodes >= 1, "actors.num_nodes", self.num_nodes, "must be ≥ 1")
+        _require(self.gpus_per_node >= 1, "actors.gpus_per_node", self.gpus_per_node, "must be ≥ 1")
         _require(self.max_staleness >= 0, "actors.max_staleness", self.max_staleness, "≥ 0 (0: synchronous)")
         _require(self.max_rollout_retries >= 0, "actors.max_rollout_retries", self.max_rollout_retries, "≥ 0")
 
