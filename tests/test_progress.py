@@ -53,13 +53,13 @@ def test_without_a_terminal_each_update_is_one_line() -> None:
     assert out.getvalue().splitlines() == [
         "policy: a\\x1b[31mb",
         "update 0/40  held-out t=1 0.250   greedy 0.750",
-        "update 1/40  success 0.40  effective 0.56 (18)  staleness 0.5/1  6000 tokens (3000/s)"
-        "  heldout t=1 0.250 greedy 0.750  left 1m18s",
-        "update 2/40  success 0.40  effective 0.56 (18)  staleness 0.5/1  12.0k tokens (2000/s)"
-        "  heldout t=1 0.250 greedy 0.750  left 1m54s",
+        "update 1/40  success 0.40  effective 0.56 (18)  staleness 0.5/1  6000 tokens (1500/s)"
+        "  heldout t=1 0.250 greedy 0.750  left 2m36s",
+        "update 2/40  success 0.40  effective 0.56 (18)  staleness 0.5/1  12.0k tokens (1500/s)"
+        "  heldout t=1 0.250 greedy 0.750  left 2m32s",
         "update 2/40  held-out t=1 0.250 → 0.500   greedy 0.750",
-        "update 3/40  success –  effective – (–)  staleness –/–  12.0k tokens (1333/s)"
-        "  heldout t=1 0.500 greedy 0.750  left 1m51s",
+        "update 3/40  success –  effective – (–)  staleness –/–  12.0k tokens (1091/s)"
+        "  heldout t=1 0.500 greedy 0.750  left 2m16s",
     ]
 
 
@@ -69,7 +69,7 @@ def test_the_token_budget_can_end_the_run_first() -> None:
     with progress:
         clock.now += 5.0
         progress.update(3, {**METRICS, "tokens/generated_total": 18_000.0})
-    assert progress.seconds_left() == pytest.approx((30_000 - 18_000) / 6_000 * 5.0)
+    assert progress.seconds_left() == pytest.approx((30_000 - 18_000) / 6_000 * 4.0)
 
 
 def test_a_terminal_gets_a_table_that_is_redrawn() -> None:

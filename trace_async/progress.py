@@ -106,7 +106,8 @@ class Progress:
             self._live.update(self.table(), refresh=True)
 
     def _note_update(self, update_index: int, metrics: Mapping[str, float], now: float) -> None:
-        self._durations.append((now - self._last) / max(1, update_index - self._update))
+        # By the clock, the first update would count the start of the actors too.
+        self._durations.append(metrics.get("time/step_s", now - self._last))
         self._update = update_index
         self._latest = metrics
         tokens = metrics.get("tokens/generated_total", self._tokens)
