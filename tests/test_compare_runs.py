@@ -270,3 +270,11 @@ def test_a_run_left_behind_by_a_killed_command_is_not_started_twice(
     log = plan.folder / "logs" / "grpo-s0.log"
     os.kill(int(re.search(r"process (\d+)", log.read_text()).group(1)), signal.SIGKILL)
     assert run_cells(plan, FAKE, parallel=1, limit_s=60) == []
+
+
+def test_words_that_are_no_settings_are_refused(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    make_plan()
+    for words in (["--dry-run", "seeds"], ["--dry-runs"]):
+        with pytest.raises(SystemExit) as refused:
+            cli.main(["compare", str(tmp_path / "compare.yaml"), *words])
+        assert refused.value.code == 2

@@ -23,7 +23,7 @@ METRICS = {
     "train/staleness_mean": 0.5,
     "train/staleness_max": 1.0,
     "tokens/generated_total": 6000.0,
-    "tokens/trained": 2500.0,
+    "learner/trained_tokens": 2500.0,
     "tokens/cached_share": 0.75,
     "time/step_s": 4.0,
     "time/wait_for_trees_s": 3.0,
@@ -82,7 +82,7 @@ def test_a_terminal_gets_a_table_that_is_redrawn() -> None:
         progress.update(1, {"heldout/success_t1.0": 0.5})
         progress.message("a line above")
     shown = out.getvalue()
-    for expected in ("0.250 → 0.500", "update 1/40", "waiting 75%  update 25%", "75% cached", "a line above"):
+    for expected in ("0.250 → 0.500", "update 1/40", "waiting 75%  update 25%", "75% cached", "2500", "a line above"):
         assert expected in shown
     assert "\x1b[" in shown
 

@@ -7,7 +7,7 @@ update itself unless it is called a total; held-out figures stay shown until new
     train/effective_ratio           share of its prompts whose leaves disagree; train/prompts_both_outcomes: how many
     train/staleness_mean, _max      weight versions between a tree's oldest token and the update
     tokens/generated_total          all tokens generated for training so far
-    tokens/trained                  generated tokens with a gradient
+    learner/trained_tokens          generated tokens with a gradient
     tokens/cached_share             share of prefill tokens served from the KV cache
     heldout/success_t1.0, _t0.0     held-out success at temperature 1 and greedy
     predictor/brier, predictor/auc  of the values used for allocation, against outcomes
@@ -166,7 +166,7 @@ class Progress:
             ("generated tokens", budget),
             ("speed", f"{self._speed()} tokens/s   {cached} cached"),
             ("spent", f"{show('budget/roots', '.0f')} roots  {show('budget/continuations', '.0f')} continuations"),
-            ("trained tokens", _thousands(self._latest.get("tokens/trained"))),
+            ("trained tokens", _thousands(self._latest.get("learner/trained_tokens"))),
             ("time", self._phase_shares()),
             ("predictor", f"Brier {show('predictor/brier', '.3f')}  AUC {show('predictor/auc', '.3f')}"),
             ("learner", f"loss {show('learner/loss', '.4f')}  grad norm {show('learner/grad_norm')}"),
