@@ -4,6 +4,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from trace_async.cpu_linear import accelerate_linears
+
 
 def _directory(path: str | Path) -> Path:
     directory = Path(path)
@@ -28,4 +30,5 @@ def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu")
     model = AutoModelForCausalLM.from_pretrained(
         _directory(path), local_files_only=True, use_safetensors=True, dtype=dtype
     )
+    accelerate_linears(model)
     return model.to(device).eval()
