@@ -59,6 +59,7 @@ def start_ray(config: Config) -> None:
         return
     wanted = config.actors.num_generators * config.actors.generator_cpus + config.learner.num_ranks + 2
     ray.init(
+        address="local",
         num_cpus=max(os.cpu_count() or 1, int(wanted)),
         include_dashboard=False,
         log_to_driver=False,
