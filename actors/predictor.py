@@ -52,12 +52,9 @@ class PredictorActor:
         seconds of all its work since the last call."""
         async with self.training:
             metrics = self.predictor.observe(trees, policy_version)
-            losses = []
-            for batch in self.predictor.draw(trees):
+            for step in self.predictor.steps(trees):
                 await asyncio.sleep(0)
-                losses.append(self.predictor.train_step(batch))
-            if losses:
-                metrics["loss"] = float(np.mean(losses))
+                metrics["loss"] = step()
             metrics["busy_s"], self.predictor.busy_s = self.predictor.busy_s, 0.0
             return {f"predictor/{name}": value for name, value in metrics.items()}
 

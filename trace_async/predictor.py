@@ -8,7 +8,8 @@ value at the end of every turn: of a rollout (`predict`), or of whole trees with
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ from torch import nn
 from trace_async.config import PredictorConfig
 from trace_async.estimates import Estimates, SuccessEstimator
 from trace_async.marginals import FloatArray
-from trace_async.packing import Layout, concatenate, pack_values
+from trace_async.packing import Layout, concatenate, lay_out_tree
 from trace_async.policy import load_model
-from trace_async.tree import RolloutTree
+from trace_async.tree import ROOT, RolloutTree
 from trace_async.tree_attention import attention_for, hidden_states, prepare_model
 from trace_async.tree_io import read_trees, write_trees
 from trace_async.types import PrefixQuery
@@ -88,6 +89,7 @@ class ValuePredictor:
             config.prior_strength, fit=config.fit_prior_strength, half_life=config.count_half_life
         )
         self.version = 0
+        self.num_updates = 0
         self.busy_s = 0.0
 
     # ── values ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -107,11 +109,15 @@ class ValuePredictor:
 
     @torch.no_grad()
     def tree_values(self, trees: Sequence[RolloutTree]) -> list[FloatArray]:
-        """V at every node: arrays [nodes]."""
+        """V at every node that something follows: arrays [nodes], nan at leaves. One forward for all."""
         if not trees:
             return []
-        layout, ends = pack_values(trees)
-        return np.split(self._values(layout, np.concatenate(ends)), np.cumsum([len(end) for end in ends])[:-1])
+        layout, rows, inner = _lay_out_inner(trees)
+        found = iter(np.split(self._values(layout, rows), np.cumsum([len(nodes) for nodes in inner])[:-1]))
+        values = [np.full(len(tree.nodes), np.nan) for tree in trees]
+        for tree_values, nodes in zip(values, inner, strict=True):
+            tree_values[nodes] = next(found)
+        return values
 
     def _values(self, layout: Layout, rows: np.ndarray) -> FloatArray:
         self.model.eval()
@@ -138,24 +144,38 @@ class ValuePredictor:
         return {**metrics, "prior_strength": self.estimator.strength}
 
     def train_step(self, trees: Sequence[RolloutTree]) -> float:
-        """One optimizer step on all nodes of `trees`; returns the loss, each node weighted by its leaves n_y.
+        """One optimizer step on all histories of `trees` that something follows, each weighted by its leaves n_y."""
+        layout, rows, inner = _lay_out_inner(trees)
+        pairs = [backed_up_targets(tree) for tree in trees]
+        targets = [values[nodes] for (values, _), nodes in zip(pairs, inner, strict=True)]
+        weights = [counts[nodes] for (_, counts), nodes in zip(pairs, inner, strict=True)]
+        return self._step(layout, rows, np.concatenate(targets), np.concatenate(weights))
 
-        `loss` mse: the paper's squared error. bce: the cross-entropy, whose gradient does not fade where the model is
-        confidently wrong.
+    def train_prompt_step(self, trees: Sequence[RolloutTree]) -> float:
+        """One optimizer step on the prompts of `trees` alone, on the mean reward of their root rollouts.
+
+        Prompts are short, so Stage 1's question is learnt at a fraction of the cost of whole trees; and root rollouts
+        alone are free of the bias that choosing continuations by outcome leaves in a prompt's backed-up value.
         """
+        layouts = [lay_out_tree(tree, {ROOT: len(tree.nodes[ROOT].token_ids)})[0] for tree in trees]
+        rewards = [[rollout.reward for rollout in tree.rollouts if rollout.kind == "root"] for tree in trees]
+        rows = np.cumsum([layout.num_tokens for layout in layouts]) - 1
+        return self._step(
+            concatenate(layouts), rows, np.array([np.mean(r) for r in rewards]), np.array([len(r) for r in rewards])
+        )
+
+    def _step(self, layout: Layout, rows: np.ndarray, targets: FloatArray, weights: np.ndarray) -> float:
+        """`loss` mse: the paper's squared error. bce: the cross-entropy, whose gradient does not fade where the model
+        is confidently wrong."""
         started = time.monotonic()
         self.model.train()
-        layout, ends = pack_values(trees)
-        pairs = [backed_up_targets(tree) for tree in trees]
-        targets, weights = (
-            torch.from_numpy(np.concatenate(column)).float().to(self.device) for column in zip(*pairs, strict=True)
-        )
-        logits = self.model(layout, torch.from_numpy(np.concatenate(ends)).to(self.device))
+        logits = self.model(layout, torch.from_numpy(rows).to(self.device))
+        target, weight = (torch.from_numpy(a).float().to(self.device) for a in (targets, weights))
         if self.config.loss == "bce":
-            errors = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            errors = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         else:
-            errors = (torch.sigmoid(logits) - targets) ** 2
-        loss = (errors * weights).sum() / weights.sum().clamp(min=1)
+            errors = (torch.sigmoid(logits) - target) ** 2
+        loss = (errors * weight).sum() / weight.sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -163,23 +183,33 @@ class ValuePredictor:
         self.busy_s += time.monotonic() - started
         return float(loss.detach())
 
-    def draw(self, new: Sequence[RolloutTree]) -> list[list[RolloutTree]]:
-        """The trees of each of an update's steps: the new ones come first, the rest is drawn from the replay window."""
+    def steps(self, new: Sequence[RolloutTree]) -> Iterator[Callable[[], float]]:
+        """The optimizer steps of one update, each to be called once; it returns its loss.
+
+        `prompt_steps_per_update` on prompts drawn from the replay window (and `warmup_steps` more at the first update,
+        half as many at each that follows), then `steps_per_update` on whole trees: the new ones first, the rest drawn.
+        """
         new = [tree for tree in new if tree.rollouts]
+        if not self.replay:
+            return
+        extra = self.config.warmup_steps >> self.num_updates
+        self.num_updates += 1
+        for _ in range(self.config.prompt_steps_per_update + extra):
+            yield partial(self.train_prompt_step, self._draw(self.config.prompts_per_step))
         size = self.config.trees_per_step
-        drawn: list[list[RolloutTree]] = []
-        for step in range(self.config.steps_per_update if self.replay else 0):
-            batch = list(new[step * size : (step + 1) * size])
-            spare = min(size - len(batch), len(self.replay))
-            batch += [self.replay[i] for i in self.rng.choice(len(self.replay), size=spare, replace=False)]
-            drawn.append(batch)
-        return drawn
+        for step in range(self.config.steps_per_update):
+            batch = new[step * size : (step + 1) * size]
+            yield partial(self.train_step, batch + self._draw(size - len(batch)))
+
+    def _draw(self, size: int) -> list[RolloutTree]:
+        chosen = self.rng.choice(len(self.replay), size=min(size, len(self.replay)), replace=False)
+        return [self.replay[index] for index in chosen]
 
     def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
         """Take in the trees of one update and learn from them; see `observe`."""
         metrics = self.observe(trees, policy_version)
-        losses = [self.train_step(batch) for batch in self.draw(trees)]
-        return metrics | ({"loss": float(np.mean(losses))} if losses else {})
+        losses = [step() for step in self.steps(trees)]
+        return metrics | ({"loss": losses[-1]} if losses else {})
 
     # ── checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -191,7 +221,12 @@ class ValuePredictor:
         save_file(weights, directory / "model.safetensors")
         torch.save(self.optimizer.state_dict(), directory / "optimizer.pt")
         write_trees(directory / "replay.jsonl", self.replay)
-        state = {"version": self.version, "rng": self.rng.bit_generator.state, "estimator": self.estimator.state()}
+        state = {
+            "version": self.version,
+            "num_updates": self.num_updates,
+            "rng": self.rng.bit_generator.state,
+            "estimator": self.estimator.state(),
+        }
         (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, directory: str | Path) -> None:
@@ -201,9 +236,28 @@ class ValuePredictor:
         self.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True))
         self.replay = deque(read_trees(directory / "replay.jsonl"), maxlen=self.config.replay_trees)
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        self.version = state["version"]
+        self.version, self.num_updates = state["version"], state["num_updates"]
         self.rng.bit_generator.state = state["rng"]
         self.estimator.load_state(state["estimator"])
+
+
+def _lay_out_inner(trees: Sequence[RolloutTree]) -> tuple[Layout, np.ndarray, list[list[int]]]:
+    """All nodes that have children in one row; the rows where their histories end, tree by tree; and those nodes.
+
+    Leaves are left out: nobody asks for the value of a finished rollout, and they are a good part of the tokens.
+    """
+    layouts, rows, inner, start = [], [], [], 0
+    for tree in trees:
+        nodes = [node for node, children in enumerate(tree.children) if children or node == ROOT]
+        layout, first_row = lay_out_tree(tree, {node: len(tree.nodes[node].token_ids) for node in nodes})
+        for node in nodes:
+            while not tree.nodes[node].token_ids:
+                node = tree.nodes[node].parent
+            rows.append(start + first_row[node] + len(tree.nodes[node].token_ids) - 1)
+        layouts.append(layout)
+        inner.append(nodes)
+        start += layout.num_tokens
+    return concatenate(layouts), np.array(rows), inner
 
 
 def _lay_out_query(query: PrefixQuery) -> Layout:
