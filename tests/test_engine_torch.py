@@ -23,11 +23,12 @@ from transformers import (
 
 from tests.engine_conformance import EngineConformance, Harness
 from trace_async.config import EngineConfig
-from trace_async.engine import EngineDeadError, EngineError, EngineRequestError, EngineTimeoutError
+from trace_async.engine import EngineDeadError, EngineError, EngineRequestError, EngineTimeoutError, WeightSyncError
 from trace_async.engines import make_engine, torch_scheduler
 from trace_async.engines.torch_scheduler import Scheduler
 from trace_async.policy import load_model
 from trace_async.types import SamplingParams
+from trace_async.weights import pack_weights
 
 
 class TestTorch(EngineConformance):
@@ -200,6 +201,20 @@ async def test_the_same_version_may_arrive_twice(tiny_policy_path):
     await harness.update(update)
     await engine.update_weights(update)
     assert (await engine.health()).policy_version == 1
+    await engine.close()
+
+
+async def test_weights_that_are_not_finite_are_refused_and_the_old_ones_serve_on(tiny_policy_path):
+    engine = await started(tiny_policy_path)
+    harness = Harness(engine, tiny_policy_path, load_model(tiny_policy_path))
+    state = {name: tensor.clone() for name, tensor in harness.model.state_dict().items() if name != "lm_head.weight"}
+    state["model.norm.weight"][3] = float("nan")
+    with pytest.raises(WeightSyncError, match=r"model\.norm\.weight is not finite"):
+        await engine.update_weights(pack_weights(state, 1))
+    prompt = harness.prompt(30)
+    (completion,) = await harness.generate(prompt, temperature=0, max_new_tokens=10)
+    assert list(completion.token_ids) == harness.greedy(prompt, 10)
+    assert completion.version_spans[0].policy_version == 0
     await engine.close()
 
 

@@ -118,7 +118,7 @@ class TorchModel:
         )
 
     def load(self, tensors: dict[str, Tensor]) -> bool:
-        """Overwrite all weights, or none: WeightSyncError when names or shapes do not fit. Whether anything changed."""
+        """Overwrite all weights, or none: WeightSyncError when they do not fit or are not finite. True if any changed."""
         tensors = {name: tensor for name, tensor in tensors.items() if name != self._alias}
         missing, unknown = sorted(set(self._targets) - set(tensors)), sorted(set(tensors) - set(self._targets))
         if missing or unknown:
@@ -131,6 +131,8 @@ class TorchModel:
             if found != expected:
                 raise WeightSyncError(f"weights: {name} has shape {tuple(found)}, not {tuple(expected)}")
             tensors[name] = tensors[name].to(self.device, self.dtype)
+            if not torch.isfinite(tensors[name]).all():
+                raise WeightSyncError(f"weights: {name} is not finite; the training has diverged")
             changed = changed or not torch.equal(tensors[name].expand_as(target), target)
         for name, target in self._targets.items():
             target.copy_(tensors[name])
