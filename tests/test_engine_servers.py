@@ -1,14 +1,34 @@
 """The real servers, SGLang and vLLM: the conformance suite, and what can go wrong with a process."""
 
+import asyncio
+import errno
 import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+import pytest_asyncio
 
-from tests.engine_conformance import EngineConformance
-from trace_async.engine import EngineRequestError
+from tests.engine_conformance import MAX_CONTEXT, EngineConformance, Harness
+from trace_async.config import ConfigError, EngineConfig
+from trace_async.engine import EngineDeadError, EngineError, EngineRequestError, EngineTimeoutError
+from trace_async.engines import make_engine
+from trace_async.engines.http_engine import HttpEngine
 from trace_async.engines.server import PROJECT_ROOT
+from trace_async.policy import load_model
+from trace_async.types import SamplingParams
+from trace_async.weights import unpack_weights
 
 pytestmark = pytest.mark.slow
+
+LIMIT_S = 60.0
+LONG = SamplingParams(max_new_tokens=470)
 
 
 def needs(backend: str) -> pytest.MarkDecorator:
@@ -17,16 +37,263 @@ def needs(backend: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing, reason=f"no .venvs/{backend}: run `bash scripts/setup_engines.sh {backend}`")
 
 
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def left_behind() -> set[str]:
+    """What servers put outside the process: shared memory, and their folders and sockets."""
+    names = {entry.name for entry in Path("/dev/shm").iterdir() if not entry.name.startswith("plasma")}
+    return names | {entry.name for entry in Path("/tmp").glob("trace_async_*")}
+
+
+async def nothing_new(before: set[str]) -> None:
+    """Given a moment, since other programs of this machine use semaphores too."""
+    async with asyncio.timeout(LIMIT_S):
+        while left_behind() - before:
+            await asyncio.sleep(0.1)
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+class ServerConformance(EngineConformance):
+    """What engines with a process of their own must do beyond the suite."""
+
+    settings: ClassVar[dict[str, Any]] = {"request_timeout_s": 60.0}
+
+    def _engine(self, policy_path: Path, log_dir: Path, **settings: Any) -> HttpEngine:
+        config = EngineConfig(backend=self.backend, device="cpu", **settings)
+        engine = make_engine(config, policy_path=policy_path, max_context_tokens=MAX_CONTEXT, seed=0, log_dir=log_dir)
+        assert isinstance(engine, HttpEngine)
+        return engine
+
+    async def num_running_in_server(self, engine: HttpEngine) -> int:
+        raise NotImplementedError
+
+    async def test_an_aborted_request_stops_in_the_server(self, harness):
+        for _ in range(8):
+            task = asyncio.create_task(harness.engine.generate(harness.prompt(20), LONG, n=3))
+            await asyncio.sleep(0.1)
+            seen = await self.num_running_in_server(harness.engine)
+            if task.done():
+                continue
+            task.cancel()
+            begin = time.monotonic()
+            async with asyncio.timeout(LIMIT_S):
+                while await self.num_running_in_server(harness.engine):
+                    await asyncio.sleep(0.01)
+            assert seen == 3
+            assert time.monotonic() - begin < 2.0
+            return
+        pytest.fail("every request ended before it could be cancelled")
+
+    async def test_attach_to_a_running_server(self, harness, tmp_path):
+        guest = self._engine(harness.policy_path, tmp_path, url=harness.engine._http._url)
+        await guest.start()
+        prompt = harness.prompt(20)
+        try:
+            await guest.update_weights(harness.new_weights())
+            (completion,) = await guest.generate(prompt, SamplingParams(max_new_tokens=10))
+            assert completion.version_spans[0].policy_version == harness.version + 1
+            assert guest.process_ids() == []
+        finally:
+            await guest.close()
+        await harness.update(harness.new_weights(noise=0.07))
+        harness.check_logprobs(prompt, (await harness.generate(prompt, max_new_tokens=10))[0])
+
+    @pytest.mark.timeout(900)
+    async def test_faults_of_the_process(self, tiny_policy_path, tmp_path):
+        """Killed, hanging, and started anew: one server after another, since a start takes its time."""
+        before = left_behind()
+        engine = self._engine(tiny_policy_path, tmp_path, request_timeout_s=4.0)
+        try:
+            await engine.start()
+            harness = Harness(engine, tiny_policy_path, load_model(tiny_policy_path))
+            await harness.update(harness.new_weights())
+            await self._killed(harness)
+            await self._started_again(harness)
+            await self._hanging(harness)
+            await engine.start()
+            await self._worker_killed(harness)
+            await engine.start()
+            await self._closed_with_requests_in_flight(harness)
+        finally:
+            await engine.close()
+        await nothing_new(before)
+
+    async def _killed(self, harness: Harness) -> None:
+        pids = harness.engine.process_ids()
+        task = asyncio.create_task(harness.engine.generate(harness.prompt(20), LONG))
+        await asyncio.sleep(0.1)
+        os.kill(pids[0], signal.SIGKILL)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(task, LIMIT_S)
+        with pytest.raises(EngineDeadError, match=r"log: .*\.log"):
+            await harness.generate(harness.prompt(5))
+        with pytest.raises(EngineDeadError):
+            await harness.engine.health()
+        async with asyncio.timeout(LIMIT_S):
+            while any(alive(pid) for pid in pids):
+                await asyncio.sleep(0.05)
+
+    async def _started_again(self, harness: Harness) -> None:
+        await harness.engine.start()
+        health = await harness.engine.health()
+        assert (health.policy_version, health.generated_tokens) == (0, 0)
+        # The fresh server has the weights of the policy's directory until it is synced.
+        weights = harness.new_weights()
+        await harness.engine.update_weights(weights)
+        await harness.engine.update_weights(weights)  # a second sync of what it has is no error
+        harness.old_weights.clear()
+        harness.model.load_state_dict(unpack_weights(weights), strict=False)
+        harness.version = weights.manifest.policy_version
+        prompt = harness.prompt(30)
+        (completion,) = await harness.generate(prompt, max_new_tokens=20)
+        harness.check_logprobs(prompt, completion)
+
+    async def _hanging(self, harness: Harness) -> None:
+        pids = harness.engine.process_ids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        with pytest.raises(EngineTimeoutError, match="4 s"):
+            await harness.generate(harness.prompt(20))
+        with pytest.raises(EngineTimeoutError):
+            await harness.engine.health()
+        assert time.monotonic() - begin < 30
+        await harness.engine.close()
+        assert not any(alive(pid) for pid in pids)
+
+    async def _worker_killed(self, harness: Harness) -> None:
+        """The process that runs the model dies, and the one that listens may live on."""
+        pids = harness.engine.process_ids()
+        worker = next(pid for pid in pids[1:] if b"tracker" not in command_line(pid))
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises((EngineDeadError, EngineTimeoutError)):
+            await harness.generate(harness.prompt(20))
+        with pytest.raises((EngineDeadError, EngineTimeoutError)):
+            await harness.engine.health()
+
+    async def _closed_with_requests_in_flight(self, harness: Harness) -> None:
+        engine = harness.engine
+        port = int(engine._http._url.rpartition(":")[2])
+        pids = engine.process_ids()
+        task = asyncio.create_task(engine.generate(harness.prompt(20), LONG))
+        await asyncio.sleep(0.1)
+        await engine.close()
+        with pytest.raises(EngineDeadError):
+            await task
+        with pytest.raises(EngineDeadError):
+            await harness.generate(harness.prompt(5))
+        assert not any(alive(pid) for pid in pids)
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+
+    async def test_a_server_that_cannot_start_says_why(self, tiny_policy_path, tmp_path):
+        before = left_behind()
+        engine = self._engine(tiny_policy_path, tmp_path, server_args={"no_such_flag": 1})
+        with pytest.raises(EngineError, match="no-such-flag"):
+            await engine.start()
+        await nothing_new(before)
+
+    async def test_the_server_dies_with_its_owner(self, tiny_policy_path, tmp_path):
+        before = left_behind()
+        program = textwrap.dedent(
+            f"""
+            import asyncio
+            from pathlib import Path
+            from trace_async.config import ConfigError, EngineConfig
+            from trace_async.engines import make_engine
+
+            async def main():
+                path = Path({str(tiny_policy_path)!r})
+                config = EngineConfig(backend={self.backend!r}, device="cpu")
+                log_dir = Path({str(tmp_path)!r})
+                engine = make_engine(config, policy_path=path, max_context_tokens=512, seed=0, log_dir=log_dir)
+                await engine.start()
+                print("pids", *engine.process_ids(), flush=True)
+                await asyncio.sleep(600)
+
+            asyncio.run(main())
+            """
+        )
+        owner = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=PROJECT_ROOT
+        )
+        assert owner.stdout is not None
+        line = ""
+        while not line.startswith("pids"):
+            line = await asyncio.to_thread(owner.stdout.readline)
+            assert line, "the owner ended early"
+        pids = [int(pid) for pid in line.split()[1:]]
+        assert all(alive(pid) for pid in pids)
+        owner.kill()
+        owner.wait()
+        async with asyncio.timeout(LIMIT_S):
+            while any(alive(pid) for pid in pids):
+                await asyncio.sleep(0.05)
+        await nothing_new(before)
+
+
 @needs("sglang")
-class TestSGLang(EngineConformance):
+class TestSGLang(ServerConformance):
     backend = "sglang"
+
+    async def num_running_in_server(self, engine: HttpEngine) -> int:
+        reply = await engine._get("/v1/loads")
+        return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in reply["loads"])
+
+
+@needs("sglang")
+@pytest.mark.asyncio(loop_scope="class")
+class TestSGLangByBroadcast:
+    """Weights over a process group (gloo here) in place of a file."""
+
+    @pytest_asyncio.fixture(scope="class", loop_scope="class")
+    @classmethod
+    async def harness(cls, tiny_policy_path, tmp_path_factory):
+        config = EngineConfig(backend="sglang", device="cpu", weight_sync="collective")
+        engine = make_engine(
+            config,
+            policy_path=tiny_policy_path,
+            max_context_tokens=MAX_CONTEXT,
+            seed=0,
+            log_dir=tmp_path_factory.mktemp("log"),
+        )
+        await engine.start()
+        yield Harness(engine, tiny_policy_path, load_model(tiny_policy_path))
+        await engine.close()
+
+    test_in_flight = EngineConformance.test_an_update_in_flight_splits_the_answer_by_version
+    test_no_stale_kv = EngineConformance.test_no_stale_kv_is_served_after_an_update
+    test_bad_updates = EngineConformance.test_a_bad_update_is_an_error_and_a_good_one_heals
+    _bad_update = EngineConformance._bad_update
+    long_answer = EngineConformance.long_answer
+    cache_granularity = 1
+
+
+def test_vllm_refuses_to_broadcast(tiny_policy_path, tmp_path):
+    config = EngineConfig(backend="vllm", weight_sync="collective")
+    with pytest.raises(ConfigError, match=r"engine\.weight_sync=collective: vllm"):
+        make_engine(config, policy_path=tiny_policy_path, max_context_tokens=MAX_CONTEXT, seed=0, log_dir=tmp_path)
 
 
 @needs("vllm")
-class TestVLLM(EngineConformance):
+class TestVLLM(ServerConformance):
     backend = "vllm"
     cache_granularity = 32
     long_answer = 470
+
+    async def num_running_in_server(self, engine: HttpEngine) -> int:
+        async with engine._http._session.get(engine._http._url + "/metrics") as response:
+            lines = (await response.text()).splitlines()
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
+        return int(sum(float(line.split()[-1]) for line in lines if line.startswith(names)))
 
     async def test_top_k_and_top_p_cut_the_tail_and_leave_logprobs_as_they_are(self, harness):
         """vLLM's log-probabilities would be renormalised, so such requests are refused."""

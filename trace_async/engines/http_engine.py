@@ -13,13 +13,13 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from trace_async.config import EngineConfig
+from trace_async.config import ConfigError, EngineConfig
 from trace_async.engine import (
     EngineDeadError,
     EngineError,
@@ -37,6 +37,9 @@ from trace_async.weights import WeightUpdate
 READY_POLL_S = 0.25
 PING_LIMIT_S = 20.0
 START_ATTEMPTS = 3
+Tensors = Mapping[str, torch.Tensor]
+Load = Callable[[Tensors], Awaitable[None]]
+
 RECEIVED = "received:"  # before the name of a tensor as the server's loader got it
 
 
@@ -57,10 +60,13 @@ class HttpEngine(ABC):
     """
 
     name: str
+    can_broadcast = False
 
     def __init__(
         self, config: EngineConfig, *, policy_path: Path, max_context_tokens: int, seed: int, log_dir: Path
     ) -> None:
+        if config.weight_sync == "collective" and not self.can_broadcast:
+            raise ConfigError(f"engine.weight_sync=collective: {self.name} does not offer it; use memory or disk")
         self._config = config
         self._policy_path = policy_path.resolve()
         self._max_context_tokens = max_context_tokens
@@ -121,8 +127,12 @@ class HttpEngine(ABC):
         """Label what is generated from now on."""
 
     @abstractmethod
-    async def _load(self, folder: Path) -> None:
-        """Load the safetensors in `folder`; EngineError when the server says that it could not."""
+    async def _load_from_folder(self, folder: Path, tensors: Tensors) -> None:
+        """Load the safetensors in `folder`, which hold `tensors`; EngineError when the server could not."""
+
+    async def _load_by_broadcast(self, tensors: Tensors) -> None:
+        """The same over a process group (where `can_broadcast`)."""
+        raise NotImplementedError
 
     @abstractmethod
     async def _flush_cache(self) -> None: ...
@@ -262,6 +272,9 @@ class HttpEngine(ABC):
         except (asyncio.CancelledError, EngineTimeoutError):
             self._abort_soon(request_id)
             raise
+        except EngineError:
+            await self._require_answer()  # a server whose worker died may still say so itself before it ends
+            raise
         completion = self._completion(reply)
         self._totals.prompt_tokens += completion.prompt_tokens
         self._totals.cached_tokens += completion.cached_tokens
@@ -317,8 +330,16 @@ class HttpEngine(ABC):
                 self._paused_s += time.monotonic() - self._paused_at
                 self._paused_at = None
 
+    async def _require_answer(self) -> None:
+        try:
+            await self._ping()
+        except (EngineDeadError, EngineTimeoutError):
+            raise
+        except EngineError as error:
+            raise EngineDeadError(str(error)) from error
+
     async def health(self) -> EngineHealth:
-        await self._ping()
+        await self._require_answer()
         waiting = max(0, len(self._in_flight) - self._config.max_running_requests)
         return EngineHealth(
             policy_version=self._policy_version,
@@ -339,17 +360,22 @@ class HttpEngine(ABC):
                 raise WeightSyncError(
                     f"weights version {manifest.policy_version} are those of version {self._policy_version}"
                 )
-            with weight_folder(update, folders=self._weight_folders()) as (folder, tensors):
-                self._require_names({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-                await self._replace_weights(folder, tensors, manifest.policy_version)
+            if self._config.weight_sync == "collective":
+                sent = await asyncio.to_thread(checked_tensors, update)
+                await self._replace_weights(self._load_by_broadcast, sent, manifest.policy_version)
+            else:
+                with weight_folder(update, folders=self._weight_folders()) as (folder, tensors):
+                    load = functools.partial(self._load_from_folder, folder)
+                    await self._replace_weights(load, tensors, manifest.policy_version)
             self._checksum, self._policy_version = manifest.checksum, manifest.policy_version
 
-    async def _replace_weights(self, folder: Path, tensors: Mapping[str, torch.Tensor], policy_version: int) -> None:
+    async def _replace_weights(self, load: Load, tensors: Tensors, policy_version: int) -> None:
+        self._require_names({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         try:
             before = await self._digests()
             await self._hold(drop_kv=True)
             self._broken = f"version {policy_version} was not loaded to its end"
-            await self._load(folder)
+            await load(tensors)
             await self._flush_cache()
             await self._require_loaded(before, tensors)
             await self._set_version(policy_version)
@@ -377,7 +403,7 @@ class HttpEngine(ABC):
                 f"such as {wrong[0]}: {shapes.get(wrong[0])} instead of {self._shapes.get(wrong[0])}"
             )
 
-    async def _require_loaded(self, before: dict[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
+    async def _require_loaded(self, before: dict[str, str], tensors: Tensors) -> None:
         found = await self._digests()
         if found == before:
             raise WeightSyncError(f"{self.name} holds the same weights as before")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trace_async.engine import EngineError, EngineRequestError
 from trace_async.engines.http_client import Reply
-from trace_async.engines.http_engine import RECEIVED, HttpEngine, version_spans
+from trace_async.engines.http_engine import RECEIVED, HttpEngine, Tensors, version_spans
 from trace_async.engines.server import command_line_flags, engine_python
 from trace_async.types import Completion, FinishReason, SamplingParams
 
@@ -131,7 +131,7 @@ class VLLMEngine(HttpEngine):
     async def _set_version(self, policy_version: int) -> None:
         await self._post("/update_weight_version", {"new_version": str(policy_version)})
 
-    async def _load(self, folder: Path) -> None:
+    async def _load_from_folder(self, folder: Path, tensors: Tensors) -> None:
         reply = await self._post("/collective_rpc", {"method": "receive_weights", "args": [str(folder)]})
         self._received = {f"{RECEIVED}{name}": digest for name, digest in reply["results"][0].items()}
 
