@@ -118,7 +118,7 @@ class TorchModel:
         )
 
     def load(self, tensors: dict[str, Tensor]) -> bool:
-        """Overwrite all weights, or none: WeightSyncError when they do not fit or are not finite. True if any changed."""
+        """Overwrite all weights; True if any changed. None is when one does not fit or is not finite: WeightSyncError."""
         tensors = {name: tensor for name, tensor in tensors.items() if name != self._alias}
         missing, unknown = sorted(set(self._targets) - set(tensors)), sorted(set(tensors) - set(self._targets))
         if missing or unknown:
