@@ -108,7 +108,8 @@ class MathEnv:
 class Math:
     """Generated word problems (`math_problems`), for small policies; the domain can demonstrate its tasks.
 
-    `shares`: of easy, middle (learnable) and hard problems. `misread_rate`, `early_rate`: errors of demonstrations.
+    `shares`: of easy, middle (learnable) and hard problems; `demonstration_shares`: of those that are demonstrated
+    (short ones teach faster). `misread_rate`, `early_rate`: errors of demonstrations.
     """
 
     name = "math"
@@ -120,6 +121,7 @@ class Math:
         num_train: int = 10_000,
         num_heldout: int = 2_000,
         shares: Mapping[str, float] | None = None,
+        demonstration_shares: Mapping[str, float] | None = None,
         misread_rate: float = 0.65,
         early_rate: float = 0.1,
         max_turns: int = 9,
@@ -128,24 +130,34 @@ class Math:
         self._seed = seed
         self._counts: dict[Split, int] = {"train": num_train, "heldout": num_heldout}
         self._shares = check_shares("shares", shares or {"easy": 0.3, "middle": 0.4, "hard": 0.3}, math_problems.LEVELS)
+        self._demonstration_shares = check_shares(
+            "demonstration_shares",
+            demonstration_shares or {"easy": 0.4, "middle": 0.45, "hard": 0.15},
+            math_problems.LEVELS,
+        )
         self._misread_rate = misread_rate
         self._early_rate = early_rate
         self._max_turns = max_turns
         self._sandbox = Sandbox(_limits(limits))
         self._checker = AnswerChecker("numeric")
-        self._tasks: dict[Split, list[Task]] = {}
+        self._tasks: dict[str, list[Task]] = {}
 
     def tasks(self, split: Split) -> Sequence[Task]:
-        if split not in self._tasks:
-            heldout = [] if split == "heldout" else [str(task.data["question"]) for task in self.tasks("heldout")]
-            found = math_problems.problems(
-                self._shares, self._counts[split], seed=f"{split}-{self._seed}", without=heldout
-            )
-            self._tasks[split] = [
-                Task(id=f"math-{split}-{index}", domain=self.name, kind=level, data=problem)
+        without = [] if split == "heldout" else self.tasks("heldout")
+        return self._made(split, self._counts[split], self._shares, without)
+
+    def demonstration_tasks(self) -> Sequence[Task]:
+        return self._made("shown", self._counts["train"], self._demonstration_shares, self.tasks("heldout"))
+
+    def _made(self, prefix: str, count: int, shares: Mapping[str, float], without: Sequence[Task]) -> Sequence[Task]:
+        if prefix not in self._tasks:
+            questions = [str(task.data["question"]) for task in without]
+            found = math_problems.problems(shares, count, seed=f"{prefix}-{self._seed}", without=questions)
+            self._tasks[prefix] = [
+                Task(id=f"math-{prefix}-{index}", domain=self.name, kind=level, data=problem)
                 for index, (level, problem) in enumerate(found)
             ]
-        return self._tasks[split]
+        return self._tasks[prefix]
 
     def make_env(self, task: Task) -> MathEnv:
         return MathEnv(

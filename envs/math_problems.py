@@ -21,7 +21,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 PERSONS = ("ann", "ben", "cara", "dan", "eva", "finn", "gina", "hugo")
 ITEMS = ("pens", "apples", "books", "coins", "cards", "shells", "stamps", "stones")
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-MAX_VALUE = 199
+MAX_VALUE = 99
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def make_problem(level: Level, rng: Random) -> dict[str, Json]:
     num_plain, num_tricky = rng.choice(_SHAPES[level])
     kinds = [False] * num_plain + [True] * num_tricky
     rng.shuffle(kinds)
-    value = rng.randint(4, 60)
+    value = rng.randint(4, 30)
     steps: list[Json] = [["monday", f"has {value}", str(value), ""]]
     for tricky in kinds:
         event, k, value = _draw_event(tricky, value, rng)
@@ -109,7 +109,7 @@ def _draw_event(tricky: bool, value: int, rng: Random) -> tuple[Event, int, int]
     """An event, its number, and the value after it, which stays in 1..MAX_VALUE and whole."""
     while True:
         event = rng.choice(TRICKY if tricky else PLAIN)
-        k = rng.randint(2, 40)
+        k = rng.randint(2, 20)
         after = _evaluate(event.code.format(k=k), value)
         wrong = _evaluate(event.misread.format(k=k), value) if tricky else 0
         is_whole = "// 2" not in event.code or value % 2 == 0

@@ -122,7 +122,7 @@ def test_problems_stay_whole_and_small() -> None:
     rng = Random(3)
     for _ in range(300):
         problem = make_problem("hard", rng)
-        assert 1 <= int(str(problem["answer"])) <= 199
+        assert 1 <= int(str(problem["answer"])) <= 99
 
 
 def test_unknown_shares_and_limits_name_the_setting() -> None:
