@@ -118,7 +118,10 @@ class TorchModel:
         )
 
     def load(self, tensors: dict[str, Tensor]) -> bool:
-        """Overwrite all weights; True if any changed. WeightSyncError, and none written, if one is unfit or not finite."""
+        """Overwrite all weights, and say whether any changed.
+
+        Raises WeightSyncError, with nothing overwritten, when names or shapes do not fit or a weight is not finite.
+        """
         tensors = {name: tensor for name, tensor in tensors.items() if name != self._alias}
         missing, unknown = sorted(set(self._targets) - set(tensors)), sorted(set(tensors) - set(self._targets))
         if missing or unknown:
