@@ -32,11 +32,15 @@ _IMPLEMENTATION = {"grouped": "trace_grouped", "flex": "flex_attention", "dense"
 
 @dataclass(frozen=True, slots=True)
 class SegmentGroup:
-    """S segments, padded to Q queries and K keys: row indices [S·Q] and [S·K], additive mask [S, 1, Q, K]."""
+    """S segments, padded to Q queries and K keys: row indices [S·Q] and [S·K], additive mask [S, 1, Q, K].
+
+    Without a mask they are the beginnings of trees (Q = K) and plain causal attention is meant.
+    """
 
     query_rows: torch.Tensor
     key_rows: torch.Tensor
-    mask: torch.Tensor
+    mask: torch.Tensor | None
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,10 @@ class _Segment:
     @property
     def num_queries(self) -> int:
         return self.end - self.start
+
+    @property
+    def is_root(self) -> bool:
+        return self.num_keys == self.num_queries
 
 
 def attention_for(device: torch.device, *, flat: bool) -> AttentionKind:
@@ -155,12 +163,16 @@ def plan_segments(layout: Layout, *, device: torch.device, dtype: torch.dtype) -
             last_key[i] = np.minimum(segment.num_keys - segment.num_queries + own, segment.num_keys - 1)
             output_rows[segment.start : segment.end] = offset + i * queries + own[: segment.num_queries]
         offset += len(members) * queries
-        seen = torch.from_numpy(np.arange(keys) <= last_key[:, None, :, None])
+        mask = None
+        if not members[0].is_root:
+            seen = torch.from_numpy(np.arange(keys) <= last_key[:, None, :, None])
+            mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf).to(device)
         groups.append(
             SegmentGroup(
                 query_rows=torch.from_numpy(query_rows.reshape(-1)).to(device),
                 key_rows=torch.from_numpy(key_rows.reshape(-1)).to(device),
-                mask=torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf).to(device),
+                mask=mask,
+                count=len(members),
             )
         )
     return SegmentPlan(tuple(groups), torch.from_numpy(output_rows).to(device))
@@ -186,11 +198,12 @@ def _group(segments: Sequence[_Segment]) -> list[list[_Segment]]:
     """Neighbours in size share a group while its padding stays within PADDING_SHARE or PADDING_PAIRS."""
     groups: list[list[_Segment]] = []
     queries = keys = pairs = 0
-    for segment in sorted(segments, key=lambda s: (s.num_keys, s.num_queries)):
+    for segment in sorted(segments, key=lambda s: (s.is_root, s.num_keys, s.num_queries)):
         own = segment.num_queries * segment.num_keys
         queries, keys, pairs = max(queries, segment.num_queries), max(keys, segment.num_keys), pairs + own
         padded = (len(groups[-1]) + 1) * queries * keys if groups else 0
-        if not groups or padded - pairs > max(PADDING_SHARE * pairs, PADDING_PAIRS):
+        alike = bool(groups) and groups[-1][0].is_root == segment.is_root
+        if not alike or padded - pairs > max(PADDING_SHARE * pairs, PADDING_PAIRS):
             groups.append([])
             queries, keys, pairs = segment.num_queries, segment.num_keys, own
         groups[-1].append(segment)
@@ -218,11 +231,12 @@ def _grouped_attention(
     flat_kv = torch.cat([t[0].transpose(0, 1).reshape(rows, -1) for t in (key, value)], dim=1)
     outputs = []
     for group in segment_plan.groups:
-        count, queries, keys = group.mask.shape[0], *group.mask.shape[2:]
-        q = flat_query.index_select(0, group.query_rows).view(count, queries, heads, width).transpose(1, 2)
-        kv = flat_kv.index_select(0, group.key_rows).view(count, keys, 2, kv_heads, width)
+        q = flat_query.index_select(0, group.query_rows).view(group.count, -1, heads, width).transpose(1, 2)
+        kv = flat_kv.index_select(0, group.key_rows).view(group.count, -1, 2, kv_heads, width)
         kv = kv.permute(2, 0, 3, 1, 4).repeat_interleave(heads // kv_heads, dim=2)
-        out = nn.functional.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=group.mask, scale=scaling)
-        outputs.append(out.transpose(1, 2).reshape(count * queries, heads * width))
+        out = nn.functional.scaled_dot_product_attention(
+            q, kv[0], kv[1], attn_mask=group.mask, is_causal=group.mask is None, scale=scaling
+        )
+        outputs.append(out.transpose(1, 2).reshape(-1, heads * width))
     result = torch.cat(outputs).index_select(0, segment_plan.output_rows)
     return result.view(1, rows, heads, width), None
