@@ -13,7 +13,7 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,17 +30,15 @@ from trace_async.engine import (
 )
 from trace_async.engines.http_client import HttpClient, Reply
 from trace_async.engines.server import ServerProcess, free_port, has_gpu
-from trace_async.engines.weight_files import checked_tensors, expected_digests, load_start_weights, weight_folder
+from trace_async.engines.weight_files import checked_tensors, weight_folder
+from trace_async.engines.weight_record import Tensors, WeightRecord
 from trace_async.types import Completion, SamplingParams, VersionSpan
-from trace_async.weights import WeightUpdate
+from trace_async.weights import WeightManifest, WeightUpdate
 
 READY_POLL_S = 0.25
 PING_LIMIT_S = 20.0
 START_ATTEMPTS = 3
-Tensors = Mapping[str, torch.Tensor]
 Load = Callable[[Tensors], Awaitable[None]]
-
-RECEIVED = "received:"  # before the name of a tensor as the server's loader got it
 
 
 @dataclass(slots=True)
@@ -85,10 +83,7 @@ class HttpEngine(ABC):
     def _forget(self) -> None:
         """What is known of a server that has just been started: nothing."""
         self._totals = _Totals()
-        self._policy_version = 0
-        self._checksum = ""
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._readable: frozenset[str] = frozenset()
+        self._record: WeightRecord | None = None
         self._broken = ""
         self._paused_at: float | None = None
         self._paused_s = 0.0
@@ -149,7 +144,8 @@ class HttpEngine(ABC):
         try:
             await self._start_server()
             await self._set_version(0)
-            await self._learn_start_weights()
+            found = await self._digests()
+            self._record = await asyncio.to_thread(WeightRecord, self._policy_path, self._dtype, found)
         except BaseException:
             await self.close()
             raise
@@ -185,19 +181,6 @@ class HttpEngine(ABC):
         raise EngineTimeoutError(
             f"{self._describe()} was not ready after engine.start_timeout_s={self._config.start_timeout_s:g}"
         )
-
-    async def _learn_start_weights(self) -> None:
-        """Remember what the server starts with, and which of its parameters it can show to be what was sent.
-
-        Not all can be read back: engines may repack a parameter for their kernels, or split it between GPUs.
-        """
-        update = await asyncio.to_thread(load_start_weights, self._policy_path)
-        assert update.tensors is not None
-        self._checksum = update.manifest.checksum
-        self._shapes = {name: array.shape for name, array in update.tensors.items()}
-        expected = await asyncio.to_thread(lambda: expected_digests(checked_tensors(update), self._dtype))
-        found = await self._digests()
-        self._readable = frozenset(name for name in found if _matches(found[name], expected.get(name)))
 
     async def close(self) -> None:
         http, self._http = self._http, None
@@ -338,11 +321,16 @@ class HttpEngine(ABC):
         except EngineError as error:
             raise EngineDeadError(str(error)) from error
 
+    @property
+    def policy_version(self) -> int:
+        """Of the weights that serve now."""
+        return self._record.policy_version if self._record is not None else 0
+
     async def health(self) -> EngineHealth:
         await self._require_answer()
         waiting = max(0, len(self._in_flight) - self._config.max_running_requests)
         return EngineHealth(
-            policy_version=self._policy_version,
+            policy_version=self.policy_version,
             num_running=len(self._in_flight) - waiting,
             num_waiting=waiting,
             prompt_tokens=self._totals.prompt_tokens,
@@ -353,37 +341,38 @@ class HttpEngine(ABC):
     async def update_weights(self, update: WeightUpdate) -> None:
         async with self._control:
             self._client()
-            manifest = update.manifest
-            if manifest.checksum == self._checksum and not self._broken:
-                if manifest.policy_version == self._policy_version:
-                    return  # synced once more, as before re-admission
-                raise WeightSyncError(
-                    f"weights version {manifest.policy_version} are those of version {self._policy_version}"
-                )
+            assert self._record is not None
+            if not self._broken and self._record.has(update.manifest):
+                return  # synced once more, as before re-admission
             if self._config.weight_sync == "collective":
                 sent = await asyncio.to_thread(checked_tensors, update)
-                await self._replace_weights(self._load_by_broadcast, sent, manifest.policy_version)
-            else:
-                with weight_folder(update, folders=self._weight_folders()) as (folder, tensors):
-                    load = functools.partial(self._load_from_folder, folder)
-                    await self._replace_weights(load, tensors, manifest.policy_version)
-            self._checksum, self._policy_version = manifest.checksum, manifest.policy_version
+                await self._replace_weights(self._load_by_broadcast, sent, update.manifest)
+                return
+            async with weight_folder(update, folders=self._weight_folders()) as (folder, tensors):
+                load = functools.partial(self._load_from_folder, folder)
+                await self._replace_weights(load, tensors, update.manifest)
 
-    async def _replace_weights(self, load: Load, tensors: Tensors, policy_version: int) -> None:
-        self._require_names({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    async def _replace_weights(self, load: Load, tensors: Tensors, manifest: WeightManifest) -> None:
+        record, repairing = self._record, bool(self._broken)
+        assert record is not None
+        record.require_names(tensors)
         try:
             before = await self._digests()
             await self._hold(drop_kv=True)
-            self._broken = f"version {policy_version} was not loaded to its end"
+            self._broken = f"version {manifest.policy_version} was not loaded to its end"
             await load(tensors)
             await self._flush_cache()
-            await self._require_loaded(before, tensors)
-            await self._set_version(policy_version)
+            found = await self._digests()
+            if found == before and not repairing:
+                raise WeightSyncError("the engine holds the same weights as before")
+            await asyncio.to_thread(record.require_loaded, tensors, found)
+            await self._set_version(manifest.policy_version)
+            record.set(manifest)
             self._broken = ""
         except EngineError as error:
             for task in self._in_flight:
                 task.cancel()
-            raise WeightSyncError(f"weights version {policy_version}: {error}") from error
+            raise WeightSyncError(f"weights version {manifest.policy_version}: {error}") from error
         finally:
             if self._paused_at is None:
                 await self._release()
@@ -394,29 +383,6 @@ class HttpEngine(ABC):
         if self._config.weight_sync == "disk":
             return (self._process.scratch,)
         return (self._process.shared_scratch, self._process.scratch)
-
-    def _require_names(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        wrong = sorted(name for name in shapes.keys() | self._shapes if shapes.get(name) != self._shapes.get(name))
-        if wrong:
-            raise WeightSyncError(
-                f"{len(wrong)} weights are missing, unknown or of another shape than in {self._policy_path}, "
-                f"such as {wrong[0]}: {shapes.get(wrong[0])} instead of {self._shapes.get(wrong[0])}"
-            )
-
-    async def _require_loaded(self, before: dict[str, str], tensors: Tensors) -> None:
-        found = await self._digests()
-        if found == before:
-            raise WeightSyncError(f"{self.name} holds the same weights as before")
-        expected = await asyncio.to_thread(expected_digests, tensors, self._dtype)
-        shown = [name for name in found if name in self._readable or name.startswith(RECEIVED)]
-        wrong = sorted(name for name in shown if not _matches(found[name], expected.get(name.removeprefix(RECEIVED))))
-        if wrong:
-            raise WeightSyncError(f"{self.name} holds other weights than were sent: {wrong[:3]} (of {len(wrong)})")
-
-
-def _matches(found: str, expected: str | None) -> bool:
-    """Engines report all 64 hexadecimal digits of a SHA-256, or its first 16."""
-    return expected is not None and len(found) in (16, 64) and expected.startswith(found)
 
 
 def version_spans(spans: Sequence[dict[str, Reply]]) -> tuple[VersionSpan, ...]:

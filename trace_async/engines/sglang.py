@@ -12,9 +12,10 @@ import torch
 
 from trace_async.engine import EngineError
 from trace_async.engines.http_client import Reply
-from trace_async.engines.http_engine import HttpEngine, Tensors, version_spans
+from trace_async.engines.http_engine import HttpEngine, version_spans
 from trace_async.engines.server import command_line_flags, engine_python, free_port
 from trace_async.engines.weight_group import WeightGroup
+from trace_async.engines.weight_record import Tensors
 from trace_async.types import Completion, FinishReason, SamplingParams
 
 MIN_SHARED_TOKENS = 32
@@ -98,7 +99,7 @@ class SGLangEngine(HttpEngine):
             "input_ids": list(prompt),
             "sampling_params": sampling,
             "return_logprob": True,
-            "extra_key": f"policy_version={self._policy_version}",
+            "extra_key": f"policy_version={self.policy_version}",
         }
 
     def _completion(self, reply: Reply) -> Completion:

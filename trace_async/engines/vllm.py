@@ -7,8 +7,9 @@ from pathlib import Path
 
 from trace_async.engine import EngineError, EngineRequestError
 from trace_async.engines.http_client import Reply
-from trace_async.engines.http_engine import RECEIVED, HttpEngine, Tensors, version_spans
+from trace_async.engines.http_engine import HttpEngine, version_spans
 from trace_async.engines.server import command_line_flags, engine_python
+from trace_async.engines.weight_record import RECEIVED, Tensors
 from trace_async.types import Completion, FinishReason, SamplingParams
 
 BLOCK_TOKENS = 32
@@ -97,7 +98,7 @@ class VLLMEngine(HttpEngine):
             "request_id": request_id,
             "token_ids": list(prompt),
             "sampling_params": sampling,
-            "cache_salt": f"policy_version={self._policy_version}",
+            "cache_salt": f"policy_version={self.policy_version}",
         }
 
     def _completion(self, reply: Reply) -> Completion:
