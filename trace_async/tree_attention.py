@@ -32,22 +32,25 @@ _IMPLEMENTATION = {"grouped": "trace_grouped", "flex": "flex_attention", "dense"
 
 @dataclass(frozen=True, slots=True)
 class SegmentGroup:
-    """S segments, padded to Q queries and K keys: row indices [S·Q] and [S·K], additive mask [S, 1, Q, K].
+    """`count` segments, padded to Q `queries` and K `keys` each; additive `mask` [count, 1, Q, K].
 
     Without a mask they are the beginnings of trees (Q = K) and plain causal attention is meant.
     """
 
-    query_rows: torch.Tensor
-    key_rows: torch.Tensor
-    mask: torch.Tensor | None
     count: int
+    queries: int
+    keys: int
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
-    """How `grouped` attends: its groups, and for each row [N] where its output stands in their concatenation."""
+    """How `grouped` attends: the rows that are queries and keys, group after group (Σ count·Q and Σ count·K of them),
+    and for each row [N] where its output stands among the queries."""
 
     groups: tuple[SegmentGroup, ...]
+    query_rows: torch.Tensor
+    key_rows: torch.Tensor
     output_rows: torch.Tensor
 
 
@@ -148,7 +151,8 @@ def _plain_hidden_states(model: Any, layout: Layout, device: torch.device) -> to
 
 def plan_segments(layout: Layout, *, device: torch.device, dtype: torch.dtype) -> SegmentPlan:
     """Group the segments of a row so that few SDPA calls with little padding cover it."""
-    groups, offset = [], 0
+    groups: list[SegmentGroup] = []
+    all_queries, all_keys, offset = [], [], 0
     output_rows = np.empty(layout.num_tokens, dtype=np.int64)
     for members in _group(_segments(layout)):
         queries = max(segment.num_queries for segment in members)
@@ -163,19 +167,18 @@ def plan_segments(layout: Layout, *, device: torch.device, dtype: torch.dtype) -
             last_key[i] = np.minimum(segment.num_keys - segment.num_queries + own, segment.num_keys - 1)
             output_rows[segment.start : segment.end] = offset + i * queries + own[: segment.num_queries]
         offset += len(members) * queries
+        all_queries.append(query_rows.reshape(-1))
+        all_keys.append(key_rows.reshape(-1))
         mask = None
         if not members[0].is_root:
             seen = torch.from_numpy(np.arange(keys) <= last_key[:, None, :, None])
             mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf).to(device)
-        groups.append(
-            SegmentGroup(
-                query_rows=torch.from_numpy(query_rows.reshape(-1)).to(device),
-                key_rows=torch.from_numpy(key_rows.reshape(-1)).to(device),
-                mask=mask,
-                count=len(members),
-            )
-        )
-    return SegmentPlan(tuple(groups), torch.from_numpy(output_rows).to(device))
+        groups.append(SegmentGroup(len(members), queries, keys, mask))
+    indices = [
+        torch.from_numpy(rows).to(device)
+        for rows in (np.concatenate(all_queries), np.concatenate(all_keys), output_rows)
+    ]
+    return SegmentPlan(tuple(groups), *indices)
 
 
 def _segments(layout: Layout) -> list[_Segment]:
@@ -229,13 +232,17 @@ def _grouped_attention(
     kv_heads = key.shape[1]
     flat_query = query[0].transpose(0, 1).reshape(rows, -1)
     flat_kv = torch.cat([t[0].transpose(0, 1).reshape(rows, -1) for t in (key, value)], dim=1)
+    queries = flat_query.index_select(0, segment_plan.query_rows).split(
+        [g.count * g.queries for g in segment_plan.groups]
+    )
+    keys_values = flat_kv.index_select(0, segment_plan.key_rows).split([g.count * g.keys for g in segment_plan.groups])
     outputs = []
-    for group in segment_plan.groups:
-        q = flat_query.index_select(0, group.query_rows).view(group.count, -1, heads, width).transpose(1, 2)
-        kv = flat_kv.index_select(0, group.key_rows).view(group.count, -1, 2, kv_heads, width)
-        kv = kv.permute(2, 0, 3, 1, 4).repeat_interleave(heads // kv_heads, dim=2)
+    for group, q, kv in zip(segment_plan.groups, queries, keys_values, strict=True):
+        q = q.view(group.count, group.queries, heads, width).transpose(1, 2)
+        kv = kv.view(group.count, group.keys, 2, kv_heads, width).permute(2, 0, 3, 1, 4)
+        k, v = kv.repeat_interleave(heads // kv_heads, dim=2) if heads > kv_heads else kv
         out = nn.functional.scaled_dot_product_attention(
-            q, kv[0], kv[1], attn_mask=group.mask, is_causal=group.mask is None, scale=scaling
+            q, k, v, attn_mask=group.mask, is_causal=group.mask is None, scale=scaling
         )
         outputs.append(out.transpose(1, 2).reshape(-1, heads * width))
     result = torch.cat(outputs).index_select(0, segment_plan.output_rows)
