@@ -60,12 +60,10 @@ def make_problem(level: Level, rng: Random) -> dict[str, Json]:
     num_plain, num_tricky = rng.choice(_SHAPES[level])
     kinds = [False] * num_plain + [True] * num_tricky
     rng.shuffle(kinds)
-    value = rng.randint(4, 30)
-    steps: list[Json] = [["monday", f"has {value}", str(value), ""]]
-    for tricky in kinds:
-        event, k, value = _draw_event(tricky, value, rng)
-        texts = [text.format(k=k) for text in (event.phrase, event.code, event.misread)]
-        steps.append([DAYS[len(steps)], *texts])
+    first_tricky = kinds.index(True) if num_tricky else len(kinds)
+    steps, value = _draw_steps(kinds, rng)
+    while any("all but" in str(step) for step in steps[first_tricky + 2 :]):
+        steps, value = _draw_steps(kinds, rng)  # what sets the number anew would forgive an earlier misreading
     days = [*steps]
     if level != "easy" and len(days) < len(DAYS) and rng.random() < 0.5:  # what happens after the asked day
         event, k, _ = _draw_event(False, value, rng)
@@ -103,6 +101,17 @@ def words() -> list[str]:
     for event in (*PLAIN, *TRICKY):
         texts += [event.phrase, event.code, event.misread]
     return sorted({word for text in texts for word in text.replace("{k}", "").split()})
+
+
+def _draw_steps(kinds: Sequence[bool], rng: Random) -> tuple[list[Json], int]:
+    """The steps of the days, a tricky event where `kinds` says so, and the last day's value."""
+    value = rng.randint(4, 30)
+    steps: list[Json] = [["monday", f"has {value}", str(value), ""]]
+    for tricky in kinds:
+        event, k, value = _draw_event(tricky, value, rng)
+        texts = [text.format(k=k) for text in (event.phrase, event.code, event.misread)]
+        steps.append([DAYS[len(steps)], *texts])
+    return steps, value
 
 
 def _draw_event(tricky: bool, value: int, rng: Random) -> tuple[Event, int, int]:
