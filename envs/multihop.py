@@ -26,12 +26,12 @@ NOTHING_FOUND = "nothing found"
 HOW_TO_ACT = "write search [ query ] or answer [ text ]"
 
 DEFAULT_MIX: Mapping[str, float] = {
-    "easy-1hop": 0.45,
+    "easy-1hop": 0.40,
     "middle-2hop": 0.05,
     "middle-3hop": 0.09,
     "middle-4hop": 0.06,
-    "hard-5hop": 0.175,
-    "hard-6hop": 0.175,
+    "hard-5hop": 0.20,
+    "hard-6hop": 0.20,
 }
 """Many questions that are easy, many out of reach (more hops than searches), a fifth to be learnt."""
 
