@@ -220,6 +220,21 @@ def test_extra_prompt_steps_fade(policy):
     assert counts == [6, 3, 2, 1, 1]
 
 
+def test_small_portions_change_nothing_but_memory(policy):
+    trees = [branched(), *world(np.random.default_rng(0), 5)]
+    whole = ValuePredictor(PredictorConfig(learning_rate=0.01), policy, seed=0)
+    cut = ValuePredictor(PredictorConfig(learning_rate=0.01, max_tokens_per_forward=30), policy, seed=0)
+    for predictor in (whole, cut):
+        train_a_little(predictor)
+    for step in ("train_step", "train_prompt_step"):
+        assert getattr(whole, step)(trees) == pytest.approx(getattr(cut, step)(trees), abs=1e-6)
+    for one, other in zip(whole.tree_values(trees), cut.tree_values(trees), strict=True):
+        assert one == pytest.approx(other, abs=1e-4, nan_ok=True)
+    queries = [PrefixQuery(token_ids=tree.prefix_tokens(2), positions=(2, 3)) for tree in trees]
+    for one, other in zip(whole.predict(queries), cut.predict(queries), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
 def test_a_prompt_step_learns_from_root_rollouts_alone(policy):
     """One root rollout fails, its continuations succeed: the prompt's value must fall, the turn's may rise."""
     predictor = ValuePredictor(PredictorConfig(learning_rate=0.01), policy, seed=0)

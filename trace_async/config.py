@@ -142,23 +142,25 @@ class PredictorConfig:
     layers, 0: all). Its head learns `head_lr_scale` times as fast as the rest. `loss`: mse (the paper's) | bce.
     `replay_trees`: the last finished trees it is trained on, per update in `steps_per_update` steps of
     `trees_per_step` whole trees, after `prompt_steps_per_update` cheap steps on `prompts_per_step` prompts alone; the
-    first update has `warmup_steps` more of those, each that follows half as many.
+    first update has `warmup_steps` more of those, each that follows half as many. `max_tokens_per_forward` bounds its
+    memory.
     `prior_strength`: how many pseudo rollouts its estimate is worth beside a prompt's own counts; with
     `fit_prior_strength` only at first, then fitted to what came out. A prompt's counts lose half their weight every
     `count_half_life` policy versions (0: never).
     """
 
     path: str = ""
-    num_layers: int = 0
-    learning_rate: float = 1e-3
+    num_layers: int = 2
+    learning_rate: float = 2e-3
     head_lr_scale: float = 1.0
     weight_decay: float = 0.01
     loss: Literal["mse", "bce"] = "bce"
     prompt_steps_per_update: int = 1
     warmup_steps: int = 16
     prompts_per_step: int = 128
-    steps_per_update: int = 1
-    trees_per_step: int = 32
+    steps_per_update: int = 3
+    trees_per_step: int = 8
+    max_tokens_per_forward: int = 8192
     replay_trees: int = 512
     prior_strength: float = 4.0
     fit_prior_strength: bool = True
@@ -180,6 +182,12 @@ class PredictorConfig:
         _require(self.warmup_steps >= 0, "predictor.warmup_steps", self.warmup_steps, "must be ≥ 0")
         _require(self.prompts_per_step >= 1, "predictor.prompts_per_step", self.prompts_per_step, "must be ≥ 1")
         _require(self.trees_per_step >= 1, "predictor.trees_per_step", self.trees_per_step, "must be ≥ 1")
+        _require(
+            self.max_tokens_per_forward >= 1,
+            "predictor.max_tokens_per_forward",
+            self.max_tokens_per_forward,
+            "must be ≥ 1",
+        )
         _require(self.replay_trees >= 1, "predictor.replay_trees", self.replay_trees, "must be ≥ 1")
         _require(self.prior_strength > 0, "predictor.prior_strength", self.prior_strength, "must be > 0")
         _require(self.count_half_life >= 0, "predictor.count_half_life", self.count_half_life, "must be ≥ 0")

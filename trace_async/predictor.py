@@ -9,8 +9,10 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ from trace_async.value_metrics import root_outcomes
 
 # Values stay this far from 0 and 1, so that a posterior is never certain.
 MARGIN = 1e-3
+
+T = TypeVar("T")
 
 
 def backed_up_targets(tree: RolloutTree) -> tuple[FloatArray, FloatArray]:
@@ -68,6 +72,16 @@ class ValueModel(nn.Module):
         return self.head(hidden.index_select(0, rows))[:, 0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A packed row; the rows where values are learnt, with their targets and weights, arrays of one length."""
+
+    layout: Layout
+    rows: np.ndarray
+    targets: FloatArray
+    weights: FloatArray
+
+
 class ValuePredictor:
     """Value model, optimizer, replay window and per-prompt counts. Not thread-safe; one owner calls it."""
 
@@ -97,27 +111,38 @@ class ValuePredictor:
     @torch.no_grad()
     def predict(self, queries: Sequence[PrefixQuery]) -> list[FloatArray]:
         """V at each position of each query, one causal forward for all: arrays [len(query.positions)]."""
-        if not queries:
-            return []
         started = time.monotonic()
-        layout = concatenate([_lay_out_query(query) for query in queries])
-        starts = np.cumsum([0, *(len(query.token_ids) for query in queries)])
-        rows = [start + np.array(query.positions) - 1 for start, query in zip(starts, queries, strict=False)]
-        values = self._values(layout, np.concatenate(rows))
+        found: list[FloatArray] = []
+        for some in self._portions(queries, [len(query.token_ids) for query in queries]):
+            starts = np.cumsum([0, *(len(query.token_ids) for query in some)])
+            rows = [start + np.array(query.positions) - 1 for start, query in zip(starts, some, strict=False)]
+            values = self._values(concatenate([_lay_out_query(query) for query in some]), np.concatenate(rows))
+            found.extend(np.split(values, np.cumsum([len(own) for own in rows])[:-1]))
         self.busy_s += time.monotonic() - started
-        return np.split(values, np.cumsum([len(some) for some in rows])[:-1])
+        return found
 
     @torch.no_grad()
     def tree_values(self, trees: Sequence[RolloutTree]) -> list[FloatArray]:
         """V at every node that something follows: arrays [nodes], nan at leaves. One forward for all."""
-        if not trees:
-            return []
-        layout, rows, inner = _lay_out_inner(trees)
-        found = iter(np.split(self._values(layout, rows), np.cumsum([len(nodes) for nodes in inner])[:-1]))
         values = [np.full(len(tree.nodes), np.nan) for tree in trees]
-        for tree_values, nodes in zip(values, inner, strict=True):
-            tree_values[nodes] = next(found)
+        place = iter(values)
+        for some in self._portions(trees, [tree.num_unique_tokens for tree in trees]):
+            layout, rows, inner = _lay_out_inner(some)
+            found = np.split(self._values(layout, rows), np.cumsum([len(nodes) for nodes in inner])[:-1])
+            for nodes, own in zip(inner, found, strict=True):
+                next(place)[nodes] = own
         return values
+
+    def _portions(self, items: Sequence[T], num_tokens: Sequence[int]) -> Iterator[Sequence[T]]:
+        """`items` in order, cut so that each portion has at most `max_tokens_per_forward` tokens (or one item)."""
+        start = total = 0
+        for index, tokens in enumerate(num_tokens):
+            if index > start and total + tokens > self.config.max_tokens_per_forward:
+                yield items[start:index]
+                start, total = index, 0
+            total += tokens
+        if start < len(items):
+            yield items[start:]
 
     def _values(self, layout: Layout, rows: np.ndarray) -> FloatArray:
         self.model.eval()
@@ -145,11 +170,14 @@ class ValuePredictor:
 
     def train_step(self, trees: Sequence[RolloutTree]) -> float:
         """One optimizer step on all histories of `trees` that something follows, each weighted by its leaves n_y."""
-        layout, rows, inner = _lay_out_inner(trees)
-        pairs = [backed_up_targets(tree) for tree in trees]
-        targets = [values[nodes] for (values, _), nodes in zip(pairs, inner, strict=True)]
-        weights = [counts[nodes] for (_, counts), nodes in zip(pairs, inner, strict=True)]
-        return self._step(layout, rows, np.concatenate(targets), np.concatenate(weights))
+        batches = []
+        for some in self._portions(trees, [tree.num_unique_tokens for tree in trees]):
+            layout, rows, inner = _lay_out_inner(some)
+            pairs = [backed_up_targets(tree) for tree in some]
+            targets = [values[nodes] for (values, _), nodes in zip(pairs, inner, strict=True)]
+            weights = [counts[nodes] for (_, counts), nodes in zip(pairs, inner, strict=True)]
+            batches.append(_Batch(layout, rows, np.concatenate(targets), np.concatenate(weights)))
+        return self._step(batches)
 
     def train_prompt_step(self, trees: Sequence[RolloutTree]) -> float:
         """One optimizer step on the prompts of `trees` alone, on the mean reward of their root rollouts.
@@ -157,31 +185,40 @@ class ValuePredictor:
         Prompts are short, so Stage 1's question is learnt at a fraction of the cost of whole trees; and root rollouts
         alone are free of the bias that choosing continuations by outcome leaves in a prompt's backed-up value.
         """
-        layouts = [lay_out_tree(tree, {ROOT: len(tree.nodes[ROOT].token_ids)})[0] for tree in trees]
-        rewards = [[rollout.reward for rollout in tree.rollouts if rollout.kind == "root"] for tree in trees]
-        rows = np.cumsum([layout.num_tokens for layout in layouts]) - 1
-        return self._step(
-            concatenate(layouts), rows, np.array([np.mean(r) for r in rewards]), np.array([len(r) for r in rewards])
-        )
+        batches = []
+        for some in self._portions(trees, [len(tree.nodes[ROOT].token_ids) for tree in trees]):
+            layouts = [lay_out_tree(tree, {ROOT: len(tree.nodes[ROOT].token_ids)})[0] for tree in some]
+            rows = np.cumsum([layout.num_tokens for layout in layouts]) - 1
+            rewards = [[rollout.reward for rollout in tree.rollouts if rollout.kind == "root"] for tree in some]
+            targets, weights = np.array([np.mean(r) for r in rewards]), np.array([float(len(r)) for r in rewards])
+            batches.append(_Batch(concatenate(layouts), rows, targets, weights))
+        return self._step(batches)
 
-    def _step(self, layout: Layout, rows: np.ndarray, targets: FloatArray, weights: np.ndarray) -> float:
-        """`loss` mse: the paper's squared error. bce: the cross-entropy, whose gradient does not fade where the model
-        is confidently wrong."""
+    def _step(self, batches: Sequence[_Batch]) -> float:
+        """One optimizer step, gradients summed over `batches`; returns the weighted mean loss.
+
+        `loss` mse: the paper's squared error. bce: the cross-entropy, whose gradient does not fade where the model is
+        confidently wrong.
+        """
         started = time.monotonic()
         self.model.train()
-        logits = self.model(layout, torch.from_numpy(rows).to(self.device))
-        target, weight = (torch.from_numpy(a).float().to(self.device) for a in (targets, weights))
-        if self.config.loss == "bce":
-            errors = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        else:
-            errors = (torch.sigmoid(logits) - target) ** 2
-        loss = (errors * weight).sum() / weight.sum()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total_weight = sum(float(batch.weights.sum()) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            logits = self.model(batch.layout, torch.from_numpy(batch.rows).to(self.device))
+            target, weight = (torch.from_numpy(a).float().to(self.device) for a in (batch.targets, batch.weights))
+            if self.config.loss == "bce":
+                errors = nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+            else:
+                errors = (torch.sigmoid(logits) - target) ** 2
+            loss = (errors * weight).sum() / total_weight
+            loss.backward()
+            total += float(loss.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.busy_s += time.monotonic() - started
-        return float(loss.detach())
+        return total
 
     def steps(self, new: Sequence[RolloutTree]) -> Iterator[Callable[[], float]]:
         """The optimizer steps of one update, each to be called once; it returns its loss.
