@@ -218,6 +218,9 @@ def test_extra_prompt_steps_fade(policy):
     predictor.observe(world(np.random.default_rng(0), 4), 0)
     counts = [sum(is_prompts for is_prompts, _ in recorded_steps(predictor, [])) for _ in range(5)]
     assert counts == [6, 3, 2, 1, 1]
+    still = ValuePredictor(PredictorConfig(steps_per_update=0), policy, seed=0)
+    still.observe(world(np.random.default_rng(0), 4), 0)
+    assert recorded_steps(still, []) == []
 
 
 def test_small_portions_change_nothing_but_memory(policy):

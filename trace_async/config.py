@@ -138,10 +138,10 @@ class BudgetConfig:
 class PredictorConfig:
     """The value model that estimates V(H); it steers the allocation and never enters the policy's gradient.
 
-    `path`: Hugging Face directory to start from; empty: the start policy's own weights (its first `num_layers`
-    layers, 0: all). Its head learns `head_lr_scale` times as fast as the rest. `loss`: mse (the paper's) | bce.
+    `path`: Hugging Face directory to start from; empty: the start policy's own weights, of which the first `num_layers`
+    layers (0: all). Its head learns `head_lr_scale` times as fast as the rest. `loss`: mse (the paper's) | bce.
     `replay_trees`: the last finished trees it is trained on, per update in `steps_per_update` steps of
-    `trees_per_step` whole trees, after `prompt_steps_per_update` cheap steps on `prompts_per_step` prompts alone; the
+    `trees_per_step` whole trees (0: it never learns), after `prompt_steps_per_update` cheap steps on `prompts_per_step` prompts alone; the
     first update has `warmup_steps` more of those, each that follows half as many. `max_tokens_per_forward` bounds its
     memory.
     `prior_strength`: how many pseudo rollouts its estimate is worth beside a prompt's own counts; with

@@ -88,7 +88,8 @@ class ValuePredictor:
     def __init__(self, config: PredictorConfig, policy_path: str | Path, *, seed: int, device: str = "cpu") -> None:
         self.config = config
         self.device = device
-        self.model = ValueModel(config.path or policy_path, num_layers=config.num_layers, device=device)
+        num_layers = 0 if config.path else config.num_layers
+        self.model = ValueModel(config.path or policy_path, num_layers=num_layers, device=device)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.model.trunk.parameters(), "lr": config.learning_rate},
