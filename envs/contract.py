@@ -65,10 +65,9 @@ class _Check:
     async def run(self) -> list[Finding]:
         tasks = self._check_tasks()
         if tasks:
-            before = None
+            before: dict[str, int] = {}
             for task in tasks:
                 await self._guarded(self._check_task(task), f"task {task.id}")
-                gc.collect()
                 before = before or _resources()  # the first task may start what the domain keeps
             self._check_leaks(before)
             await self._guarded(self._check_verifier(tasks), "verifier")
@@ -223,9 +222,9 @@ class _Check:
             turn = next((number for number, (a, b) in enumerate(pairs, 1) if a != b), len(other.results))
             raise _BrokenError(f"{problem} (turn {turn})")
 
-    def _check_leaks(self, before: dict[str, int] | None) -> None:
+    def _check_leaks(self, before: dict[str, int]) -> None:
         for name, number in _resources().items():
-            allowed = (before or {}).get(name, 0) + 2
+            allowed = before[name] + 2
             if number > allowed:
                 self._add(
                     "error",
@@ -252,6 +251,7 @@ async def _limited(call: Coroutine[None, None, _Answer], what: str) -> _Answer:
 
 
 def _resources() -> dict[str, int]:
+    gc.collect()
     children = 0
     for thread in Path("/proc/self/task").iterdir():
         children += len((thread / "children").read_text().split())
