@@ -141,9 +141,9 @@ class PredictorConfig:
     `path`: Hugging Face directory to start from; empty: the start policy's own weights, of which the first `num_layers`
     layers (0: all). Its head learns `head_lr_scale` times as fast as the rest. `loss`: mse (the paper's) | bce.
     `replay_trees`: the last finished trees it is trained on, per update in `steps_per_update` steps of
-    `trees_per_step` whole trees (0: it never learns), after `prompt_steps_per_update` cheap steps on `prompts_per_step` prompts alone; the
-    first update has `warmup_steps` more of those, each that follows half as many. `max_tokens_per_forward` bounds its
-    memory.
+    `trees_per_step` whole trees (0: it never learns), then in `prompt_steps_per_update` cheap steps of
+    `prompts_per_step` prompts alone; the first update has `warmup_steps` more of those, each that follows half as
+    many. `max_tokens_per_forward` bounds its memory.
     `prior_strength`: how many pseudo rollouts its estimate is worth beside a prompt's own counts; with
     `fit_prior_strength` only at first, then fitted to what came out. A prompt's counts lose half their weight every
     `count_half_life` policy versions (0: never).
@@ -151,11 +151,11 @@ class PredictorConfig:
 
     path: str = ""
     num_layers: int = 2
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     head_lr_scale: float = 1.0
     weight_decay: float = 0.01
     loss: Literal["mse", "bce"] = "bce"
-    prompt_steps_per_update: int = 1
+    prompt_steps_per_update: int = 2
     warmup_steps: int = 16
     prompts_per_step: int = 128
     steps_per_update: int = 3

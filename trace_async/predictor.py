@@ -224,20 +224,21 @@ class ValuePredictor:
     def steps(self, new: Sequence[RolloutTree]) -> Iterator[Callable[[], float]]:
         """The optimizer steps of one update, each to be called once; it returns its loss.
 
-        `prompt_steps_per_update` on prompts drawn from the replay window (and `warmup_steps` more at the first update,
-        half as many at each that follows), then `steps_per_update` on whole trees: the new ones first, the rest drawn.
+        `steps_per_update` (0: it never learns) on whole trees: the new ones first, the rest drawn from the replay
+        window. Then `prompt_steps_per_update` on prompts drawn from it, and `warmup_steps` more at the first update,
+        half as many at each that follows; they come last because new trees hold only what Stage 1 picked.
         """
         new = [tree for tree in new if tree.rollouts]
-        if not self.replay:
+        if not self.replay or not self.config.steps_per_update:
             return
-        extra = self.config.warmup_steps >> self.num_updates
-        self.num_updates += 1
-        for _ in range(self.config.prompt_steps_per_update + extra):
-            yield partial(self.train_prompt_step, self._draw(self.config.prompts_per_step))
         size = self.config.trees_per_step
         for step in range(self.config.steps_per_update):
             batch = new[step * size : (step + 1) * size]
             yield partial(self.train_step, batch + self._draw(size - len(batch)))
+        extra = self.config.warmup_steps >> self.num_updates
+        self.num_updates += 1
+        for _ in range(self.config.prompt_steps_per_update + extra):
+            yield partial(self.train_prompt_step, self._draw(self.config.prompts_per_step))
 
     def _draw(self, size: int) -> list[RolloutTree]:
         chosen = self.rng.choice(len(self.replay), size=min(size, len(self.replay)), replace=False)
