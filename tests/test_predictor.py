@@ -150,9 +150,10 @@ def test_it_learns_values_online(policy, loss):
     for version in range(1, 16):
         last = predictor.train(world(rng, 32), version)
     assert first["brier"] == pytest.approx(0.25, abs=1e-6)  # an untrained head says one half
-    # by law: depth 0 var = (.09 + .09 + .25)/3 = .143, depth 1 .09
+    # by law: depth 0 var = (.09 + .09 + .25)/3 = .143
     assert last["brier/depth_0"] < 0.2 < last["brier_base"]
-    assert last["auc"] > 0.75
+    assert last["auc/depth_0"] > 0.75
+    assert "brier/depth_1" not in last  # Stage 2 did not ask
     values = [predictor.predict([PrefixQuery(token_ids=(20 + kind, 9), positions=(2,))])[0][0] for kind in range(3)]
     assert values == pytest.approx([0.9, 0.1, 0.5], abs=0.25)
     (signs,) = predictor.predict([PrefixQuery(token_ids=(22, 9, 5, 30), positions=(2, 4))])
@@ -166,6 +167,17 @@ def test_estimates_mix_values_and_counts(policy):
     found = predictor.estimate(["seen", "new"], [query, query])
     assert found.a.tolist() == pytest.approx([3, 1])
     assert found.b.tolist() == pytest.approx([1, 1])
+
+
+def test_turns_are_judged_by_what_stage_2_was_told(policy):
+    predictor = ValuePredictor(PredictorConfig(), policy, seed=0)
+    tree = branched()
+    nodes = [replace(node, value=0.9 if index in (1, 2) else node.value) for index, node in enumerate(tree.nodes)]
+    metrics = predictor.observe([replace(tree, nodes=tuple(nodes))], 0)
+    # root rollouts 1-2-3 ✓ and 4-5 ✗; turns 1 and 2 were asked for
+    assert metrics["brier/depth_1"] == pytest.approx(0.01)
+    assert metrics["brier/depth_2"] == pytest.approx(0.01)
+    assert metrics["brier/depth_0"] == pytest.approx(0.25)
 
 
 def test_resumed_it_goes_on_as_if_never_stopped(policy, tmp_path):
@@ -198,7 +210,7 @@ def recorded_steps(predictor, new):
 
 def test_new_trees_come_first_and_replay_fills_up(policy):
     config = PredictorConfig(steps_per_update=2, trees_per_step=8, prompt_steps_per_update=1, warmup_steps=0)
-    predictor = ValuePredictor(replace(config, prompts_per_step=12), policy, seed=0)
+    predictor = ValuePredictor(replace(config, prompt_tokens_per_step=25), policy, seed=0)
     old, new = world(np.random.default_rng(0), 20), world(np.random.default_rng(1), 10)
     predictor.observe(old, 0)
     predictor.observe(new, 1)

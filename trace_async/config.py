@@ -141,9 +141,9 @@ class PredictorConfig:
     `path`: Hugging Face directory to start from; empty: the start policy's own weights, of which the first `num_layers`
     layers (0: all). Its head learns `head_lr_scale` times as fast as the rest. `loss`: mse (the paper's) | bce.
     `replay_trees`: the last finished trees it is trained on, per update in `steps_per_update` steps of
-    `trees_per_step` whole trees (0: it never learns), then in `prompt_steps_per_update` cheap steps of
-    `prompts_per_step` prompts alone; the first update has `warmup_steps` more of those, each that follows half as
-    many. `max_tokens_per_forward` bounds its memory.
+    `trees_per_step` whole trees (0: it never learns), then in `prompt_steps_per_update` cheap steps on prompts alone,
+    `prompt_tokens_per_step` tokens of them; the first update has `warmup_steps` more of those, each that follows half
+    as many. `max_tokens_per_forward` bounds its memory.
     `prior_strength`: how many pseudo rollouts its estimate is worth beside a prompt's own counts; with
     `fit_prior_strength` only at first, then fitted to what came out. A prompt's counts lose half their weight every
     `count_half_life` policy versions (0: never).
@@ -157,8 +157,8 @@ class PredictorConfig:
     loss: Literal["mse", "bce"] = "bce"
     prompt_steps_per_update: int = 2
     warmup_steps: int = 16
-    prompts_per_step: int = 128
-    steps_per_update: int = 3
+    prompt_tokens_per_step: int = 1024
+    steps_per_update: int = 2
     trees_per_step: int = 8
     max_tokens_per_forward: int = 8192
     replay_trees: int = 512
@@ -180,7 +180,12 @@ class PredictorConfig:
             "must be ≥ 0",
         )
         _require(self.warmup_steps >= 0, "predictor.warmup_steps", self.warmup_steps, "must be ≥ 0")
-        _require(self.prompts_per_step >= 1, "predictor.prompts_per_step", self.prompts_per_step, "must be ≥ 1")
+        _require(
+            self.prompt_tokens_per_step >= 1,
+            "predictor.prompt_tokens_per_step",
+            self.prompt_tokens_per_step,
+            "must be ≥ 1",
+        )
         _require(self.trees_per_step >= 1, "predictor.trees_per_step", self.trees_per_step, "must be ≥ 1")
         _require(
             self.max_tokens_per_forward >= 1,

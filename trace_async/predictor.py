@@ -158,15 +158,22 @@ class ValuePredictor:
     # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def observe(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
-        """Take in finished trees; returns how well the values of the model before learning from them did."""
-        started = time.monotonic()
+        """Take in finished trees; returns how well the values did that were there before learning from them.
+
+        For the prompts the model is asked again; for turns, what it said when Stage 2 asked (`Node.value`).
+        """
         trees = [tree for tree in trees if tree.rollouts]
         self.version = policy_version
-        values = self.tree_values(trees)
-        self.estimator.observe(trees, np.array([value[0] for value in values]), policy_version)
+        prompts = [tree.nodes[ROOT].token_ids for tree in trees]
+        found = self.predict([PrefixQuery(token_ids=tokens, positions=(len(tokens),)) for tokens in prompts])
+        prompt_values = np.array([value[0] for value in found])
+        self.estimator.observe(trees, prompt_values, policy_version)
         self.replay.extend(trees)
+        values = [
+            np.array([value, *(np.nan if node.value is None else node.value for node in tree.nodes[1:])])
+            for value, tree in zip(prompt_values, trees, strict=True)
+        ]
         metrics = root_outcomes(trees, values).metrics()
-        self.busy_s += time.monotonic() - started
         return {**metrics, "prior_strength": self.estimator.strength}
 
     def train_step(self, trees: Sequence[RolloutTree]) -> float:
@@ -238,11 +245,17 @@ class ValuePredictor:
         extra = self.config.warmup_steps >> self.num_updates
         self.num_updates += 1
         for _ in range(self.config.prompt_steps_per_update + extra):
-            yield partial(self.train_prompt_step, self._draw(self.config.prompts_per_step))
+            yield partial(self.train_prompt_step, self._draw_prompts())
 
     def _draw(self, size: int) -> list[RolloutTree]:
         chosen = self.rng.choice(len(self.replay), size=min(size, len(self.replay)), replace=False)
         return [self.replay[index] for index in chosen]
+
+    def _draw_prompts(self) -> list[RolloutTree]:
+        """As many trees of the replay window as have `prompt_tokens_per_step` tokens in their prompts; at least one."""
+        shuffled = self._draw(len(self.replay))
+        tokens = np.cumsum([len(tree.nodes[ROOT].token_ids) for tree in shuffled])
+        return shuffled[: max(1, int((tokens <= self.config.prompt_tokens_per_step).sum()))]
 
     def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
         """Take in the trees of one update and learn from them; see `observe`."""

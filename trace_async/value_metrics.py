@@ -64,7 +64,8 @@ class ValuedOutcomes:
 def root_outcomes(trees: Sequence[RolloutTree], values: Sequence[FloatArray]) -> ValuedOutcomes:
     """Each prompt and each turn but the last of every root rollout, with that rollout's reward.
 
-    `values[i]` [nodes of tree i]. Only root rollouts: which continuations exist depends on outcomes (Stage 2).
+    `values[i]` [nodes of tree i], nan where there is none. Only root rollouts: which continuations exist depends on
+    outcomes (Stage 2).
     """
     rows = [
         (tree_values[node], rollout.reward, depth)
@@ -72,6 +73,7 @@ def root_outcomes(trees: Sequence[RolloutTree], values: Sequence[FloatArray]) ->
         for rollout in tree.rollouts
         if rollout.kind == "root"
         for depth, node in enumerate(tree.path(rollout.leaf)[:-1])
+        if not np.isnan(tree_values[node])
     ]
     columns = np.array(rows, dtype=float).reshape(len(rows), 3).T
     return ValuedOutcomes(*columns)
