@@ -319,6 +319,26 @@ class EngineConformance:
         assert again.cached_tokens >= 99 - self.cache_granularity
         assert list(again.token_ids) == harness.greedy(prompt, 10)
 
+    async def test_requests_come_and_go_while_weights_change(self, harness):
+        async def agent() -> list[tuple[list[int], Completion]]:
+            turns, history = [], harness.prompt(12)
+            for _ in range(6):
+                (completion,) = await harness.generate(history, max_new_tokens=16)
+                turns.append((history, completion))
+                history = [*history, *completion.token_ids, *harness.prompt(3)]
+            return turns
+
+        first = harness.version
+        agents = [asyncio.create_task(agent()) for _ in range(24)]
+        while not all(task.done() for task in agents):
+            await harness.update(harness.new_weights())
+            await asyncio.sleep(0.05)
+        turns = [turn for task in agents for turn in task.result()]
+        assert len({span.policy_version for _, c in turns for span in c.version_spans}) > 1
+        assert harness.version > first + 1
+        for history, completion in turns[::7]:
+            harness.check_logprobs(history, completion)
+
     async def test_an_update_while_paused_takes_effect_on_resume(self, harness):
         prompt = harness.prompt(30)
         task = asyncio.create_task(harness.generate(prompt, max_new_tokens=self.long_answer))

@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from tests.engine_conformance import MAX_CONTEXT, EngineConformance, Harness
 from trace_async.config import ConfigError, EngineConfig
-from trace_async.engine import EngineDeadError, EngineError, EngineRequestError, EngineTimeoutError
+from trace_async.engine import EngineDeadError, EngineRequestError, EngineTimeoutError
 from trace_async.engines import make_engine
 from trace_async.engines.http_engine import HttpEngine
 from trace_async.engines.server import PROJECT_ROOT
@@ -44,17 +44,26 @@ def alive(pid: int) -> bool:
         return False
 
 
-def left_behind() -> set[str]:
-    """What servers put outside the process: shared memory, and their folders and sockets."""
-    names = {entry.name for entry in Path("/dev/shm").iterdir() if not entry.name.startswith("plasma")}
-    return names | {entry.name for entry in Path("/tmp").glob("trace_async_*")}
+def footprint(engine: HttpEngine) -> tuple[set[Path], set[int]]:
+    """What a running server has outside its processes: its private folders, and inodes of shared memory."""
+    process = engine._process
+    assert process is not None
+    inodes = set()
+    for pid in process.process_ids():
+        lines = [line.split(maxsplit=5) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        inodes |= {int(fields[4]) for fields in lines if len(fields) == 6 and fields[5].startswith("/dev/shm/")}
+    return {process.scratch, process.shared_scratch}, inodes
 
 
-async def nothing_new(before: set[str]) -> None:
-    """Given a moment, since other programs of this machine use semaphores too."""
-    async with asyncio.timeout(LIMIT_S):
-        while left_behind() - before:
-            await asyncio.sleep(0.1)
+def require_nothing_left(footprints: list[tuple[set[Path], set[int]]]) -> None:
+    left = {entry.inode(): entry.name for entry in os.scandir("/dev/shm")}
+    for folders, inodes in footprints:
+        assert not [folder for folder in folders if folder.exists()]
+        assert not [left[inode] for inode in inodes if inode in left]
+
+
+def exists(*paths: str) -> bool:
+    return any(Path(path).exists() for path in paths)
 
 
 def command_line(pid: int) -> bytes:
@@ -109,22 +118,26 @@ class ServerConformance(EngineConformance):
     @pytest.mark.timeout(900)
     async def test_faults_of_the_process(self, tiny_policy_path, tmp_path):
         """Killed, hanging, and started anew: one server after another, since a start takes its time."""
-        before = left_behind()
         engine = self._engine(tiny_policy_path, tmp_path, request_timeout_s=4.0)
+        footprints = []
         try:
             await engine.start()
+            footprints.append(footprint(engine))
             harness = Harness(engine, tiny_policy_path, load_model(tiny_policy_path))
             await harness.update(harness.new_weights())
             await self._killed(harness)
             await self._started_again(harness)
+            footprints.append(footprint(engine))
             await self._hanging(harness)
             await engine.start()
+            footprints.append(footprint(engine))
             await self._worker_killed(harness)
             await engine.start()
+            footprints.append(footprint(engine))
             await self._closed_with_requests_in_flight(harness)
         finally:
             await engine.close()
-        await nothing_new(before)
+        require_nothing_left(footprints)
 
     async def _killed(self, harness: Harness) -> None:
         pids = harness.engine.process_ids()
@@ -195,14 +208,12 @@ class ServerConformance(EngineConformance):
             assert probe.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
     async def test_a_server_that_cannot_start_says_why(self, tiny_policy_path, tmp_path):
-        before = left_behind()
         engine = self._engine(tiny_policy_path, tmp_path, server_args={"no_such_flag": 1})
-        with pytest.raises(EngineError, match="no-such-flag"):
+        with pytest.raises(EngineDeadError, match="no-such-flag"):
             await engine.start()
-        await nothing_new(before)
+        assert engine.process_ids() == []
 
     async def test_the_server_dies_with_its_owner(self, tiny_policy_path, tmp_path):
-        before = left_behind()
         program = textwrap.dedent(
             f"""
             import asyncio
@@ -216,7 +227,8 @@ class ServerConformance(EngineConformance):
                 log_dir = Path({str(tmp_path)!r})
                 engine = make_engine(config, policy_path=path, max_context_tokens=512, seed=0, log_dir=log_dir)
                 await engine.start()
-                print("pids", *engine.process_ids(), flush=True)
+                folders = engine._process.scratch, engine._process.shared_scratch
+                print("server", *folders, *engine.process_ids(), flush=True)
                 await asyncio.sleep(600)
 
             asyncio.run(main())
@@ -227,17 +239,17 @@ class ServerConformance(EngineConformance):
         )
         assert owner.stdout is not None
         line = ""
-        while not line.startswith("pids"):
+        while not line.startswith("server"):
             line = await asyncio.to_thread(owner.stdout.readline)
             assert line, "the owner ended early"
-        pids = [int(pid) for pid in line.split()[1:]]
+        scratch, shared_scratch, *numbers = line.split()[1:]
+        pids = [int(number) for number in numbers]
         assert all(alive(pid) for pid in pids)
         owner.kill()
         owner.wait()
         async with asyncio.timeout(LIMIT_S):
-            while any(alive(pid) for pid in pids):
+            while any(alive(pid) for pid in pids) or exists(scratch, shared_scratch):
                 await asyncio.sleep(0.05)
-        await nothing_new(before)
 
 
 @needs("sglang")

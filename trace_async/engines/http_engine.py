@@ -353,13 +353,12 @@ class HttpEngine(ABC):
                 await self._replace_weights(load, tensors, update.manifest)
 
     async def _replace_weights(self, load: Load, tensors: Tensors, manifest: WeightManifest) -> None:
-        record, repairing = self._record, bool(self._broken)
+        record, repairing, loaded = self._record, bool(self._broken), False
         assert record is not None
         record.require_names(tensors)
         try:
             before = await self._digests()
             await self._hold(drop_kv=True)
-            self._broken = f"version {manifest.policy_version} was not loaded to its end"
             await load(tensors)
             await self._flush_cache()
             found = await self._digests()
@@ -368,12 +367,14 @@ class HttpEngine(ABC):
             await asyncio.to_thread(record.require_loaded, tensors, found)
             await self._set_version(manifest.policy_version)
             record.set(manifest)
-            self._broken = ""
+            loaded = True
         except EngineError as error:
             for task in self._in_flight:
                 task.cancel()
             raise WeightSyncError(f"weights version {manifest.policy_version}: {error}") from error
         finally:
+            # Requests that arrive meanwhile wait in the server, so only an update that failed shuts the door.
+            self._broken = "" if loaded else f"version {manifest.policy_version} was not loaded to its end"
             if self._paused_at is None:
                 await self._release()
 
