@@ -17,6 +17,7 @@ from trace_async.packing import (
     pack_values,
     pieces_of,
     plan_micro_batches,
+    round_rows,
 )
 from trace_async.tree import Node, Rollout, RolloutTree
 from trace_async.tree_attention import block_mask, hidden_states, prepare_model, visible
@@ -234,6 +235,13 @@ def test_micro_batches_cover_all_pieces_within_bounds(sizes, ranks, max_tokens):
     assert sorted(p.tree for rank in plan for part in rank for p in part) == list(range(len(sizes)))
     for part in (part for rank in plan for part in rank):
         assert sum(p.num_tokens for p in part) <= max_tokens or len(part) == 1
+
+
+def test_rows_are_rounded_to_few_sizes_by_little():
+    sizes = {round_rows(count) for count in range(1, 8193)}
+    assert all(count <= round_rows(count) <= max(count + 15, 1.0626 * count) for count in range(1, 8193))
+    assert len(sizes) < 110
+    assert [round_rows(count) for count in (1, 16, 17, 512, 513, 8192)] == [16, 16, 32, 512, 544, 8192]
 
 
 def test_ranks_get_equal_work():

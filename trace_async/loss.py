@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trace_async.advantage import NodeCredit
 from trace_async.config import LossConfig
-from trace_async.packing import Entries
+from trace_async.packing import Entries, round_rows
 from trace_async.tree import RolloutTree
 
 
@@ -89,14 +89,15 @@ def entry_logprobs(
         probabilities = (logits - log_normalizer[:, None]).exp()
         return chosen, log_normalizer - (probabilities * logits).sum(dim=-1)
 
-    states = hidden.index_select(0, rows)
-    if len(rows) <= chunk_tokens:
-        return one_chunk(states, labels)
-    parts = [
-        checkpoint(one_chunk, *chunk, use_reentrant=False)
-        for chunk in zip(states.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-    ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    count = len(rows)
+    filler = (0, round_rows(count) - count)
+    states = hidden.index_select(0, nn.functional.pad(rows, filler)).split(chunk_tokens)
+    chunks = list(zip(states, nn.functional.pad(labels, filler).split(chunk_tokens), strict=True))
+    if len(chunks) == 1:
+        parts = [one_chunk(*chunks[0])]
+    else:
+        parts = [checkpoint(one_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.cat([part[0] for part in parts])[:count], torch.cat([part[1] for part in parts])[:count]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

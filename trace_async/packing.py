@@ -150,6 +150,27 @@ def concatenate(layouts: Sequence[Layout]) -> Layout:
     )
 
 
+def round_rows(count: int) -> int:
+    """The next of sixteen sizes per octave (at most 6 % more).
+
+    oneDNN and compiled kernels keep something for every number of rows they have seen: memory that would grow for as
+    long as sizes are new, and time to make it.
+    """
+    step = max(16, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
+
+
+def rounded(layout: Layout) -> Layout:
+    """The same row with tokens of no use after it, up to `round_rows`; they form a branch that sees only itself."""
+    extra = round_rows(layout.num_tokens) - layout.num_tokens
+    filler = Layout(
+        token_ids=np.zeros(extra, dtype=np.int64),
+        positions=np.arange(extra, dtype=np.int64),
+        subtree_end=np.full(extra, extra, dtype=np.int64),
+    )
+    return concatenate([layout, filler])
+
+
 def pack_values(trees: Sequence[RolloutTree]) -> tuple[Layout, list[np.ndarray]]:
     """All tokens of all trees in one row, and per tree the row [num_nodes] where each node's history ends.
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trace_async.packing import Layout
+from trace_async.packing import Layout, rounded
 
 AttentionKind: TypeAlias = Literal["grouped", "flex", "dense", "plain"]
 
@@ -102,6 +102,7 @@ def hidden_states(model: Any, layout: Layout, kind: AttentionKind) -> torch.Tens
     device = next(model.parameters()).device
     if kind == "plain":
         return _plain_hidden_states(model, layout, device)
+    num_tokens, layout = layout.num_tokens, rounded(layout)
     extra: dict[str, Any] = {}
     if kind == "grouped":
         extra["segment_plan"] = plan_segments(layout, device=device, dtype=next(model.parameters()).dtype)
@@ -115,7 +116,7 @@ def hidden_states(model: Any, layout: Layout, kind: AttentionKind) -> torch.Tens
         use_cache=False,
         **extra,
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state[0, :num_tokens]
 
 
 def visible(layout: Layout, device: torch.device) -> torch.Tensor:
