@@ -22,7 +22,7 @@ from torch import nn
 from trace_async.config import PredictorConfig
 from trace_async.estimates import Estimates, SuccessEstimator
 from trace_async.marginals import FloatArray
-from trace_async.packing import Layout, concatenate, lay_out_tree
+from trace_async.packing import Layout, concatenate, lay_out_tree, round_rows
 from trace_async.policy import load_model
 from trace_async.tree import ROOT, RolloutTree
 from trace_async.tree_attention import attention_for, hidden_states, prepare_model
@@ -69,7 +69,8 @@ class ValueModel(nn.Module):
     def forward(self, layout: Layout, rows: torch.Tensor) -> torch.Tensor:
         """Logits [len(rows)] of V after the tokens at `rows` of a packed row."""
         hidden = hidden_states(self.trunk, layout, self.kind)
-        return self.head(hidden.index_select(0, rows))[:, 0]
+        filler = round_rows(len(rows)) - len(rows)
+        return self.head(hidden.index_select(0, nn.functional.pad(rows, (0, filler))))[: len(rows), 0]
 
 
 @dataclass(frozen=True, slots=True)
