@@ -46,6 +46,7 @@ class Admission:
         self.buffer = TreeBuffer(config.budget.root_rollouts, config.actors.max_staleness)
         self.pending: dict[int, PendingPrompt] = {}
         self.changed = asyncio.Condition()
+        self.learner_waits = False
         self.growers: set[asyncio.Task[None]] = set()
         self.grower_error: BaseException | None = None
         self.last_tree_at = time.monotonic()
@@ -69,8 +70,8 @@ class Admission:
     def _may_admit(self) -> bool:
         if self._spent():
             return False
-        if self.buffer.exhausted():
-            return True
+        if self.learner_waits and self.buffer.exhausted():
+            return True  # whatever the count says: failures and filters may have left too little for an update
         enough = self.state.admitted_roots >= self.config.num_updates * self.config.budget.root_rollouts
         return not enough and self.buffer.may_admit(self.state.admitted_roots, self.state.num_updates)
 
@@ -154,16 +155,21 @@ class Admission:
     async def take(self) -> list[RolloutTree]:
         """The trees of the next update; none when the budget is spent. RuntimeError when nothing comes any more."""
         async with self.changed:
-            while not self.buffer.ready(self.state.policy_version, more_to_come=self._may_admit()):
-                if self.grower_error is not None:
-                    raise self.grower_error
-                if self._spent() and self.buffer.exhausted():
-                    return []
-                self._check_progress()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(5.0):
-                        await self.changed.wait()
-            return self.buffer.take(self.state.policy_version)
+            self.learner_waits = True
+            self.changed.notify_all()
+            try:
+                while not self.buffer.ready(self.state.policy_version, more_to_come=self._may_admit()):
+                    if self.grower_error is not None:
+                        raise self.grower_error
+                    if self._spent() and self.buffer.exhausted():
+                        return []
+                    self._check_progress()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(5.0):
+                            await self.changed.wait()
+                return self.buffer.take(self.state.policy_version)
+            finally:
+                self.learner_waits = False
 
     def _check_progress(self) -> None:
         failed = sum(self.state.ledger.failed.values())

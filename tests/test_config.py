@@ -31,7 +31,8 @@ def test_what_is_written_reads_back_the_same(tmp_path: Path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_is_short_and_valid(path: Path):
-    assert len(path.read_text().splitlines()) <= 40
+    # A comparison lists all its methods.
+    assert len(path.read_text().splitlines()) <= (60 if path.stem.startswith("compare_") else 40)
     if not path.stem.startswith("compare_"):
         load_config(path)
 
