@@ -243,10 +243,13 @@ def _predictor(config: Config, policy: ModelShape) -> ProcessPlan:
             f"predictor.path={predictor.path}: its vocabulary of {shape.vocab_size} does not hold the policy's "
             f"{policy.vocab_size} token ids; use a model of the policy's family"
         )
-    shape = replace(shape, num_layers=min(predictor.num_layers or shape.num_layers, shape.num_layers), tied=True)
+    num_layers = shape.num_layers if predictor.path or not predictor.num_layers else predictor.num_layers
+    shape = replace(shape, num_layers=min(num_layers, shape.num_layers), tied=True)
+    # A tree that is larger than the bound is still taken in one piece; one trajectory is the least that can be.
+    num_tokens = max(predictor.max_tokens_per_forward, config.sampling.max_context_tokens)
     parts = {
         "weights, gradients, Adam": 16 * shape.num_parameters,
-        "activations": shape.activation_bytes(config.sampling.max_context_tokens, 4, checkpointing=False),
+        "activations": shape.activation_bytes(num_tokens, 4, checkpointing=False),
     }
     return ProcessPlan(name="predictor", count=1, gpus_each=config.actors.predictor_gpus, parts=parts)
 
@@ -256,7 +259,7 @@ def _require_memory(config: Config, processes: tuple[ProcessPlan, ...]) -> None:
         "learner": "learner.num_ranks or learner.zero_stage up, learner.max_tokens_per_micro_batch down, "
         "learner.gradient_checkpointing=true",
         "generator": "engine.kv_cache_tokens down or engine.tensor_parallel_size up",
-        "predictor": "a smaller predictor.path, or predictor.num_layers",
+        "predictor": "a smaller predictor.path, or predictor.max_tokens_per_forward down",
     }
     for process in processes:
         available = config.actors.gpu_memory_gib * min(1.0, process.gpus_each) - RESERVE_GIB
