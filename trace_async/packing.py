@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from trace_async.advantage import NodeCredit
+from trace_async.cpu_linear import round_rows
 from trace_async.tree import ROOT, RolloutTree
 
 Packing = Literal["tree", "flat"]
@@ -148,16 +149,6 @@ def concatenate(layouts: Sequence[Layout]) -> Layout:
         positions=np.concatenate([layout.positions for layout in layouts]),
         subtree_end=np.concatenate([lay.subtree_end + start for lay, start in zip(layouts, starts, strict=False)]),
     )
-
-
-def round_rows(count: int) -> int:
-    """The next of sixteen sizes per octave (at most 6 % more).
-
-    oneDNN and compiled kernels keep something for every number of rows they have seen: memory that would grow for as
-    long as sizes are new, and time to make it.
-    """
-    step = max(16, 1 << max(0, count.bit_length() - 5))
-    return -(-count // step) * step
 
 
 def rounded(layout: Layout) -> Layout:
