@@ -84,6 +84,7 @@ class HttpEngine(ABC):
         """What is known of a server that has just been started: nothing."""
         self._totals = _Totals()
         self._record: WeightRecord | None = None
+        self._found: dict[str, str] = {}  # the digests that the server reported last
         self._broken = ""
         self._paused_at: float | None = None
         self._paused_s = 0.0
@@ -144,8 +145,8 @@ class HttpEngine(ABC):
         try:
             await self._start_server()
             await self._set_version(0)
-            found = await self._digests()
-            self._record = await asyncio.to_thread(WeightRecord, self._policy_path, self._dtype, found)
+            self._found = await self._digests()
+            self._record = await asyncio.to_thread(WeightRecord, self._policy_path, self._dtype, self._found)
         except BaseException:
             await self.close()
             raise
@@ -357,14 +358,13 @@ class HttpEngine(ABC):
         assert record is not None
         record.require_names(tensors)
         try:
-            before = await self._digests()
             await self._hold(drop_kv=True)
             await load(tensors)
             await self._flush_cache()
-            found = await self._digests()
-            if found == before and not repairing:
+            before, self._found = self._found, await self._digests()
+            if self._found == before and not repairing:
                 raise WeightSyncError("the engine holds the same weights as before")
-            await asyncio.to_thread(record.require_loaded, tensors, found)
+            await asyncio.to_thread(record.require_loaded, tensors, self._found)
             await self._set_version(manifest.policy_version)
             record.set(manifest)
             loaded = True
