@@ -73,7 +73,6 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_with_a_better_policy(tiny_p
     evaluations = [point.metrics["heldout/success_t1.0"] for point in points if "heldout/success_t1.0" in point.metrics]
     assert evaluations[-1] > evaluations[0] + 0.15
     assert all(point.metrics.get("train/staleness_max", 0) <= 1 for point in points)
-    assert all(point.metrics.get("learner/mismatch", 0) < 0.05 for point in points)
     check_ledger(run_dir)
 
     AutoModelForCausalLM.from_pretrained(run_dir / "policy")
