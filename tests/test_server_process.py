@@ -50,6 +50,10 @@ def alive(pid: int) -> bool:
         return False
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def shared_memory(pid: int) -> Path:
     return Path(f"/dev/shm/trace_async_test_{pid}_renamed")
 
@@ -163,3 +167,32 @@ def test_a_missing_environment_names_the_command_that_builds_it(tmp_path):
 
 def test_a_free_port_can_be_bound():
     assert 1024 <= free_port() < 65536
+
+
+async def test_a_child_that_signals_its_parent_does_not_end_the_guard(tmp_path):
+    """SGLang's workers send SIGQUIT to their parent when they break down: after the leader's death to the guard."""
+    program = STUBBORN.replace(
+        "signal.SIG_IGN); time.sleep(600)", "lambda *_: os.kill(os.getppid(), signal.SIGQUIT)); time.sleep(600)"
+    )
+    program = program.replace('child = "import signal', 'child = "import os, signal').replace(
+        ", start_new_session=True", ""
+    )
+    process = start(program, tmp_path / "server.log")
+    await until(lambda: "ready" in process.log_tail())
+    process.remember_shared_memory()
+    await asyncio.sleep(0.3)
+    pids = process.process_ids()
+    os.kill(pids[0], signal.SIGKILL)
+    await until(lambda: process.exit_code is not None)
+    assert process.exit_code == 128 + signal.SIGKILL
+    assert not any(alive(pid) for pid in pids)
+    assert not shared_memory(pids[0]).exists()
+    assert not process.scratch.exists()
+
+
+async def test_the_guard_is_nobodys_child(tmp_path):
+    process = await started_stubborn(tmp_path)
+    assert process._guard_pid not in children_of(os.getpid())
+    os.kill(process._guard_pid, signal.SIGTERM)
+    await until(lambda: process.exit_code is not None)
+    assert not process.shared_scratch.exists()

@@ -9,7 +9,9 @@ it left in its scratch folders and in /dev/shm is removed. The same happens when
 A guard of its own is needed because PR_SET_PDEATHSIG alone reaches only the direct child (and fires when the owner's
 *thread* ends), while engines start processes of their own; as subreaper the guard inherits every one of them.
 The line "remember" on standard input makes it note the shared memory that the server holds now, so that it can be
-removed even when the server is killed from outside.
+removed even when the server is killed from outside. On standard output it writes its process id, and when everything is
+cleared away the server's exit code (128 + the signal's number after a signal, 0 when it was asked to end); standard
+error is the server's log.
 """
 
 import contextlib
@@ -96,16 +98,30 @@ def _end(server: subprocess.Popen[bytes], grace_s: float, inodes: set[int], scra
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def main(arguments: list[str]) -> int:
+def _leave_owner() -> None:
+    """Become nobody's child. Ray, for one, kills the children of an actor that exits before they can clean up."""
+    if os.fork():
+        os._exit(0)
+
+
+def _ask_to_end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: list[str]) -> None:
     grace_s, scratch = float(arguments[0]), arguments[1].split(":")
     command = arguments[arguments.index("--") + 1 :]
+    _leave_owner()
+    # Handlers, since what is ignored would be ignored by the server too. SGLang's processes send SIGQUIT to their
+    # parent when they break down, and that may be us.
+    for number in (signal.SIGQUIT, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGTERM, _ask_to_end)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     server = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=_die_with_guard,
+        command, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True, preexec_fn=_die_with_guard
     )
+    print(os.getpid(), flush=True)
     inodes: set[int] = set()
     code = None
     exited = os.pidfd_open(server.pid)
@@ -119,9 +135,11 @@ def main(arguments: list[str]) -> int:
             else:
                 inodes |= _shared_memory_of(server.pid)
     finally:
+        signal.signal(signal.SIGTERM, lambda *_: None)
         _end(server, grace_s, inodes, scratch)
-    return 0 if code is None else (code if code >= 0 else 128 - code)
+        with contextlib.suppress(BrokenPipeError):  # the owner may be gone
+            print(0 if code is None else (code if code >= 0 else 128 - code), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

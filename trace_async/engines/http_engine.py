@@ -157,7 +157,8 @@ class HttpEngine(ABC):
             if not url:
                 port = free_port()
                 url = f"http://127.0.0.1:{port}"
-                self._process = ServerProcess(functools.partial(self._command, port), log_path=self._log_path)
+                build = functools.partial(self._command, port)
+                self._process = await asyncio.to_thread(ServerProcess, build, log_path=self._log_path)
             self._http = HttpClient(url, self._describe)
             try:
                 await self._until_ready()

@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -71,11 +74,17 @@ class ServerProcess:
         shared_root = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         self.shared_scratch = Path(tempfile.mkdtemp(prefix="trace_async_", dir=shared_root))
         try:
-            self._guard = self._start_guard(*build(self.scratch))
+            guard = self._start_guard(*build(self.scratch))
         except BaseException:
             shutil.rmtree(self.scratch)
             shutil.rmtree(self.shared_scratch)
             raise
+        assert guard.stdin is not None
+        assert guard.stdout is not None
+        self._requests, self._status = guard.stdin, guard.stdout
+        self._guard_pid = int(self._status.readline())
+        guard.wait()  # what is waited for is only the process that the guard left
+        self._exit_code: int | None = None
 
     def _start_guard(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         folders = f"{self.scratch}:{self.shared_scratch}"
@@ -84,8 +93,8 @@ class ServerProcess:
                 # `-I`: the guard must not import anything of the server's PYTHONPATH.
                 [sys.executable, "-I", str(GUARD), str(GRACE_S), folders, "--", *command],
                 stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=subprocess.PIPE,
+                stderr=log,
                 env={**os.environ, **environment, "TMPDIR": str(self.scratch)},
                 cwd=self.scratch,
                 start_new_session=True,
@@ -93,21 +102,23 @@ class ServerProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """None while the server runs; 128 + the signal's number when a signal ended it."""
-        return self._guard.poll()
+        """None while the server runs, or is being cleared away; 128 + the signal's number when a signal ended it."""
+        if self._exit_code is None and select.select([self._status], [], [], 0)[0]:
+            # No line: the guard itself was killed, and the server with it.
+            self._exit_code = int(self._status.readline() or 128 + signal.SIGKILL)
+        return self._exit_code
 
     def remember_shared_memory(self) -> None:
         """Notes what the server holds in /dev/shm now (call it when it is ready), to be removed after its end."""
-        assert self._guard.stdin is not None
         try:
-            self._guard.stdin.write(b"remember\n")
-            self._guard.stdin.flush()
+            self._requests.write(b"remember\n")
+            self._requests.flush()
         except BrokenPipeError:
             return  # it has just ended, which the next request reports
 
     def process_ids(self) -> list[int]:
         """The server's processes, the leader of their group first (empty when it has ended)."""
-        children = Path(f"/proc/{self._guard.pid}/task/{self._guard.pid}/children")
+        children = Path(f"/proc/{self._guard_pid}/task/{self._guard_pid}/children")
         try:
             leaders = [int(pid) for pid in children.read_text().split()]
         except FileNotFoundError:
@@ -124,11 +135,11 @@ class ServerProcess:
 
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL, to the whole group; returns when nothing of it is left."""
-        assert self._guard.stdin is not None
-        if not self._guard.stdin.closed:
-            self._guard.stdin.close()
-        try:
-            await asyncio.to_thread(self._guard.wait, STOP_LIMIT_S)
-        except subprocess.TimeoutExpired as error:
-            self._guard.kill()
-            raise EngineError(f"the server of {self.log_path} did not end within {STOP_LIMIT_S:.0f} s") from error
+        if not self._requests.closed:
+            self._requests.close()
+        deadline = time.monotonic() + STOP_LIMIT_S
+        while self.exit_code is None:
+            if time.monotonic() > deadline:
+                raise EngineError(f"the server of {self.log_path} did not end within {STOP_LIMIT_S:.0f} s")
+            await asyncio.sleep(0.02)
+        self._status.close()
