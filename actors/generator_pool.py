@@ -98,6 +98,8 @@ class GeneratorPool:
                     self.last_error = error
                     await self._remove(name, lost=True)
             self._refill()
+            # A router leaves out a generator on which a request failed; hearing of it again, it goes back to it.
+            await self.announce(self.ready)
 
     async def stats(self) -> list[GeneratorStats]:
         results = await asyncio.gather(*(h.stats.remote() for h in self.ready.values()), return_exceptions=True)

@@ -78,6 +78,14 @@ async def test_a_killed_generator_is_replaced_and_synced_before_it_is_announced(
     assert pool.num_lost == 1
 
 
+async def test_a_healthy_generator_is_announced_again_to_routers_that_had_left_it_out(pool: GeneratorPool):
+    heard = len(pool.announce.announced)
+    watching = asyncio.create_task(pool.watch(every_s=0.05))
+    await until(lambda: len(pool.announce.announced) > heard)
+    watching.cancel()
+    assert pool.announce.announced[-1] == {"generator-0", "generator-1"}
+
+
 async def test_a_generator_that_refuses_weights_is_lost_and_the_others_serve_them(pool: GeneratorPool):
     # Only generator-0 has these weights already, so only for it does the next update change nothing.
     await pool.ready["generator-0"].update_weights.remote(weights(1))
