@@ -280,11 +280,12 @@ async def test_a_worker_that_hangs_is_a_timeout(tiny_policy_path, monkeypatch):
 
 
 async def test_waiting_behind_others_is_no_timeout(tiny_policy_path, monkeypatch):
-    engine = await started(tiny_policy_path, request_timeout_s=0.2, max_running_requests=1)
+    # 30 steps of 0.1 s one after another: longer than the limit in all, each far below it.
+    engine = await started(tiny_policy_path, request_timeout_s=1.5, max_running_requests=1)
     step = Scheduler.step
 
     def slow_step(self):
-        time.sleep(0.03)
+        time.sleep(0.1)
         return step(self)
 
     monkeypatch.setattr(Scheduler, "step", slow_step)
