@@ -43,4 +43,10 @@ def load_domain(config: EnvConfig) -> Domain:
         raise ConfigError(
             f"env.args={dict(config.args)}: {error}; {class_name} takes {inspect.signature(domain_class)}"
         ) from error
-    return domain_class(**config.args)
+    try:
+        domain: Domain = domain_class(**config.args)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"env.name={config.name}: {error}") from error
+    return domain

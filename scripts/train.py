@@ -152,6 +152,7 @@ def _dry_run(config: Config, run_dir: Path) -> int:
     from trace_async.plan import plan_run
 
     print(config_to_yaml(config))
+    print(plan_run(config))
     domain = load_domain(config.env)
     print(f"run directory    {run_dir}")
     for split in ("train", "heldout"):
@@ -167,7 +168,6 @@ def _dry_run(config: Config, run_dir: Path) -> int:
         print(f"policy           {config.policy.path}, {renderer.vocab_size} tokens")
     else:
         print(f"policy           a small one will be built for {domain.name} under {config.policy.cache_dir}")
-    print(plan_run(config))
     return 0
 
 
