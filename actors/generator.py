@@ -18,8 +18,9 @@ from ray.exceptions import RayActorError
 from trace_async.config import Config
 from trace_async.engine import EngineDeadError, EngineError, EngineHealth, EngineRequestError, EngineTimeoutError
 from trace_async.engines import make_engine
+from trace_async.engines.work_clock import WorkClock
 from trace_async.types import Completion, SamplingParams
-from trace_async.weights import WeightUpdate
+from trace_async.weights import WeightBucket, WeightManifest, WeightUpdate, join_buckets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class GeneratorActor:
             log_dir=Path(log_dir),
         )
         self.request_timeout_s = config.engine.request_timeout_s
+        self.clock = WorkClock()
         self.num_requests = 0
         self.busy_s = 0.0
         self.busy_since = 0.0
@@ -52,19 +54,24 @@ class GeneratorActor:
         await self.engine.start()
 
     async def generate(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
-        """One sample. EngineTimeoutError when the engine gave nothing within engine.request_timeout_s."""
+        """One sample. EngineTimeoutError when the engine gave nothing in engine.request_timeout_s of work.
+
+        The time in which weights arrive or the engine is paused is not the engine's: it has limits of its own.
+        """
         if self.num_requests == 0:
             self.busy_since = time.monotonic()
         self.num_requests += 1
+        answer = asyncio.ensure_future(self.engine.generate(prompt_ids, params))
         try:
-            async with asyncio.timeout(self.request_timeout_s):
-                (completion,) = await self.engine.generate(prompt_ids, params)
+            await self.clock.until_done(answer, self.request_timeout_s)
+            (completion,) = answer.result()
         except TimeoutError:
             raise EngineTimeoutError(
                 f"no completion within engine.request_timeout_s={self.request_timeout_s}; "
                 f"{self.num_requests} requests are in flight"
             ) from None
         finally:
+            answer.cancel()
             self.num_requests -= 1
             if self.num_requests == 0:
                 self.busy_s += time.monotonic() - self.busy_since
@@ -72,8 +79,24 @@ class GeneratorActor:
 
     async def update_weights(self, update: WeightUpdate) -> int:
         """Returns the policy version served from now on."""
-        await self.engine.update_weights(update)
+        with self.clock.held():
+            await self.engine.update_weights(update)
         return update.manifest.policy_version
+
+    async def receive_weights(self, *parts: WeightBucket | WeightManifest) -> int:
+        """`update_weights` with what the learner sends: buckets and, last, their manifest."""
+        *buckets, manifest = parts
+        assert isinstance(manifest, WeightManifest)
+        return await self.update_weights(join_buckets((b for b in buckets if isinstance(b, WeightBucket)), manifest))
+
+    async def pause(self) -> None:
+        """Requests in flight and new ones wait until `resume`."""
+        await self.engine.pause()
+        self.clock.pause()
+
+    async def resume(self) -> None:
+        await self.engine.resume()
+        self.clock.resume()
 
     async def stats(self) -> GeneratorStats:
         now = time.monotonic()

@@ -1,16 +1,22 @@
-"""The router: prompts stick, spill, and move when a generator breaks down (handles with Ray's call shape)."""
+"""One generator's limit on a request. The router: prompts stick, spill, and move when a generator breaks down."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
+import torch
 from ray.exceptions import ActorDiedError
 
-from actors.generator import GeneratorRouter
-from trace_async.engine import EngineDeadError, EngineRequestError
+from actors.generator import GeneratorActor, GeneratorRouter
+from trace_async.config import load_config
+from trace_async.engine import EngineDeadError, EngineRequestError, EngineTimeoutError, WeightSyncError
+from trace_async.engines.fake import FakeEngine
 from trace_async.types import Completion, SamplingParams, VersionSpan
+from trace_async.weights import WeightUpdate, pack_weights
 
 PARAMS = SamplingParams()
+LIMIT_S = 0.3
 ANSWER = Completion(
     token_ids=(1,),
     logprobs=(-1.0,),
@@ -44,6 +50,78 @@ async def dies() -> Completion:
 
 async def refuses() -> Completion:
     raise EngineRequestError("too long")
+
+
+class SlowUpdates(FakeEngine):
+    """Holds its requests while weights arrive, until `arrived` is set."""
+
+    arrived: asyncio.Event
+
+    async def update_weights(self, update: WeightUpdate) -> None:
+        await self.pause()
+        try:
+            await self.arrived.wait()
+            await super().update_weights(update)
+        finally:
+            await self.resume()
+
+
+@pytest.fixture
+def actor(tiny_policy_path: Path, tmp_path: Path) -> GeneratorActor:
+    config = load_config(None, ["engine.backend=fake", f"engine.request_timeout_s={LIMIT_S}"])
+    made = GeneratorActor(config, str(tiny_policy_path), 0, str(tmp_path))
+    engine = SlowUpdates(lambda prompt, sample: [7, 8, 9], token_latency_s=0.01)
+    engine.arrived = asyncio.Event()
+    made.engine = engine
+    return made
+
+
+def weights(version: int) -> WeightUpdate:
+    return pack_weights({"w": torch.full((4,), float(version))}, version)
+
+
+async def test_a_request_held_by_a_pause_outlives_the_limit(actor: GeneratorActor):
+    await actor.pause()
+    await actor.pause()
+    waiting = asyncio.create_task(actor.generate((1,), PARAMS))
+    await asyncio.sleep(3 * LIMIT_S)
+    assert not waiting.done()
+    await actor.resume()
+    assert (await waiting).token_ids == (7, 8, 9)
+
+
+async def test_a_request_held_by_a_weight_update_outlives_the_limit(actor: GeneratorActor):
+    in_flight = asyncio.create_task(actor.generate((1,), PARAMS))
+    await asyncio.sleep(0)
+    update = asyncio.create_task(actor.update_weights(weights(3)))
+    await asyncio.sleep(0)
+    late = asyncio.create_task(actor.generate((2,), PARAMS))
+    await asyncio.sleep(3 * LIMIT_S)
+    assert not in_flight.done()
+    assert not late.done()
+    actor.engine.arrived.set()
+    assert await update == 3
+    assert (await in_flight).token_ids == (await late).token_ids == (7, 8, 9)
+
+
+async def test_a_hung_engine_is_found_within_its_limit(actor: GeneratorActor):
+    await actor.engine.pause()  # not through the actor: to it the engine just gives nothing
+    with pytest.raises(EngineTimeoutError, match=r"request_timeout_s=0\.3; 2 requests are in flight"):
+        await asyncio.gather(actor.generate((1,), PARAMS), actor.generate((2,), PARAMS))
+
+
+async def test_an_engine_that_hangs_after_a_pause_or_an_update_that_failed_is_found(actor: GeneratorActor):
+    await actor.pause()
+    waiting = asyncio.create_task(actor.generate((1,), PARAMS))
+    bad = WeightUpdate(manifest=weights(2).manifest, tensors=weights(1).tensors)
+    actor.engine.arrived.set()
+    with pytest.raises(WeightSyncError):
+        await actor.update_weights(bad)
+    await actor.resume()
+    await actor.engine.pause()
+    with pytest.raises(EngineTimeoutError, match="1 requests are in flight"):
+        await waiting
+    assert actor.num_requests == 0
 
 
 def router(**generators: Handle) -> GeneratorRouter:

@@ -32,6 +32,7 @@ from trace_async.engines.http_client import HttpClient, Reply
 from trace_async.engines.server import ServerProcess, free_port, has_gpu
 from trace_async.engines.weight_files import checked_tensors, weight_folder
 from trace_async.engines.weight_record import Tensors, WeightRecord
+from trace_async.engines.work_clock import WorkClock
 from trace_async.types import Completion, SamplingParams, VersionSpan
 from trace_async.weights import WeightManifest, WeightUpdate
 
@@ -51,7 +52,8 @@ class _Totals:
 class HttpEngine(ABC):
     """An engine whose model lives in a server process (see the Engine protocol).
 
-    A sample ends with EngineTimeoutError when it takes longer than `engine.request_timeout_s`, pauses not counted.
+    A sample ends with EngineTimeoutError when it takes longer than `engine.request_timeout_s`, not counting pauses and
+    weight updates.
     After EngineDeadError or EngineTimeoutError `start()` makes a fresh server, with the weights of `policy_path` and
     version 0: sync weights before it serves. With `engine.url` no process is started or stopped; the server must run
     on this machine, with `policy_path` as its model.
@@ -86,8 +88,7 @@ class HttpEngine(ABC):
         self._record: WeightRecord | None = None
         self._found: dict[str, str] = {}  # the digests that the server reported last
         self._broken = ""
-        self._paused_at: float | None = None
-        self._paused_s = 0.0
+        self._clock = WorkClock()
 
     # What a backend defines -------------------------------------------------------------------------------------
 
@@ -267,27 +268,20 @@ class HttpEngine(ABC):
         return completion
 
     async def _within_limit(self, request: Coroutine[None, None, Reply]) -> Reply:
-        """The reply, or EngineTimeoutError after `request_timeout_s` in which the engine was not paused."""
+        """The reply, or EngineTimeoutError after `request_timeout_s` in which we did not hold the engine."""
         limit_s = self._config.request_timeout_s
         task = asyncio.ensure_future(request)
         self._in_flight.add(task)
-        deadline = self._running_clock() + limit_s
         try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=max(0.05, deadline - self._running_clock()))
-                if not task.done() and self._running_clock() >= deadline:
-                    raise EngineTimeoutError(f"{self._describe()} did not finish a request in {limit_s:g} s")
-            if task.cancelled():
-                raise EngineDeadError(f"{self.name} was closed, or its weights broke, with the request in flight")
-            return task.result()
+            await self._clock.until_done(task, limit_s)
+        except TimeoutError:
+            raise EngineTimeoutError(f"{self._describe()} did not finish a request in {limit_s:g} s") from None
         finally:
             task.cancel()
             self._in_flight.discard(task)
-
-    def _running_clock(self) -> float:
-        """Seconds, standing still while the engine is paused."""
-        now = time.monotonic() if self._paused_at is None else self._paused_at
-        return now - self._paused_s
+        if task.cancelled():
+            raise EngineDeadError(f"{self.name} was closed, or its weights broke, with the request in flight")
+        return task.result()
 
     def _abort_soon(self, request_id: str) -> None:
         async def abort() -> None:
@@ -305,15 +299,12 @@ class HttpEngine(ABC):
     async def pause(self) -> None:
         async with self._control:
             await self._hold(drop_kv=False)
-            if self._paused_at is None:
-                self._paused_at = time.monotonic()
+            self._clock.pause()
 
     async def resume(self) -> None:
         async with self._control:
             await self._release()
-            if self._paused_at is not None:
-                self._paused_s += time.monotonic() - self._paused_at
-                self._paused_at = None
+            self._clock.resume()
 
     async def _require_answer(self) -> None:
         try:
@@ -348,11 +339,13 @@ class HttpEngine(ABC):
                 return  # synced once more, as before re-admission
             if self._config.weight_sync == "collective":
                 sent = await asyncio.to_thread(checked_tensors, update)
-                await self._replace_weights(self._load_by_broadcast, sent, update.manifest)
+                with self._clock.held():
+                    await self._replace_weights(self._load_by_broadcast, sent, update.manifest)
                 return
             async with weight_folder(update, folders=self._weight_folders()) as (folder, tensors):
                 load = functools.partial(self._load_from_folder, folder)
-                await self._replace_weights(load, tensors, update.manifest)
+                with self._clock.held():
+                    await self._replace_weights(load, tensors, update.manifest)
 
     async def _replace_weights(self, load: Load, tensors: Tensors, manifest: WeightManifest) -> None:
         record, repairing, loaded = self._record, bool(self._broken), False
@@ -376,7 +369,7 @@ class HttpEngine(ABC):
         finally:
             # Requests that arrive meanwhile wait in the server, so only an update that failed shuts the door.
             self._broken = "" if loaded else f"version {manifest.policy_version} was not loaded to its end"
-            if self._paused_at is None:
+            if not self._clock.paused:
                 await self._release()
 
     def _weight_folders(self) -> tuple[Path, ...]:

@@ -1,0 +1,62 @@
+"""Limits on an engine's work that do not count the time in which we hold it ourselves."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+MIN_WAIT_S = 0.05
+
+
+class WorkClock:
+    """Seconds in which the engine may work: it stands still during pauses and weight updates."""
+
+    def __init__(self) -> None:
+        self.paused = False
+        self._num_holds = 0
+        self._held_since = 0.0
+        self._held_s = 0.0
+
+    def now(self) -> float:
+        """Seconds, from an arbitrary zero."""
+        return (self._held_since if self._num_holds else time.monotonic()) - self._held_s
+
+    def pause(self) -> None:
+        """Stand still until `resume`, however often it was called."""
+        if not self.paused:
+            self.paused = True
+            self._hold()
+
+    def resume(self) -> None:
+        if self.paused:
+            self.paused = False
+            self._release()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Stand still inside the block."""
+        self._hold()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _hold(self) -> None:
+        if not self._num_holds:
+            self._held_since = time.monotonic()
+        self._num_holds += 1
+
+    def _release(self) -> None:
+        self._num_holds -= 1
+        if not self._num_holds:
+            self._held_s += time.monotonic() - self._held_since
+
+    async def until_done(self, task: asyncio.Future[T], limit_s: float) -> None:
+        """Returns when `task` has ended; TimeoutError after `limit_s` seconds of this clock, with `task` running on."""
+        deadline = self.now() + limit_s
+        while not task.done():
+            await asyncio.wait({task}, timeout=max(MIN_WAIT_S, deadline - self.now()))
+            if not task.done() and self.now() >= deadline:
+                raise TimeoutError
