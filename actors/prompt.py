@@ -27,7 +27,8 @@ class PromptActor:
     def __init__(self, config: Config, policy_path: str, predictor: ActorHandle | None) -> None:
         self.config = config
         self.domain = load_domain(config.env)
-        self.renderer = Renderer(load_tokenizer(policy_path))
+        limit = config.sampling.max_observation_tokens
+        self.renderer = Renderer(load_tokenizer(policy_path), max_observation_tokens=limit)
         self.predictor = predictor
         self.router = GeneratorRouter(
             spill_requests=config.actors.spill_requests,
@@ -48,11 +49,13 @@ class PromptActor:
             return plan_prefixes(settings, anchors, budget, rng)
 
         needs_values = settings.stage2 not in ("none", "random")
+        oracle_rollouts = settings.oracle_rollouts if needs_values else 0
         expansion = Expansion(
             plan=plan,
             per_root=settings.continuations_per_root,
             rounds=settings.stage2_rounds,
             value=self._values if needs_values else None,
+            oracle_rollouts=oracle_rollouts,
         )
         async with self.slots:
             return await run_tree(
@@ -71,6 +74,14 @@ class PromptActor:
         """One rollout per task, all at once within the actor's slots."""
         return list(await asyncio.gather(*(self._evaluate(task, temperature) for task in tasks)))
 
+    async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
+        """The rewards of `count` rollouts per task: V(prompt) as the oracle knows it."""
+        return list(await asyncio.gather(*(self._measure(task, count) for task in tasks)))
+
+    async def _measure(self, task: Task, count: int) -> list[float]:
+        tree = await self._roots(task, count, self.config.sampling.temperature)
+        return [rollout.reward for rollout in tree.rollouts]
+
     async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery]:
         """The predictor's question for every task's prompt: its tokens, all of them."""
         return [await self._prompt_query(task) for task in tasks]
@@ -83,16 +94,20 @@ class PromptActor:
             await env.close()
         return PrefixQuery(token_ids=prompt_ids, positions=(len(prompt_ids),))
 
-    async def _evaluate(self, task: Task, temperature: float) -> EvalRollout:
+    async def _roots(self, task: Task, count: int, temperature: float) -> RolloutTree:
+        """Root rollouts that nobody trains on."""
         async with self.slots:
-            tree = await run_tree(
+            return await run_tree(
                 task,
                 self.domain.make_env,
                 self.renderer,
                 lambda prompt_ids, params: self.router.generate(task.id, prompt_ids, params),
                 self._limits(temperature),
-                num_roots=1,
+                num_roots=count,
             )
+
+    async def _evaluate(self, task: Task, temperature: float) -> EvalRollout:
+        tree = await self._roots(task, 1, temperature)
         rollout = tree.rollouts[0] if tree.rollouts else None
         return EvalRollout(
             task_id=task.id,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from trace_async.env import CUT_MARK
 from trace_async.types import Json
 
 MAX_ACTION_CHARS = 20_000
@@ -142,4 +143,4 @@ def cut_text(text: str, *, max_chars: int) -> str:
     kept = "".join(c for c in text[: max_chars + 1] if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
     if len(text) <= max_chars:
         return kept
-    return kept[:max_chars].rstrip() + " [ cut ]"
+    return kept[:max_chars].rstrip() + CUT_MARK

@@ -20,7 +20,7 @@ from pydantic_monty import (
 )
 
 from trace_async.config import ConfigError
-from trace_async.env import EnvError
+from trace_async.env import CUT_MARK, EnvError
 
 _LIMIT_ERRORS = (TimeoutError, MemoryError)
 
@@ -151,7 +151,7 @@ class _Printed:
             self._room -= len(self._parts[-1])
 
     def text(self) -> str:
-        return "".join(self._parts).strip() + (" [ cut ]" if self._cut else "")
+        return "".join(self._parts).strip() + (CUT_MARK if self._cut else "")
 
 
 def _failed(printed: _Printed, error: MontyRuntimeError | MontySyntaxError, state: bytes | None) -> CodeResult:

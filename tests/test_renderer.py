@@ -124,14 +124,18 @@ def test_two_tool_answers_share_one_message(renderer: Renderer) -> None:
     )
 
 
-def test_observations_are_cut_in_tokens() -> None:
-    short = Renderer(TOKENIZER, max_observation_tokens=3)
-    long = Message(role="tool", content="the answer is what the search is")
+def test_observations_are_cut_in_tokens_and_say_so() -> None:
+    mark = RENDERER.encode_data(" [ cut ]")
+    long, short = (Message(role="tool", content="the answer is " * times) for times in (9, 1))
     whole = RENDERER.encode_data(long.content)
-    rendered = list(short.render_observation([long, long], turn_ended=True))
-    expected = template_tokens("\n<|im_start|>user\n<tool_response>\n") + whole[:3]
-    expected += template_tokens("\n</tool_response>\n<tool_response>\n") + whole[:3]
-    assert rendered == expected + template_tokens("\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    limit = len(mark) + 3
+    assert len(RENDERER.encode_data(short.content)) <= limit < len(whole)
+    rendered = Renderer(TOKENIZER, max_observation_tokens=limit).render_observation([long, short], turn_ended=True)
+    expected = template_tokens("\n<|im_start|>user\n<tool_response>\n") + whole[:3] + mark
+    expected += template_tokens("\n</tool_response>\n<tool_response>\n") + RENDERER.encode_data(short.content)
+    assert list(rendered) == expected + template_tokens("\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(ValueError, match=r"max_observation_tokens=4: the mark ' \[ cut \]' alone takes"):
+        Renderer(TOKENIZER, max_observation_tokens=4)
 
 
 def test_tools_are_shown_with_control_tokens_only_from_the_template(renderer: Renderer) -> None:

@@ -62,13 +62,18 @@ class PolicyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How rollouts are sampled. A rollout whose context is full ends with reward 0 (the policy's own doing)."""
+    """How rollouts are sampled. A rollout whose context is full ends with reward 0 (the policy's own doing).
+
+    `max_observation_tokens` (0: no limit): of every message that an environment answers with, whatever the domain; what
+    is longer is cut and ends with `[ cut ]`. Environments cut by characters before that, at a limit of their own.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     max_turn_tokens: int = 24
     max_context_tokens: int = 512
+    max_observation_tokens: int = 512
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "sampling.temperature", self.temperature, "must be > 0 in training")
@@ -79,6 +84,12 @@ class SamplingConfig:
             "sampling.max_context_tokens",
             self.max_context_tokens,
             f"must be greater than sampling.max_turn_tokens={self.max_turn_tokens}",
+        )
+        _require(
+            self.max_observation_tokens == 0 or self.max_observation_tokens >= 16,
+            "sampling.max_observation_tokens",
+            self.max_observation_tokens,
+            "0 (no limit) or ≥ 16",
         )
 
 
@@ -92,7 +103,8 @@ class BudgetConfig:
     (posterior) | thompson (MoPPS) | pcl | vip | dapo. `stage2`: none | random | contrast | contrast_per_token |
     contrast_value_only. `stage2_rounds`: the continuations of a prompt are spent in this many rounds (Tree-GRPO's L).
     `warmup_rounds`: first rounds with stage1=uniform in groups of `warmup_rollouts` (small groups show the predictor
-    more prompts); charged like all others.
+    more prompts); charged like all others. `oracle_rollouts`: for understanding only; where rules ask for V, so many
+    rollouts of the current policy from each prompt and prefix measure it, uncharged, in place of the predictor.
     """
 
     root_rollouts: int = 64
@@ -107,6 +119,7 @@ class BudgetConfig:
     stage2_rounds: int = 1
     warmup_rounds: int = 2
     warmup_rollouts: int = 2
+    oracle_rollouts: int = 0
 
     def __post_init__(self) -> None:
         _require(self.root_rollouts >= 2, "budget.root_rollouts", self.root_rollouts, "must be ≥ 2")
@@ -120,6 +133,7 @@ class BudgetConfig:
         _require(self.stage2_rounds >= 1, "budget.stage2_rounds", self.stage2_rounds, "must be ≥ 1")
         _require(self.warmup_rollouts >= 2, "budget.warmup_rollouts", self.warmup_rollouts, "must be ≥ 2")
         _require(self.warmup_rounds >= 0, "budget.warmup_rounds", self.warmup_rounds, "must be ≥ 0")
+        _require(self.oracle_rollouts >= 0, "budget.oracle_rollouts", self.oracle_rollouts, "must be ≥ 0")
         _require(
             self.pool_size * self.min_rollouts <= self.root_rollouts,
             "budget.min_rollouts",
@@ -233,6 +247,8 @@ class LearnerConfig:
 
     `minibatches`: optimizer steps per update (alias ppo mini-batches). `deepspeed`: any DeepSpeed option, handed on
     as it is. `gradient_checkpointing` and `logprob_chunk_tokens` bound memory. `num_threads`: per rank, on the CPU.
+    `weight_bucket_bytes`: how much of the weights is whole on a rank at a time (one tensor at least) on its way to the
+    generators.
     """
 
     num_ranks: int = 1
@@ -252,6 +268,7 @@ class LearnerConfig:
     logprob_chunk_tokens: int = 4096
     gradient_checkpointing: bool = False
     lora_rank: int = 0
+    weight_bucket_bytes: int = 256 * 1024**2
     deepspeed: dict[str, Any] = field(default_factory=dict)
     num_threads: int = 1
     step_timeout_s: float = 600.0
@@ -262,6 +279,7 @@ class LearnerConfig:
         _require(self.minibatches >= 1, "learner.minibatches", self.minibatches, "must be ≥ 1")
         _require(self.max_tokens_per_micro_batch >= 1, "learner.max_tokens_per_micro_batch", 0, "must be ≥ 1")
         _require(self.lora_rank >= 0, "learner.lora_rank", self.lora_rank, "0 (off) or the rank")
+        _require(self.weight_bucket_bytes >= 1, "learner.weight_bucket_bytes", self.weight_bucket_bytes, "must be ≥ 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

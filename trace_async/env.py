@@ -1,6 +1,6 @@
 """The seam to environments: what a task, its tools and its verifier must offer.
 
-A complete example of an environment of one's own is in the README.
+A complete environment of one's own is `envs/example.py`.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,9 @@ from random import Random
 from typing import Protocol, runtime_checkable
 
 from trace_async.types import Prompt, Split, StepResult, Task
+
+CUT_MARK = " [ cut ]"
+"""Ends an observation that was cut, in characters by an environment or in tokens by the renderer: the model sees it."""
 
 
 class EnvError(Exception):

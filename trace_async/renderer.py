@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from trace_async.env import CUT_MARK
 from trace_async.types import Json, Message, Prompt, Role
 
 _REPLACEMENT = "\ufffd"
@@ -21,10 +22,11 @@ _REPLACEMENT = "\ufffd"
 class Renderer:
     """Renders with `tokenizer`'s chat template; raises ValueError where the template cannot be used.
 
-    `max_observation_tokens`: the content of each message of an observation is cut to so many tokens.
+    `max_observation_tokens` (0: no limit): the content of each message of an observation is cut to so many tokens, of
+    which the last ones say so (`CUT_MARK`).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, max_observation_tokens: int | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, max_observation_tokens: int = 0) -> None:
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer {_name(tokenizer)} has no chat template")
         if not tokenizer.is_fast:
@@ -40,6 +42,12 @@ class Renderer:
         self._data_core.encode_special_tokens = True
         self._data_core.no_truncation()
         self._data_core.no_padding()
+        self._cut_mark = tuple(self.encode_data(CUT_MARK))
+        if 0 < max_observation_tokens <= len(self._cut_mark):
+            raise ValueError(
+                f"max_observation_tokens={max_observation_tokens}: the mark {CUT_MARK!r} alone takes "
+                f"{len(self._cut_mark)} tokens of {_name(tokenizer)}"
+            )
         self._encode_template = lru_cache(maxsize=512)(self._encode_template_text)
         self._template_pieces = lru_cache(maxsize=512)(self._make_template_pieces)
         self._end_of_turn_id = self._find_end_of_turn()
@@ -62,7 +70,7 @@ class Renderer:
         pieces = self._template_pieces(_roles((*turn, *messages)), "[]")
         if [index for _, index in pieces[:2]] != [0, 1]:
             raise self._template_error("the assistant's turn does not follow the user's message")
-        token_ids = self._encode(pieces[2:], (*turn, *messages), max_tokens=self._max_observation_tokens)
+        token_ids = self._encode(pieces[2:], (*turn, *messages), max_content_tokens=self._max_observation_tokens)
         start = token_ids.index(self._end_of_turn_id) + 1 if turn_ended else 0
         return token_ids[start:]
 
@@ -93,14 +101,17 @@ class Renderer:
         pieces: Sequence[tuple[str, int | None]],
         messages: Sequence[Message],
         *,
-        max_tokens: int | None = None,
+        max_content_tokens: int = 0,
     ) -> tuple[int, ...]:
         token_ids: list[int] = []
         for text, index in pieces:
             if text:
                 token_ids += self._encode_template(text)
             if index is not None:
-                token_ids += self.encode_data(messages[index].content)[:max_tokens]
+                content = self.encode_data(messages[index].content)
+                if 0 < max_content_tokens < len(content):
+                    content = [*content[: max_content_tokens - len(self._cut_mark)], *self._cut_mark]
+                token_ids += content
         return tuple(token_ids)
 
     def _encode_template_text(self, text: str) -> tuple[int, ...]:
