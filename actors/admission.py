@@ -109,6 +109,13 @@ class Admission:
         if rule in ESTIMATE_FREE_RULES:
             return Estimates(np.ones(len(tasks)), np.ones(len(tasks)))
         started = time.monotonic()
+        if self.config.budget.oracle_rollouts:
+            rewards = await self.prompts.measure(tasks, self.config.budget.oracle_rollouts)
+            # Jeffreys' prior: no rollout of the oracle makes it certain.
+            return Estimates(
+                np.array([0.5 + sum(some) for some in rewards]),
+                np.array([0.5 + len(some) - sum(some) for some in rewards]),
+            )
         queries = await self.prompts.prompt_queries(tasks)
         estimates: Estimates = await self.predictor.estimate.remote([task.id for task in tasks], queries)
         self.estimate_s += time.monotonic() - started

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -19,6 +20,7 @@ from trace_async.tree import RolloutTree
 from trace_async.types import PrefixQuery, Task
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class PromptLostError(Exception):
@@ -79,9 +81,13 @@ class PromptGroup:
         """The predictor's question for every task: V after all tokens of its prompt."""
         shares = self._shares(tasks)
         calls = (actor.prompt_queries.remote(share) for actor, share in zip(self.actors, shares, strict=True))
-        parts: list[list[PrefixQuery]] = await asyncio.gather(*calls)
-        queries = [iter(part) for part in parts]
-        return [next(queries[index % len(queries)]) for index in range(len(tasks))]
+        return _in_order(await asyncio.gather(*calls))
+
+    async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
+        """For every task the rewards of `count` rollouts by the current policy, fewer where some broke down."""
+        shares = self._shares(tasks)
+        calls = (actor.measure.remote(share, count) for actor, share in zip(self.actors, shares, strict=True))
+        return _in_order(await asyncio.gather(*calls))
 
     async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
         """One rollout per task."""
@@ -96,3 +102,9 @@ class PromptGroup:
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
+
+
+def _in_order(parts: Sequence[Sequence[T]]) -> list[T]:
+    """Puts the answers of `_shares` back into the order of the tasks."""
+    answers = [iter(part) for part in parts]
+    return [next(answers[index % len(answers)]) for index in range(sum(map(len, parts)))]

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 
 from trace_async.config import ConfigError
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    # What a script puts into the background inherits an ignored Ctrl-C, which is how `compare` stops its runs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except ConfigError as error:

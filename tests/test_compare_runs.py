@@ -203,6 +203,7 @@ def test_the_comparisons_that_come_with_it(name: str, capsys: pytest.CaptureFixt
         ("max_generated_tokens=0", "must be > 0"),
         ("max_generated_token=5", "max_generated_token"),
         ("name=a/b", "letters, digits"),
+        ("overrides=[eval.temperatures=[1.0]]", "did not find expected"),
         ("methods.bad.overrides=[budget.stage1=best]", "(?s)method bad: .*stage1"),
     ],
 )

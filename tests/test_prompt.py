@@ -131,3 +131,10 @@ async def test_evaluation_is_one_rollout_a_task_and_the_prompt_is_what_the_predi
     ]
     queries = await actor.prompt_queries(tasks)
     assert queries[0].positions == (len(queries[0].token_ids),)
+
+
+async def test_the_oracle_plays_the_asked_number_of_rollouts_per_task(actor: PromptActor):
+    HANG.set()
+    rewards = await actor.measure(Gates().tasks("train"), 3)
+    assert [len(some) for some in rewards] == [3, 3]
+    assert {reward for some in rewards for reward in some} <= {0.0, 1.0}

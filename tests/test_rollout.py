@@ -144,6 +144,27 @@ async def test_a_continuation_goes_on_from_the_frozen_history_and_the_frozen_sta
     assert tree.nodes[1].value == 0.25
 
 
+async def test_the_oracle_measures_prefixes_by_rollouts_that_do_not_enter_the_tree():
+    asked: list[Sequence[Anchor]] = []
+
+    def nothing(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
+        asked.append(anchors)
+        return np.zeros(len(anchors), dtype=int)
+
+    said = {0: iter((1,)), 1: iter((2, 2, 2)), 2: iter((4, 4, 4, 5, 6))}  # by number of turns before
+
+    async def generate(prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        return completion(next(said[prompt_ids.count(STOP)]), STOP)
+
+    expansion = Expansion(plan=nothing, per_root=1, oracle_rollouts=2)
+    tree = await run_tree(
+        TASK, lambda _: SumEnv(), NumberRenderer(), generate, limits(), num_roots=1, expansion=expansion
+    )
+    # Turn 1 goes on with 2, 4 twice: 1 + 2 + 4 is odd. Turn 2 (sum 3) with 5 and 6: 3 + 5 is even, 3 + 6 odd.
+    assert [(anchor.node, anchor.value) for anchor in asked[0]] == [(1, 1.0), (2, 0.5)]
+    assert len(tree.rollouts) == 1 and len(tree.nodes) == 4
+
+
 async def test_several_rounds_spend_the_same_budget_and_may_continue_continuations():
     seen: list[int] = []
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from trace_async.compare import Curve, make_curve
 from trace_async.config import Config, ConfigError, config_to_yaml, load_config
@@ -106,7 +107,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             OmegaConf.structured(Comparison), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
         )
         comparison = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: {str(error).strip()}") from error
     assert isinstance(comparison, Comparison)
     if comparison.base:

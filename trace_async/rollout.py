@@ -46,12 +46,17 @@ class RolloutLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expansion:
-    """Stage 2 of a prompt: `per_root` continuations for every finished root rollout, spent in `rounds` rounds."""
+    """Stage 2 of a prompt: `per_root` continuations for every finished root rollout, spent in `rounds` rounds.
+
+    `value` estimates the prefixes; `oracle_rollouts` > 0 measures them instead, each by so many continuations that do
+    not enter the tree.
+    """
 
     plan: PlanPrefixes
     per_root: int
     rounds: int = 1
     value: Value | None = None
+    oracle_rollouts: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -115,7 +120,9 @@ class PromptRun:
         budget = expansion.per_root * len(self.finished)
         allocated = 0
         for rounds_left in range(expansion.rounds, 0, -1):
-            if expansion.value is not None:
+            if expansion.oracle_rollouts:
+                await self._measure_values(expansion.oracle_rollouts)
+            elif expansion.value is not None:
                 await self._fill_values(expansion.value)
             anchors = find_anchors(self.tree())
             share = -(-(budget - allocated) // rounds_left)
@@ -141,6 +148,28 @@ class PromptRun:
         for chain, values in zip(chains, await value(queries), strict=True):
             for turn, estimate in zip(chain.turns, values, strict=True):
                 turn.value = float(estimate)
+
+    async def _measure_values(self, count: int) -> None:
+        """V of every turn that can be continued: the mean outcome of `count` continuations from it."""
+        scratch = {
+            (chain, index): [_Chain("continuation", (chain, index)) for _ in range(count)]
+            for chain in self.finished
+            for index, turn in enumerate(chain.turns)
+            if turn.value is None and turn.state is not None
+        }
+        played = [other for others in scratch.values() for other in others]
+        self.started += played  # `close` frees their states
+        await _run_all(self._measure(other) for other in played)
+        for (chain, index), others in scratch.items():
+            rewards = [other.reward for other in others if other.reward is not None]
+            if rewards:
+                chain.turns[index].value = float(np.mean(rewards))
+
+    async def _measure(self, chain: _Chain) -> None:
+        try:
+            await self._roll(chain)
+        except (EngineError, EnvError) as error:
+            log.warning("task %s: a rollout of the oracle failed: %r", self.task.id, error)
 
     async def _attempt(self, kind: RolloutKind, anchor: tuple[_Chain, int] | None) -> None:
         for attempt in range(self.limits.max_retries + 1):
