@@ -5,6 +5,7 @@ user turn's end is judged: the services must be in the state that the right call
 were asked for must have been made.
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -79,15 +80,9 @@ class ConversationEnv:
         return self._observe([Message(role="user", content=request)])
 
     async def fork(self) -> "ConversationEnv":
-        copy = ConversationEnv(
-            self._prompt,
-            self._requests,
-            self._backend.fork(),
-            max_turns=self._max_turns,
-            max_observation_chars=self._max_observation_chars,
-        )
-        copy._turns, copy._calls, copy._malformed = self._turns, self._calls, self._malformed
-        return copy
+        twin = copy.copy(self)
+        twin._backend = self._backend.fork()
+        return twin
 
     async def close(self) -> None:
         return None
@@ -140,9 +135,9 @@ class ServicesBackend:
         return _in_order(self._state) == _in_order(wanted) and all(call in self._made for call in required)
 
     def fork(self) -> "ServicesBackend":
-        copy = ServicesBackend(self._task)
-        copy._state, copy._made = deepcopy(self._state), [*self._made]
-        return copy
+        twin = ServicesBackend(self._task)
+        twin._state, twin._made = deepcopy(self._state), [*self._made]
+        return twin
 
 
 class Functions:

@@ -3,7 +3,9 @@
 A turn is free thought and then one action: `<python> code </python>` or `<answer> result </answer>`.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -31,32 +33,38 @@ _ERROR_TYPES = (
 )
 
 
-class MathEnv:
-    """One problem. `brief`: no instructions, and of an error only its type, for policies that know few words."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MathSettings:
+    """`max_turns`: after so many without an answer the reward is 0. `max_observation_chars`: longer ones are cut.
 
-    def __init__(
-        self,
-        task: Task,
-        sandbox: Sandbox,
-        checker: AnswerChecker,
-        *,
-        max_turns: int,
-        max_observation_chars: int,
-        brief: bool,
-    ) -> None:
+    `brief`: no instructions, and of an error only its type, for policies that know few words.
+    """
+
+    max_turns: int
+    max_observation_chars: int
+    brief: bool
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "max_observation_chars"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"env.args.{name}={getattr(self, name)}: must be ≥ 1")
+
+
+class MathEnv:
+    """One problem under way. `task.data`: `question` and `answer`."""
+
+    def __init__(self, task: Task, sandbox: Sandbox, checker: AnswerChecker, settings: MathSettings) -> None:
         self._task = task
         self._sandbox = sandbox
         self._checker = checker
-        self._max_turns = max_turns
-        self._max_observation_chars = max_observation_chars
-        self._brief = brief
+        self._settings = settings
         self._state: bytes | None = None
         self._turns = 0
         self._failed_turns = 0
 
     async def init(self) -> Prompt:
         question = Message(role="user", content=str(self._task.data["question"]))
-        if self._brief:
+        if self._settings.brief:
             return Prompt(messages=(question,))
         return Prompt(messages=(Message(role="system", content=INSTRUCTIONS), question))
 
@@ -71,16 +79,7 @@ class MathEnv:
         return self._observe(await self._run(block.content))
 
     async def fork(self) -> "MathEnv":
-        copy = MathEnv(
-            self._task,
-            self._sandbox,
-            self._checker,
-            max_turns=self._max_turns,
-            max_observation_chars=self._max_observation_chars,
-            brief=self._brief,
-        )
-        copy._state, copy._turns, copy._failed_turns = self._state, self._turns, self._failed_turns
-        return copy
+        return copy.copy(self)  # a snapshot never changes
 
     async def close(self) -> None:
         self._state = None
@@ -90,14 +89,14 @@ class MathEnv:
         self._state = result.state
         self._failed_turns += bool(result.error_type)
         error = f"error : {result.error_type}" if result.error_type else ""
-        if error and not self._brief:
+        if error and not self._settings.brief:
             error = f"{error}: {result.error}"
         return "\n".join(part for part in (result.output, error) if part)
 
     def _observe(self, text: str) -> StepResult:
-        if self._turns >= self._max_turns:
+        if self._turns >= self._settings.max_turns:
             return self._end(0.0)
-        content = cut_text(text or _NO_OUTPUT, max_chars=self._max_observation_chars)
+        content = cut_text(text or _NO_OUTPUT, max_chars=self._settings.max_observation_chars)
         return StepResult(messages=(Message(role="tool", content=content),))
 
     def _end(self, reward: float) -> StepResult:
@@ -137,7 +136,7 @@ class Math:
         )
         self._misread_rate = misread_rate
         self._early_rate = early_rate
-        self._max_turns = max_turns
+        self._settings = MathSettings(max_turns=max_turns, max_observation_chars=200, brief=True)
         self._sandbox = Sandbox(_limits(limits))
         self._checker = AnswerChecker("numeric")
         self._tasks: dict[str, list[Task]] = {}
@@ -160,14 +159,7 @@ class Math:
         return self._tasks[prefix]
 
     def make_env(self, task: Task) -> MathEnv:
-        return MathEnv(
-            task,
-            self._sandbox,
-            self._checker,
-            max_turns=self._max_turns,
-            max_observation_chars=200,
-            brief=True,
-        )
+        return MathEnv(task, self._sandbox, self._checker, self._settings)
 
     def demonstrate(self, task: Task, rng: Random) -> Sequence[str]:
         return math_problems.demonstrate(task.data, rng, misread_rate=self._misread_rate, early_rate=self._early_rate)
@@ -209,8 +201,7 @@ class MathFiles:
                 raise ConfigError(f"env.args.num_heldout={num_heldout}: {path} has {len(rows)} problems")
             rows, heldout = rows[:-num_heldout], rows[-num_heldout:]
         self._tasks: dict[Split, list[Task]] = {"train": rows, "heldout": heldout}
-        self._max_turns = max_turns
-        self._max_observation_chars = max_observation_chars
+        self._settings = MathSettings(max_turns=max_turns, max_observation_chars=max_observation_chars, brief=False)
         self._sandbox = Sandbox(_limits(limits))
         self._checker = AnswerChecker(answer_check)
 
@@ -218,14 +209,7 @@ class MathFiles:
         return self._tasks[split]
 
     def make_env(self, task: Task) -> MathEnv:
-        return MathEnv(
-            task,
-            self._sandbox,
-            self._checker,
-            max_turns=self._max_turns,
-            max_observation_chars=self._max_observation_chars,
-            brief=False,
-        )
+        return MathEnv(task, self._sandbox, self._checker, self._settings)
 
     async def close(self) -> None:
         """End the sandbox's workers and the verifier's process."""

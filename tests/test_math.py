@@ -130,6 +130,8 @@ def test_unknown_shares_and_limits_name_the_setting() -> None:
         Math(shares={"simple": 1})
     with pytest.raises(ConfigError, match=r"env\.args\.limits"):
         Math(limits={"minutes": 1})
+    with pytest.raises(ConfigError, match=r"env\.args\.max_turns=0: must be ≥ 1"):
+        Math(max_turns=0)
 
 
 async def test_text_mode_keeps_code_as_it_is_and_checks_with_math_verify(tmp_path: Path) -> None:
