@@ -3,6 +3,8 @@
 import difflib
 import importlib
 import inspect
+import traceback
+from pathlib import Path
 
 from trace_async.config import ConfigError, EnvConfig
 from trace_async.env import Domain
@@ -32,8 +34,8 @@ def load_domain(config: EnvConfig) -> Domain:
         )
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"env.name={config.name}: cannot import {module_name}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"env.name={config.name}: cannot import {module_name}: {describe(error)}") from error
     domain_class = getattr(module, class_name, None)
     if domain_class is None:
         raise ConfigError(f"env.name={config.name}: module {module_name} has no {class_name}")
@@ -49,4 +51,15 @@ def load_domain(config: EnvConfig) -> Domain:
         raise
     except ValueError as error:
         raise ConfigError(f"env.name={config.name}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"env.name={config.name}: {class_name} cannot be made: {describe(error)}") from error
     return domain
+
+
+def describe(error: Exception) -> str:
+    """Kind, message and place of an error in somebody's environment, in one line."""
+    words = f"{type(error).__name__}: {error}"
+    if isinstance(error, ImportError | SyntaxError):
+        return words  # names its module or place itself
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{words} ({Path(frame.filename).name}, line {frame.lineno})"

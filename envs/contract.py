@@ -2,16 +2,19 @@
 
 import asyncio
 import gc
+import inspect
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Literal, TypeVar
 
+from envs import describe
 from trace_async.env import Demonstrator, Domain, Env, EnvError
-from trace_async.types import Message, StepResult, Task
+from trace_async.types import Message, Prompt, StepResult, Task
 
 _Answer = TypeVar("_Answer")
 
@@ -63,14 +66,21 @@ class _Check:
         self._seconds: list[float] = []
 
     async def run(self) -> list[Finding]:
-        tasks = self._check_tasks()
+        tasks: list[Task] = []
+        try:
+            tasks = self._check_tasks()
+        except _BrokenError as error:
+            self._add("error", str(error))
         if tasks:
-            before: dict[str, int] = {}
-            for task in tasks:
+            firsts = list({task.domain: task for task in reversed(tasks)}.values())
+            for task in firsts:
                 await self._guarded(self._check_task(task), f"task {task.id}")
-                before = before or _resources()  # the first task may start what the domain keeps
-            self._check_leaks(before)
+            before = _resources()  # the first task of a domain may start what the domain keeps
+            for task in tasks:
+                if task not in firsts:
+                    await self._guarded(self._check_task(task), f"task {task.id}")
             await self._guarded(self._check_verifier(tasks), "verifier")
+            self._check_leaks(before)
             self._check_time()
         close = getattr(self._domain, "close", None)
         if close is not None:
@@ -90,15 +100,21 @@ class _Check:
 
     def _check_tasks(self) -> list[Task]:
         """A sample of both splits."""
+        lacks = [name for name in ("name", "tasks", "make_env") if not hasattr(self._domain, name)]
+        if lacks:
+            raise _BrokenError(f"the domain {type(self._domain).__name__} has no {', '.join(lacks)}")
         sample: list[Task] = []
         known: dict[str, str] = {}
         for split in ("train", "heldout"):
-            tasks = self._domain.tasks(split)
+            tasks = _called(f"tasks({split!r})", partial(self._domain.tasks, split), Sequence)
             self._add("info", f"{len(tasks)} tasks in {split}")
             if not len(tasks):
                 self._add("error", f"the split {split} has no tasks")
                 continue
             some = [tasks[i] for i in self._rng.sample(range(len(tasks)), min(len(tasks), 200))]
+            for task in some:
+                if not isinstance(task, Task):
+                    raise _BrokenError(f"tasks({split!r}) holds {_kind(task)} instead of Task")
             again = self._domain.tasks(split)
             if len(again) != len(tasks) or any(tasks[i] != again[i] for i in range(min(20, len(tasks)))):
                 self._add("error", f"tasks({split!r}) gives other tasks the second time")
@@ -115,7 +131,7 @@ class _Check:
     async def _check_task(self, task: Task) -> None:
         scripts = [self._random_turns(task) for _ in range(2)]
         if isinstance(self._domain, Demonstrator):
-            scripts.insert(0, list(self._domain.demonstrate(task, Random(f"{task.id}"))))
+            scripts.insert(0, self._demonstrate(task, Random(f"{task.id}")))
         for turns in scripts:
             first = await self._play(task, turns)
             self._compare(first, await self._play(task, turns), "the same turns, played again, give another result")
@@ -124,15 +140,15 @@ class _Check:
         await self._check_odd_texts(task)
 
     async def _check_fork(self, task: Task, turns: Sequence[str], first: _Play, fork_after: int) -> None:
-        env = self._domain.make_env(task)
+        env = self._make_env(task)
         forks: list[Env] = []
         try:
-            original = _Play((await env.init()).messages)
+            original = await self._init(env)
             await self._go_on(env, turns[:fork_after], original)
-            forks = [await env.fork() for _ in range(3)]
+            forks = [_checked_env(await _awaited("fork", env.fork), "fork") for _ in range(3)]
             other = _Play(original.prompt)
             await self._go_on(forks[0], [*self._random_turns(task), *turns], other)
-            await forks[0].close()
+            await _awaited("close", forks[0].close)
             same = _Play(original.prompt, [*original.results])
             await self._go_on(forks[1], turns[fork_after:], same)
             self._compare(
@@ -145,18 +161,18 @@ class _Check:
             self._compare(first, late, f"a fork after turn {fork_after} sees later turns of what it was forked from")
         finally:
             for one in (env, *forks):
-                await one.close()
+                await _awaited("close", one.close)
 
     async def _check_odd_texts(self, task: Task) -> None:
         for odd in _ODD_TEXTS:
             play = await self._play(task, [odd], truncated=odd == "done")
             if play.reward:
                 self._add("error", f"task {task.id}: the turn {odd[:20]!r} alone is rewarded with {play.reward}")
-        env = self._domain.make_env(task)
-        play = _Play((await env.init()).messages)
+        env = self._make_env(task)
+        play = await self._init(env)
         await self._go_on(env, [self._rng.choice(_ODD_TEXTS[:9]) for _ in range(_MAX_TURNS)], play)
-        await env.close()
-        await env.close()
+        for _ in range(2):
+            await _awaited("close", env.close)
         if play.reward is None:
             self._add(
                 "error", f"task {task.id}: not over after {_MAX_TURNS} useless turns; end it after a number of turns"
@@ -173,7 +189,7 @@ class _Check:
         shown = []
         for task in tasks:
             for seed in range(3):
-                turns = self._domain.demonstrate(task, Random(seed))
+                turns = self._demonstrate(task, Random(seed))
                 play = await self._play(task, turns)
                 if play.reward is None or len(play.results) != len(turns):
                     self._add("error", f"task {task.id}: a demonstration does not end with the task")
@@ -186,23 +202,35 @@ class _Check:
             self._add("warning", "every demonstration succeeds: a policy taught by them has little left to learn")
 
     async def _play(self, task: Task, turns: Sequence[str], *, truncated: bool = False) -> _Play:
-        env = self._domain.make_env(task)
+        env = self._make_env(task)
         try:
-            prompt = await _limited(env.init(), "init")
-            if not prompt.messages or prompt.messages[-1].role != "user":
-                raise _BrokenError("init gives a prompt that does not end with a user message")
-            play = _Play(prompt.messages)
+            play = await self._init(env)
             await self._go_on(env, turns, play, truncated=truncated)
         finally:
-            await env.close()
+            await _awaited("close", env.close)
         return play
+
+    def _make_env(self, task: Task) -> Env:
+        return _checked_env(_called("make_env", lambda: self._domain.make_env(task)), "make_env")
+
+    def _demonstrate(self, task: Task, rng: Random) -> list[str]:
+        assert isinstance(self._domain, Demonstrator)
+        domain = self._domain
+        return list(_called("demonstrate", lambda: domain.demonstrate(task, rng), Sequence))
+
+    async def _init(self, env: Env) -> _Play:
+        prompt = await _awaited("init", env.init, Prompt)
+        if not prompt.messages or prompt.messages[-1].role != "user":
+            raise _BrokenError("init gives a prompt that does not end with a user message")
+        return _Play(prompt.messages)
 
     async def _go_on(self, env: Env, turns: Sequence[str], play: _Play, *, truncated: bool = False) -> None:
         for turn in turns:
             if play.reward is not None:
                 return
             started = time.perf_counter()
-            result = await _limited(env.step(turn, truncated=truncated), f"step({turn[:60]!r})")
+            what = f"step({turn[:60]!r})"
+            result = await _awaited(what, partial(env.step, turn, truncated=truncated), StepResult)
             self._seconds.append(time.perf_counter() - started)
             if result.reward is not None and not 0 <= result.reward <= 1:
                 raise _BrokenError(f"the reward {result.reward} is outside of [0, 1]")
@@ -213,7 +241,7 @@ class _Check:
     def _random_turns(self, task: Task) -> list[str]:
         words = ["answer", "search", "[", "]", "<answer>", "</answer>", "the", "42", "yes", "no", "done", "guess"]
         if isinstance(self._domain, Demonstrator):
-            words += [word for turn in self._domain.demonstrate(task, self._rng) for word in turn.split()]
+            words += [word for turn in self._demonstrate(task, self._rng) for word in turn.split()]
         return [" ".join(self._rng.choices(words, k=self._rng.randint(1, 12))) for _ in range(6)]
 
     def _compare(self, one: _Play, other: _Play, problem: str) -> None:
@@ -228,7 +256,7 @@ class _Check:
             if number > allowed:
                 self._add(
                     "error",
-                    f"{name} left open: {number}, after the first task {allowed - 2}; give them back in close()",
+                    f"{name} left open: {number}, after the first tasks {allowed - 2}; give them back in close()",
                 )
 
     def _check_time(self) -> None:
@@ -239,15 +267,41 @@ class _Check:
                 self._add("warning", f"steps take {mean:.1f} s on average: rollouts will wait for the environment")
 
 
-async def _limited(call: Coroutine[None, None, _Answer], what: str) -> _Answer:
+def _called(what: str, call: Callable[[], _Answer], kind: type | None = None) -> _Answer:
     try:
-        return await asyncio.wait_for(call, _STEP_TIMEOUT_S)
+        answer = call()
+    except Exception as error:
+        raise _BrokenError(f"{what} raises {describe(error)}") from error
+    if kind is not None and not isinstance(answer, kind):
+        raise _BrokenError(f"{what} gives {_kind(answer)} instead of {kind.__name__}")
+    return answer
+
+
+async def _awaited(what: str, call: Callable[[], Awaitable[_Answer]], kind: type | None = None) -> _Answer:
+    try:
+        answer = await asyncio.wait_for(call(), _STEP_TIMEOUT_S)
     except TimeoutError as error:
         raise _BrokenError(f"{what} takes longer than {_STEP_TIMEOUT_S:g} s") from error
     except EnvError:
         raise
     except Exception as error:
-        raise _BrokenError(f"{what} raises {type(error).__name__}: {error}") from error
+        raise _BrokenError(f"{what} raises {describe(error)}") from error
+    if kind is not None and not isinstance(answer, kind):
+        raise _BrokenError(f"{what} gives {_kind(answer)} instead of {kind.__name__}")
+    return answer
+
+
+def _checked_env(env: Env, what: str) -> Env:
+    """`env`, if it has all that an environment must have."""
+    methods = ("init", "step", "fork", "close")
+    lacks = [name for name in methods if not inspect.iscoroutinefunction(getattr(env, name, None))]
+    if lacks:
+        raise _BrokenError(f"{what} gives {_kind(env)} without async {', '.join(lacks)}")
+    return env
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _resources() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides = [*args.overrides, *rest]
     # What a script puts into the background inherits an ignored Ctrl-C, which is how `compare` stops its runs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # an environment of one's own may lie in the working directory; Ray hands it on
     try:
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except ConfigError as error:

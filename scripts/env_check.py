@@ -23,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     for finding in findings:
         print(f"{finding.level:<7} {finding.text}")
     num_errors = sum(finding.level == "error" for finding in findings)
-    verdict = "keeps the contract" if not num_errors else f"breaks the contract: {num_errors} errors"
+    verdict = (
+        "keeps the contract" if not num_errors else f"breaks the contract: {num_errors} error{'s' * (num_errors > 1)}"
+    )
     print(f"{args.name} {verdict} ({time.monotonic() - started:.0f} s)")
     return int(num_errors > 0)

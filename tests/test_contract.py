@@ -1,22 +1,28 @@
 """`env check`: good environments pass, and each broken promise is found and named."""
 
 import copy
+import importlib.util
+import json
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from envs import contract
+from envs import contract, load_domain
 from envs.contract import Finding, check_domain
 from envs.example import GuessEnv, GuessNumber
 from envs.functions import Functions
 from envs.gymnasium_adapter import Gymnasium
-from envs.math import Math
+from envs.math import Math, MathFiles
 from envs.mixed import Mixed
+from envs.multihop import MultiHop
+from envs.qa_files import QaFiles
 from scripts.cli import main
-from trace_async.config import ConfigError
+from trace_async.config import ConfigError, EnvConfig
 from trace_async.env import Domain, EnvError
 from trace_async.types import Message, Prompt, StepResult, Task
 
@@ -31,12 +37,29 @@ def errors(domain: Domain) -> str:
         GuessNumber,
         lambda: Math(num_train=20, num_heldout=20),
         lambda: Functions(num_train=20, num_heldout=20),
-        lambda: Mixed(domains={"math": {}, "envs.example:GuessNumber": {"weight": 2}}),
+        lambda: Mixed(domains={"math": {}, "functions": {}, "envs.example:GuessNumber": {"weight": 2}}),
         lambda: Gymnasium(env="tests.test_contract:Counter", num_train=5, num_heldout=5),
+        lambda: MultiHop(mix={"easy-1hop": 1.0}),
+        lambda: (
+            load_domain(EnvConfig(name="bfcl")) if importlib.util.find_spec("bfcl_eval") else pytest.skip("no BFCL")
+        ),
     ],
 )
 def test_good_environments_pass(make: Callable[[], Domain]) -> None:
     assert errors(make()) == ""
+
+
+def test_domains_of_files_pass(tmp_path: Path) -> None:
+    context = [[name, [f"{name} is a town of {size} people . "]] for size, name in enumerate(("rome", "oslo"), 5)]
+    rows = [
+        {"_id": f"{size}", "question": f"how many live in {name} ?", "answer": f"{size}", "context": context}
+        for size, (name, _) in enumerate(context, 5)
+    ]
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([rows.pop()]))
+    assert errors(QaFiles(questions=f"{tmp_path}/train.json", heldout=f"{tmp_path}/heldout.json")) == ""
+    (tmp_path / "problems.jsonl").write_text('{"problem": "a", "answer": "4"}\n{"problem": "b", "answer": "5"}\n')
+    assert errors(MathFiles(path=f"{tmp_path}/problems.jsonl", num_heldout=1)) == ""
 
 
 class Broken(GuessNumber):
@@ -149,6 +172,97 @@ def test_broken_promises_are_named(env: type[GuessEnv], problem: str) -> None:
 def test_a_step_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contract, "_STEP_TIMEOUT_S", 0.01)
     assert "takes longer than 0.01 s" in errors(Broken(Hanging))
+
+
+class Throwing(GuessEnv):
+    async def init(self) -> Prompt:
+        raise KeyError("secret")
+
+
+class Plain(GuessEnv):
+    def step(self, action: str, *, truncated: bool = False) -> str:  # type: ignore[override]
+        return action
+
+
+class Texts(GuessEnv):
+    async def step(self, action: str, *, truncated: bool = False) -> str:  # type: ignore[override]
+        return action
+
+
+class Unclosable(GuessEnv):
+    async def close(self) -> None:
+        raise OSError("busy")
+
+
+class ForksNothing(GuessEnv):
+    async def fork(self) -> None:  # type: ignore[override]
+        return None
+
+
+@pytest.mark.parametrize(
+    ("env", "problem"),
+    [
+        (Throwing, r"init raises KeyError: 'secret' \(test_contract.py, line \d+\)"),
+        (Plain, "make_env gives a Plain without async step"),
+        (Texts, "gives a str instead of StepResult"),
+        (Unclosable, "close raises OSError: busy"),
+        (ForksNothing, "fork gives None without async init, step, fork, close"),
+    ],
+)
+def test_environments_that_are_none_are_described(env: type[GuessEnv], problem: str) -> None:
+    assert re.search(problem, errors(Broken(env)))
+
+
+class Empty:
+    name = "empty"
+
+
+class Dictionaries(GuessNumber):
+    def tasks(self, split: str) -> list[dict]:  # type: ignore[override]
+        return [{"id": f"{split}-1"}]
+
+
+class NoList(GuessNumber):
+    def tasks(self, split: str) -> None:  # type: ignore[override]
+        return None
+
+
+class Forgetful(GuessNumber):
+    def demonstrate(self, task: Task, rng: Random) -> list[str]:
+        raise LookupError("forgotten")
+
+
+@pytest.mark.parametrize(
+    ("domain", "problem"),
+    [
+        (Empty, "the domain Empty has no tasks, make_env"),
+        (Dictionaries, r"tasks\('train'\) holds a dict instead of Task"),
+        (NoList, r"tasks\('train'\) gives None instead of Sequence"),
+        (Forgetful, "demonstrate raises LookupError: forgotten"),
+    ],
+)
+def test_domains_that_are_none_are_described(domain: type, problem: str) -> None:
+    assert re.search(problem, errors(domain()))
+
+
+def test_a_module_in_the_working_directory_is_found_and_its_faults_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    example = Path(contract.__file__).with_name("example.py").read_text()
+    (tmp_path / "my_game.py").write_text(example.replace("GuessNumber", "MyGame"))
+    assert main(["env", "check", "my_game:MyGame", "--tasks", "1"]) == 0
+    assert "my_game:MyGame keeps the contract" in capsys.readouterr().out
+    for name, code, problem in (
+        ("my_slip", "import no_such_thing", "ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("my_typo", "def f(:", "SyntaxError: invalid syntax (my_typo.py, line 1)"),
+        ("my_crash", "\n1 / 0", "ZeroDivisionError: division by zero (my_crash.py, line 2)"),
+        ("my_disk", "class C:\n  def __init__(self):\n    open('none')", "FileNotFoundError: [Errno 2]"),
+    ):
+        (tmp_path / f"{name}.py").write_text(code)
+        assert main(["env", "check", f"{name}:C"]) == 2
+        assert problem in capsys.readouterr().err
 
 
 class OverlappingSplits(GuessNumber):
