@@ -7,7 +7,7 @@ A generator is announced to the prompts only while it is ready, that is alive an
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import ray
@@ -37,7 +37,7 @@ class GeneratorPool:
         self.target = config.actors.num_generators
         self.num_made = 0
         self.num_lost = 0
-        self.weights: ObjectRef | None = None
+        self.weights: Sequence[ObjectRef] = ()  # buckets and, last, their manifest
         self.starting: set[asyncio.Task[None]] = set()
         self.last_error: BaseException | None = None
         self.one_ready = asyncio.Event()
@@ -59,7 +59,7 @@ class GeneratorPool:
             await self._remove(next(reversed(self.ready)))
         self._refill()
 
-    async def update_weights(self, weights: ObjectRef, policy_version: int) -> float:
+    async def update_weights(self, weights: Sequence[ObjectRef], policy_version: int) -> float:
         """Every ready generator serves `policy_version` when this returns; one that fails is lost and replaced.
 
         Returns the share of the generators that were updated. Raises when none is left.
@@ -120,7 +120,7 @@ class GeneratorPool:
         try:
             await asyncio.wait_for(handle.start.remote(), self.config.engine.start_timeout_s)
             async with self.changing:
-                if self.weights is not None:
+                if self.weights:
                     await self._update_one(handle, self.weights)
                 self.ready[name] = handle
                 self.one_ready.set()
@@ -130,8 +130,8 @@ class GeneratorPool:
             raise
         log.info("%s is ready", name)
 
-    async def _update_one(self, handle: ActorHandle, weights: ObjectRef) -> int:
-        return await asyncio.wait_for(handle.update_weights.remote(weights), self.config.engine.start_timeout_s)
+    async def _update_one(self, handle: ActorHandle, weights: Sequence[ObjectRef]) -> int:
+        return await asyncio.wait_for(handle.receive_weights.remote(*weights), self.config.engine.start_timeout_s)
 
     async def _remove(self, name: str, *, lost: bool = False) -> None:
         handle = self.ready.pop(name, None)

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 
 from trace_async.config import Config
 from trace_async.tree import RolloutTree
-from trace_async.weights import WeightManifest, WeightUpdate
+from trace_async.weights import WeightBucket, WeightCount, WeightManifest
 
 
 class LearnerRankError(Exception):
@@ -50,11 +50,15 @@ class LearnerRank:
     def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
         return self._learner.update(trees, policy_version)
 
-    @ray.method(num_returns=2)
-    def weights(self, policy_version: int) -> tuple[WeightManifest | None, WeightUpdate | None]:
-        """The manifest apart, so that the group can wait without fetching the weights themselves."""
-        update = self._learner.weights(policy_version)
-        return (update.manifest, update) if update is not None else (None, None)
+    @ray.method(num_returns="streaming")
+    def weights(self, policy_version: int) -> Iterator[WeightBucket | WeightManifest]:
+        """Buckets, each in the object store before the next is gathered, and last their manifest (both of rank 0)."""
+        count = WeightCount()
+        for bucket in self._learner.weights():
+            count.add(bucket)
+            yield bucket
+            del bucket  # it lives on in the object store only
+        yield count.manifest(policy_version)
 
     def save(self, folder: str) -> None:
         from trace_async.learner_state import save_learner
@@ -107,11 +111,14 @@ class LearnerGroup:
         results = await self._all("update", shared, policy_version)
         return {f"learner/{name}": value for name, value in results[0].items()}
 
-    async def weights(self, policy_version: int) -> ray.ObjectRef:
-        """Reference to the WeightUpdate with the current weights as `policy_version`; they stay in the object store."""
-        pairs = [rank.weights.remote(policy_version) for rank in self._ranks]
-        await self._wait("weights", [manifest for manifest, _ in pairs])
-        return pairs[0][1]
+    async def weights(self, policy_version: int) -> list[ray.ObjectRef]:
+        """References to the buckets of the current weights and, last, their manifest as `policy_version`.
+
+        They stay in the object store; `GeneratorActor.receive_weights` takes them.
+        """
+        streams = [rank.weights.remote(policy_version) for rank in self._ranks]
+        parts: list[list[ray.ObjectRef]] = await self._wait("weights", [_all_of(stream) for stream in streams])
+        return parts[0]
 
     async def save(self, folder: Path) -> None:
         """Write the learner's part of a checkpoint into `folder` (on a disk that rank 0 sees)."""
@@ -136,8 +143,8 @@ class LearnerGroup:
     async def _all(self, call: str, *arguments: Any) -> list[Any]:
         return await self._wait(call, [getattr(rank, call).remote(*arguments) for rank in self._ranks])
 
-    async def _wait(self, call: str, references: Sequence[ray.ObjectRef]) -> list[Any]:
-        futures = [asyncio.wrap_future(reference.future()) for reference in references]
+    async def _wait(self, call: str, replies: Sequence[Awaitable[Any]]) -> list[Any]:
+        futures = [asyncio.ensure_future(reply) for reply in replies]
         limit = self._config.learner.step_timeout_s
         done, waiting = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
         failed = {future for future in done if future.exception() is not None}
@@ -155,3 +162,10 @@ class LearnerGroup:
             late = [rank for rank, future in enumerate(futures) if future in waiting]
             raise LearnerRankError(f"learner ranks {late} did not finish {call} within learner.step_timeout_s={limit}")
         return [future.result() for future in futures]
+
+
+async def _all_of(stream: ray.ObjectRefGenerator) -> list[ray.ObjectRef]:
+    """What the stream brought, when it has ended; raises what ended it before its time."""
+    references = [reference async for reference in stream]
+    await references[-1]
+    return references

@@ -1,7 +1,7 @@
 """Generators come and go: real Ray actors around the fake engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from actors.generator_pool import GeneratorPool
 from trace_async.config import Config, load_config
 from trace_async.engine import EngineError
 from trace_async.types import SamplingParams
-from trace_async.weights import WeightUpdate, pack_weights
+from trace_async.weights import WeightBucket, WeightManifest, host_bucket, pack_weights
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 PARAMS = SamplingParams(max_new_tokens=3)
@@ -44,8 +44,15 @@ async def pool(tiny_policy_path: Path, tmp_path: Path) -> AsyncIterator[Generato
     await made.close()
 
 
-def weights(version: int) -> WeightUpdate:
-    return pack_weights({"w": torch.full((4,), float(version))}, version)
+def weights(version: int, **differing: object) -> tuple[WeightBucket, WeightBucket, WeightManifest]:
+    """Two buckets and their manifest, in which fields may be `differing`."""
+    state = {"w": torch.full((4,), float(version)), "v": torch.zeros(2)}
+    manifest = replace(pack_weights(state, version).manifest, **differing)
+    return host_bucket({"w": state["w"]}), host_bucket({"v": state["v"]}), manifest
+
+
+def in_store(parts: Sequence[object]) -> list[ray.ObjectRef]:
+    return [ray.put(part) for part in parts]
 
 
 async def served_versions(pool: GeneratorPool) -> list[int]:
@@ -66,7 +73,7 @@ async def test_all_are_ready_and_answer(pool: GeneratorPool):
 
 
 async def test_a_killed_generator_is_replaced_and_synced_before_it_is_announced(pool: GeneratorPool):
-    await pool.update_weights(ray.put(weights(1)), 1)
+    await pool.update_weights(in_store(weights(1)), 1)
     assert await served_versions(pool) == [1, 1]
     watching = asyncio.create_task(pool.watch(every_s=0.1))
     ray.kill(pool.ready["generator-0"])
@@ -88,10 +95,8 @@ async def test_a_healthy_generator_is_announced_again_to_routers_that_had_left_i
 
 async def test_a_generator_that_refuses_weights_is_lost_and_the_others_serve_them(pool: GeneratorPool):
     # Only generator-0 has these weights already, so only for it does the next update change nothing.
-    await pool.ready["generator-0"].update_weights.remote(weights(1))
-    update = weights(1)
-    again = replace(update, manifest=replace(update.manifest, policy_version=2))
-    await pool.update_weights(ray.put(again), 2)
+    await pool.ready["generator-0"].receive_weights.remote(*weights(1))
+    await pool.update_weights(in_store(weights(1, policy_version=2)), 2)
     assert pool.num_lost == 1
     await until(lambda: len(pool.ready) == 2)
     assert await served_versions(pool) == [2, 2]
@@ -104,16 +109,15 @@ async def test_corrupt_weights_reach_no_prompt(tiny_policy_path: Path, tmp_path:
     )
     pool = GeneratorPool(config, tiny_policy_path, tmp_path, Listener())
     await pool.start()
-    update = weights(1)
-    corrupt = replace(update, manifest=replace(update.manifest, checksum="0" * 32))
+    corrupt = weights(1, checksum="0" * 32)
     with pytest.raises(EngineError, match="no generator is left"):
-        await pool.update_weights(ray.put(corrupt), 1)
+        await pool.update_weights(in_store(corrupt), 1)
     assert pool.announce.announced[-1] == set()
     await pool.close()
 
 
 async def test_it_grows_and_shrinks_while_it_runs(pool: GeneratorPool):
-    await pool.update_weights(ray.put(weights(1)), 1)
+    await pool.update_weights(in_store(weights(1)), 1)
     await pool.resize(4)
     await until(lambda: len(pool.ready) == 4)
     assert await served_versions(pool) == [1, 1, 1, 1]

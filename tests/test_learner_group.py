@@ -1,15 +1,17 @@
 """LearnerGroup over real Ray actors and gloo: 1 and 2 ranks, resumed with other numbers of ranks, dying ranks."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 import ray
+import torch
 
 from actors.learner import LearnerGroup, LearnerRankError
 from tests.test_learner import VERSION, assert_close, configure, learning, train, trees_of, weights_of
 from trace_async.learner_state import load_learner, save_learner
-from trace_async.weights import unpack_weights
+from trace_async.weights import join_buckets, unpack_weights
 
 COMPARED = ("loss", "grad_norm", "ratio_mean", "clip_fraction", "entropy", "mismatch", "mismatch_max", "trained_tokens")
 
@@ -20,6 +22,12 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 def reference(tiny_policy_path):
     """Three updates of one rank at ZeRO 0, in this process."""
     return train(configure(), tiny_policy_path)
+
+
+async def fetched(references: Sequence[ray.ObjectRef]) -> dict[str, torch.Tensor]:
+    """The weights, as a generator sees them."""
+    *buckets, manifest = await asyncio.gather(*references)
+    return unpack_weights(join_buckets(buckets, manifest))
 
 
 @asynccontextmanager
@@ -38,18 +46,20 @@ async def test_two_ranks_train_like_one_and_one_rank_goes_on(
     reference, tiny_policy_path, tmp_path, stage, resumed_stage
 ):
     wanted, weights = reference
-    async with group_of(2, tiny_policy_path, f"learner.zero_stage={stage}") as group:
+    async with group_of(
+        2, tiny_policy_path, f"learner.zero_stage={stage}", "learner.weight_bucket_bytes=40000"
+    ) as group:
         for seed in (0, 1):
             metrics = await group.update(trees_of(seed), VERSION)
             for name in COMPARED:
                 assert metrics[f"learner/{name}"] == pytest.approx(wanted[seed][name], rel=2e-4, abs=2e-5), name
         await group.save(tmp_path / "learner")
         assert (await group.update(trees_of(2), VERSION))["learner/loss"] == pytest.approx(wanted[2]["loss"], abs=2e-5)
-        reference_to_weights = await group.weights(7)
-        assert isinstance(reference_to_weights, ray.ObjectRef)
-        update = await reference_to_weights
-        assert update.manifest.policy_version == 7
-        assert_close(unpack_weights(update), weights, 1e-4)
+        references = await group.weights(7)
+        assert len(references) > 4  # buckets of 40 kB at most, and their manifest
+        assert all(isinstance(reference, ray.ObjectRef) for reference in references)
+        assert (await references[-1]).policy_version == 7
+        assert_close(await fetched(references), weights, 1e-4)
         await group.export(tmp_path / "export")
         assert (tmp_path / "export" / "model.safetensors").is_file()
     with learning(configure(f"learner.zero_stage={resumed_stage}"), tiny_policy_path) as learner:
@@ -68,7 +78,7 @@ async def test_two_ranks_go_on_from_one_and_a_dead_rank_is_named(reference, tiny
         await group.load(tmp_path / "learner")
         metrics = await group.update(trees_of(2), VERSION)
         assert metrics["learner/loss"] == pytest.approx(reference[0][2]["loss"], abs=2e-5)
-        assert_close(unpack_weights(await (await group.weights(3))), reference[1], 1e-4)
+        assert_close(await fetched(await group.weights(3)), reference[1], 1e-4)
         ray.kill(group._ranks[1])
         with pytest.raises(LearnerRankError, match="learner rank 1 died during update"):
             await group.update(trees_of(0), VERSION)
@@ -97,4 +107,4 @@ async def test_a_rank_without_work_keeps_in_step(tiny_policy_path):
         metrics = await group.update(trees_of(5, count=1), VERSION)
         for name in COMPARED:
             assert metrics[f"learner/{name}"] == pytest.approx(wanted[name], rel=2e-4, abs=2e-5), name
-        assert_close(unpack_weights(await (await group.weights(1))), weights, 1e-4)
+        assert_close(await fetched(await group.weights(1)), weights, 1e-4)

@@ -8,7 +8,7 @@ Every rank is given the same trees and plans the same way, so ranks exchange gra
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from trace_async.deepspeed_engine import RankAddress, join_ranks, make_deepspeed
 from trace_async.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
 from trace_async.packing import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
 from trace_async.policy import load_model
-from trace_async.policy_weights import add_lora, policy_tensors
+from trace_async.policy_weights import add_lora, policy_buckets
 from trace_async.tree import RolloutTree
 from trace_async.tree_attention import AttentionKind, attention_for, hidden_states, prepare_model
-from trace_async.weights import WeightUpdate, pack_weights
+from trace_async.weights import WeightBucket, host_bucket
 
 
 class LearnerError(Exception):
@@ -148,17 +148,16 @@ class Learner:
             "seconds": time.perf_counter() - started,
         }
 
-    def weights(self, policy_version: int) -> WeightUpdate | None:
-        """The policy's weights by their Hugging Face names, LoRA merged, on rank 0 (None elsewhere).
+    def weights(self) -> Iterator[WeightBucket]:
+        """The policy's weights by their Hugging Face names, LoRA merged, tied tensors once: in buckets of
+        `learner.weight_bucket_bytes` on rank 0; the other ranks, which must ask as well, get none.
 
-        Tied tensors appear once. Under ZeRO-3 a bucket at a time is whole on the ranks; only rank 0 keeps copies, on
-        the host.
+        On the CPU a bucket shares memory with the parameters: be done with it before asking for the next one.
         """
-        tensors = {}
-        for name, tensor in policy_tensors(self.policy):
+        for bucket in policy_buckets(self.policy, self.config.learner.weight_bucket_bytes):
             if self.is_first:
-                tensors[name] = tensor.detach().to("cpu", copy=True)
-        return pack_weights(tensors, policy_version) if self.is_first else None
+                yield host_bucket(bucket)
+            del bucket  # otherwise it would live while the next one is gathered
 
     def _make_module(self, policy: Any) -> TokenLogprobs:
         learner = self.config.learner

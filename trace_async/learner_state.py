@@ -26,7 +26,7 @@ from trace_async.deepspeed_engine import (
     write_training_state,
 )
 from trace_async.learner import Learner
-from trace_async.policy_weights import merged, policy_tensors
+from trace_async.policy_weights import merged, policy_buckets
 
 SHARD_BYTES = 1 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -90,10 +90,10 @@ def load_learner(learner: Learner, folder: Path) -> None:
 
 def export_learner(learner: Learner, target: Path) -> None:
     """The current policy as a Hugging Face folder, called on all ranks; `target` appears only when it is whole."""
-    tensors = {}
-    for name, tensor in policy_tensors(learner.policy):
+    tensors: dict[str, torch.Tensor] = {}
+    for bucket in policy_buckets(learner.policy, learner.config.learner.weight_bucket_bytes):
         if learner.is_first:
-            tensors[name] = tensor.detach().to("cpu", copy=True)
+            tensors |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.items()}
     if learner.is_first:
         _write_policy(tensors, learner.policy_path, target)
 

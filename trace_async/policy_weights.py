@@ -1,14 +1,13 @@
 """The policy's tensors by their Hugging Face names, whatever trains them: ZeRO-3 gathered in buckets, LoRA merged."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from trace_async.deepspeed_engine import whole_parameters
 
-BUCKET_BYTES = 256 * 1024 * 1024
 LORA_SCALE = 2
 _LORA_BASE = ".base_layer."
 
@@ -29,37 +28,48 @@ def add_lora(policy: Any, rank: int, *, seed: int) -> None:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets), policy)
 
 
-def policy_tensors(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the plain model; called on all ranks. A tensor is whole only until the next one is asked for.
+def policy_buckets(policy: Any, bucket_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The plain model's tensors by name, `bucket_bytes` at a time (or one tensor that is larger), on all ranks alike.
 
-    Tied parameters appear once, under the name of the first (transformers ties the head to the embedding).
+    What is handed out is whole, and shares the parameters' memory, only until the next bucket is asked for. Tied
+    parameters appear once, under the name of the first (transformers ties the head to the embedding).
     """
-    wanted: list[tuple[str, nn.Parameter, Any]] = []
+    bucket: list[_Entry] = []
     for name, parameter in policy.named_parameters():
         if ".lora_" in name:
             continue
         layer = policy.get_submodule(name.rpartition(_LORA_BASE)[0]) if _LORA_BASE in name else None
-        wanted.append((name.replace(_LORA_BASE, "."), parameter, layer if name.endswith("weight") else None))
-    bucket: list[tuple[str, nn.Parameter, Any]] = []
-    for entry in wanted:
-        bucket.append(entry)
-        if sum(_bytes(parameter) for _, parameter, _ in bucket) >= BUCKET_BYTES:
+        if bucket and sum(full_bytes(entry.parameter) for entry in bucket) + full_bytes(parameter) > bucket_bytes:
             yield from _gathered(bucket)
             bucket = []
+        bucket.append(_Entry(name.replace(_LORA_BASE, "."), parameter, layer if name.endswith("weight") else None))
     yield from _gathered(bucket)
 
 
-def _gathered(bucket: list[tuple[str, nn.Parameter, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
-    adapters = [p for _, _, layer in bucket if layer is not None for n, p in layer.named_parameters() if "lora_" in n]
-    with whole_parameters([parameter for _, parameter, _ in bucket] + adapters), torch.no_grad():
-        for name, parameter, layer in bucket:
-            yield (
-                name,
-                parameter if layer is None else parameter + layer.get_delta_weight("default").to(parameter.dtype),
-            )
+class _Entry(NamedTuple):
+    name: str
+    parameter: nn.Parameter
+    lora_layer: Any  # whose adapter is added to the parameter; None: there is none
 
 
-def _bytes(parameter: nn.Parameter) -> int:
+def _gathered(bucket: list[_Entry]) -> Iterator[dict[str, torch.Tensor]]:
+    layers = [entry.lora_layer for entry in bucket if entry.lora_layer is not None]
+    adapters = [parameter for layer in layers for name, parameter in layer.named_parameters() if "lora_" in name]
+    with whole_parameters([entry.parameter for entry in bucket] + adapters), torch.no_grad():
+        yield {entry.name: _merged_weight(entry) for entry in bucket}
+
+
+def _merged_weight(entry: _Entry) -> torch.Tensor:
+    """W₀ + LORA_SCALE · B A without a second buffer of W's size."""
+    base, layer = entry.parameter, entry.lora_layer
+    if layer is None:
+        return base
+    a, b = (part["default"].weight.to(base.dtype) for part in (layer.lora_A, layer.lora_B))
+    return torch.addmm(base, b, a, alpha=LORA_SCALE)
+
+
+def full_bytes(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, which ZeRO-3 may have partitioned."""
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 

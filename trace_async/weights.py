@@ -38,17 +38,41 @@ class WeightUpdate:
             raise ValueError("WeightUpdate: give either tensors or a path")
 
 
-def checksum_arrays(named: Iterable[tuple[str, str, np.ndarray]]) -> str:
-    """xxh3-128 over (name, dtype name, array) in name order, independent of the order given."""
-    digest = xxhash.xxh3_128()
-    for name, dtype, array in sorted(named, key=lambda entry: entry[0]):
-        digest.update(f"{name}|{dtype}|{array.shape}|".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBucket:
+    """Some of the weights, on the host; `tensors` and `bfloat16_names` as in WeightUpdate."""
+
+    tensors: Mapping[str, np.ndarray]
+    bfloat16_names: frozenset[str] = frozenset()
 
 
-def pack_weights(state: Mapping[str, torch.Tensor], policy_version: int) -> WeightUpdate:
-    """Host copies of `state` with their manifest. Tied tensors must appear once (the caller drops aliases)."""
+class WeightCount:
+    """The manifest of weights that pass by one bucket at a time, none of which is kept."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+        self._num_bytes = 0
+
+    def add(self, bucket: WeightBucket) -> None:
+        for name, array in bucket.tensors.items():
+            dtype = "bfloat16" if name in bucket.bfloat16_names else str(array.dtype)
+            content = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            self._digests[name] = f"{name}|{dtype}|{array.shape}|{content}"
+            self._num_bytes += array.nbytes
+
+    def manifest(self, policy_version: int) -> WeightManifest:
+        """Of all that was added; independent of its order, and of how it was split into buckets."""
+        lines = "\n".join(self._digests[name] for name in sorted(self._digests))
+        return WeightManifest(
+            policy_version=policy_version,
+            checksum=xxhash.xxh3_128_hexdigest(lines.encode()),
+            num_tensors=len(self._digests),
+            num_bytes=self._num_bytes,
+        )
+
+
+def host_bucket(state: Mapping[str, torch.Tensor]) -> WeightBucket:
+    """The tensors on the host; what lies there already (contiguous) is not copied and shares its memory."""
     tensors: dict[str, np.ndarray] = {}
     bfloat16_names: set[str] = set()
     for name, tensor in state.items():
@@ -57,24 +81,33 @@ def pack_weights(state: Mapping[str, torch.Tensor], policy_version: int) -> Weig
             bfloat16_names.add(name)
             host = host.view(torch.uint16)
         tensors[name] = host.numpy()
-    bf16 = frozenset(bfloat16_names)
-    return WeightUpdate(
-        manifest=WeightManifest(
-            policy_version=policy_version,
-            checksum=checksum_arrays(_named(tensors, bf16)),
-            num_tensors=len(tensors),
-            num_bytes=sum(array.nbytes for array in tensors.values()),
-        ),
-        tensors=tensors,
-        bfloat16_names=bf16,
-    )
+    return WeightBucket(tensors=tensors, bfloat16_names=frozenset(bfloat16_names))
+
+
+def join_buckets(buckets: Iterable[WeightBucket], manifest: WeightManifest) -> WeightUpdate:
+    """One update of the buckets' arrays, which are not copied."""
+    tensors: dict[str, np.ndarray] = {}
+    bfloat16_names: frozenset[str] = frozenset()
+    for bucket in buckets:
+        tensors.update(bucket.tensors)
+        bfloat16_names |= bucket.bfloat16_names
+    return WeightUpdate(manifest=manifest, tensors=tensors, bfloat16_names=bfloat16_names)
+
+
+def pack_weights(state: Mapping[str, torch.Tensor], policy_version: int) -> WeightUpdate:
+    """`state` on the host with its manifest. Tied tensors must appear once (the caller drops aliases)."""
+    bucket, count = host_bucket(state), WeightCount()
+    count.add(bucket)
+    return join_buckets([bucket], count.manifest(policy_version))
 
 
 def unpack_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
     """The tensors of an update that travels in memory, checked against its manifest (ValueError when they differ)."""
     if update.tensors is None:
         raise ValueError("this update travels by disk; read it from its path")
-    found = checksum_arrays(_named(update.tensors, update.bfloat16_names))
+    count = WeightCount()
+    count.add(WeightBucket(tensors=update.tensors, bfloat16_names=update.bfloat16_names))
+    found = count.manifest(update.manifest.policy_version).checksum
     if found != update.manifest.checksum or len(update.tensors) != update.manifest.num_tensors:
         raise ValueError(
             f"weights version {update.manifest.policy_version}: checksum {found} of {len(update.tensors)} tensors "
@@ -105,7 +138,3 @@ def read_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
     if found != update.manifest:
         raise ValueError(f"weights in {update.path} are {found}, not what was sent: {update.manifest}")
     return tensors
-
-
-def _named(tensors: Mapping[str, np.ndarray], bfloat16_names: frozenset[str]) -> Iterable[tuple[str, str, np.ndarray]]:
-    return ((name, "bfloat16" if name in bfloat16_names else str(a.dtype), a) for name, a in tensors.items())
