@@ -20,6 +20,7 @@ from envs.services import ERRORS, TOOLS, ServicesState, ToolError, call_tool
 from trace_async.types import Json, Message, Prompt, Split, StepResult, Task
 
 _REMINDER = 'to act write <tool_call> {"name": "tool", "arguments": {}} </tool_call>'
+_NUM_SHOWN = 10_000
 INSTRUCTIONS = (
     "Fulfil the user's requests with the tools. When a request is done, answer the user in words, without a tool call; "
     "the user may then ask for more."
@@ -178,7 +179,7 @@ class Functions:
         return self._made(f"functions-{split}", self._counts[split], self._shares)
 
     def demonstration_tasks(self) -> Sequence[Task]:
-        return self._made("functions-shown", self._counts["train"], self._demonstration_shares)
+        return self._made("functions-shown", _NUM_SHOWN, self._demonstration_shares)
 
     def _made(self, prefix: str, count: int, shares: Mapping[str, float]) -> Sequence[Task]:
         weights = [shares.get(level, 0.0) for level in LEVELS]

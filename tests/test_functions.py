@@ -168,6 +168,9 @@ def test_tasks_are_fixed_by_the_seed() -> None:
     assert list(one.tasks("train")) != list(other.tasks("train"))
     states = [cast(dict, task.data)["state"] for split in ("train", "heldout") for task in one.tasks(split)]
     assert len({json.dumps(state) for state in states}) == 100
+    few = Functions(seed=1, num_train=3).demonstration_tasks()  # the start policy does not depend on num_train
+    assert len(few) == len(one.demonstration_tasks()) > 3
+    assert few[2] == one.demonstration_tasks()[2]
 
 
 async def test_tools_are_shown_as_schemas_when_asked_for() -> None:
