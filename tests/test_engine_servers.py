@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import pytest_asyncio
 
 from tests.engine_conformance import MAX_CONTEXT, EngineConformance, Harness
-from trace_async.config import ConfigError, EngineConfig
-from trace_async.engine import EngineDeadError, EngineRequestError, EngineTimeoutError
+from trace_async.config import EngineConfig
+from trace_async.engine import EngineDeadError, EngineRequestError, EngineTimeoutError, WeightSyncError
 from trace_async.engines import make_engine
 from trace_async.engines.http_engine import HttpEngine
 from trace_async.engines.server import PROJECT_ROOT
+from trace_async.engines.vllm_worker.weight_group import WeightGroup
 from trace_async.policy import load_model
 from trace_async.types import SamplingParams
 from trace_async.weights import unpack_weights
@@ -218,7 +218,7 @@ class ServerConformance(EngineConformance):
             f"""
             import asyncio
             from pathlib import Path
-            from trace_async.config import ConfigError, EngineConfig
+            from trace_async.config import EngineConfig
             from trace_async.engines import make_engine
 
             async def main():
@@ -261,38 +261,47 @@ class TestSGLang(ServerConformance):
         return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in reply["loads"])
 
 
-@needs("sglang")
 @pytest.mark.asyncio(loop_scope="class")
-class TestSGLangByBroadcast:
+class BroadcastConformance:
     """Weights over a process group (gloo here) in place of a file."""
 
-    @pytest_asyncio.fixture(scope="class", loop_scope="class")
-    @classmethod
-    async def harness(cls, tiny_policy_path, tmp_path_factory):
-        config = EngineConfig(backend="sglang", device="cpu", weight_sync="collective")
-        engine = make_engine(
-            config,
-            policy_path=tiny_policy_path,
-            max_context_tokens=MAX_CONTEXT,
-            seed=0,
-            log_dir=tmp_path_factory.mktemp("log"),
-        )
-        await engine.start()
-        yield Harness(engine, tiny_policy_path, load_model(tiny_policy_path))
-        await engine.close()
+    backend: ClassVar[str]
+    long_answer: ClassVar[int] = EngineConformance.long_answer
+    cache_granularity: ClassVar[int] = EngineConformance.cache_granularity
+    settings: ClassVar[dict[str, Any]] = {"weight_sync": "collective", "request_timeout_s": 30.0}
 
+    harness = EngineConformance.harness
     test_in_flight = EngineConformance.test_an_update_in_flight_splits_the_answer_by_version
     test_no_stale_kv = EngineConformance.test_no_stale_kv_is_served_after_an_update
     test_bad_updates = EngineConformance.test_a_bad_update_is_an_error_and_a_good_one_heals
     _bad_update = EngineConformance._bad_update
-    long_answer = EngineConformance.long_answer
-    cache_granularity = 1
 
 
-def test_vllm_refuses_to_broadcast(tiny_policy_path, tmp_path):
-    config = EngineConfig(backend="vllm", weight_sync="collective")
-    with pytest.raises(ConfigError, match=r"engine\.weight_sync=collective: vllm"):
-        make_engine(config, policy_path=tiny_policy_path, max_context_tokens=MAX_CONTEXT, seed=0, log_dir=tmp_path)
+@needs("sglang")
+class TestSGLangByBroadcast(BroadcastConformance):
+    backend = "sglang"
+
+
+@needs("vllm")
+class TestVLLMByBroadcast(BroadcastConformance):
+    backend = "vllm"
+    cache_granularity = 32
+    long_answer = 470
+
+    async def test_a_broadcast_that_breaks_is_an_error_and_the_next_one_makes_a_new_group(self, harness, monkeypatch):
+        def breaks(group: WeightGroup, tensors: object) -> None:
+            raise RuntimeError("connection closed by peer")
+
+        await harness.update(harness.new_weights())
+        with monkeypatch.context() as patched:
+            patched.setattr(WeightGroup, "send", breaks)
+            with pytest.raises(WeightSyncError):
+                await asyncio.wait_for(harness.engine.update_weights(harness.new_weights(noise=0.06)), LIMIT_S)
+        with pytest.raises(WeightSyncError, match="must be synced"):
+            await harness.generate(harness.prompt(20))
+        await harness.update(harness.new_weights(noise=0.07))
+        prompt = harness.prompt(20)
+        harness.check_logprobs(prompt, (await harness.generate(prompt, max_new_tokens=10))[0])
 
 
 @needs("vllm")

@@ -289,7 +289,7 @@ class EngineConfig:
     `python`: interpreter of the engine's own environment (empty: found under `.venvs/<backend>`). `url`: attach to a
     running server instead of starting one. `server_args`: more flags for the server, handed on as they are.
     `kv_cache_tokens` 0: with a server as many as its GPU has room for. `weight_sync`, how new weights reach a server:
-    memory (a file in shared memory) | disk | collective (broadcast; sglang).
+    memory (a file in shared memory) | disk | collective (broadcast).
     """
 
     backend: EngineBackend = "torch"

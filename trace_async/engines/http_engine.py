@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from trace_async.config import ConfigError, EngineConfig
+from trace_async.config import EngineConfig
 from trace_async.engine import (
     EngineDeadError,
     EngineError,
@@ -28,6 +28,7 @@ from trace_async.engine import (
     EngineTimeoutError,
     WeightSyncError,
 )
+from trace_async.engines.broadcast import WeightBroadcast
 from trace_async.engines.http_client import HttpClient, Reply
 from trace_async.engines.server import ServerProcess, free_port, has_gpu
 from trace_async.engines.weight_files import checked_tensors, weight_folder
@@ -60,13 +61,10 @@ class HttpEngine(ABC):
     """
 
     name: str
-    can_broadcast = False
 
     def __init__(
         self, config: EngineConfig, *, policy_path: Path, max_context_tokens: int, seed: int, log_dir: Path
     ) -> None:
-        if config.weight_sync == "collective" and not self.can_broadcast:
-            raise ConfigError(f"engine.weight_sync=collective: {self.name} does not offer it; use memory or disk")
         self._config = config
         self._policy_path = policy_path.resolve()
         self._max_context_tokens = max_context_tokens
@@ -80,6 +78,9 @@ class HttpEngine(ABC):
         self._in_flight: set[asyncio.Task[Reply]] = set()
         self._aborts: set[asyncio.Task[None]] = set()
         self._control = asyncio.Lock()
+        self._broadcast = WeightBroadcast(
+            num_workers=config.tensor_parallel_size, on_gpu=self._on_gpu, timeout_s=config.request_timeout_s
+        )
         self._forget()
 
     def _forget(self) -> None:
@@ -127,9 +128,9 @@ class HttpEngine(ABC):
     async def _load_from_folder(self, folder: Path, tensors: Tensors) -> None:
         """Load the safetensors in `folder`, which hold `tensors`; EngineError when the server could not."""
 
+    @abstractmethod
     async def _load_by_broadcast(self, tensors: Tensors) -> None:
-        """The same over a process group (where `can_broadcast`)."""
-        raise NotImplementedError
+        """The same through `_broadcast`."""
 
     @abstractmethod
     async def _flush_cache(self) -> None: ...
@@ -194,6 +195,7 @@ class HttpEngine(ABC):
             await process.stop()
         if http is not None:
             await http.close()
+        await self._broadcast.close()
 
     def process_ids(self) -> list[int]:
         """The server's processes on this machine, its first one in front; empty when attached or not running."""
@@ -309,8 +311,12 @@ class HttpEngine(ABC):
     async def _require_answer(self) -> None:
         try:
             await self._ping()
-        except (EngineDeadError, EngineTimeoutError):
+        except EngineDeadError:
             raise
+        except EngineTimeoutError:
+            # A server that loads weights may not answer meanwhile; whether it hangs, the update itself will find out.
+            if not self._control.locked():
+                raise
         except EngineError as error:
             raise EngineDeadError(str(error)) from error
 

@@ -1,20 +1,16 @@
 """SGLang 0.5.23 as an engine: the default on GPUs. Recipe and traps: docs/engines.md."""
 
 import asyncio
-import functools
 import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from trace_async.engine import EngineError
 from trace_async.engines.http_client import Reply
 from trace_async.engines.http_engine import HttpEngine, version_spans
-from trace_async.engines.server import command_line_flags, engine_python, free_port
-from trace_async.engines.weight_group import WeightGroup
+from trace_async.engines.server import command_line_flags, engine_python
 from trace_async.engines.weight_record import Tensors
 from trace_async.types import Completion, FinishReason, SamplingParams
 
@@ -38,13 +34,10 @@ class SGLangEngine(HttpEngine):
     """
 
     name = "sglang"
-    can_broadcast = True
 
     def _forget(self) -> None:
         super()._forget()
         self._siblings: dict[tuple[int, ...], _Siblings] = {}
-        self._group: WeightGroup | None = None
-        self._group_name = ""
 
     def _command(self, port: int, scratch: Path) -> tuple[list[str], dict[str, str]]:
         config = self._config
@@ -163,53 +156,23 @@ class SGLangEngine(HttpEngine):
         await self._post("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": False})
 
     async def _load_by_broadcast(self, tensors: Tensors) -> None:
-        if self._group is None:
-            await self._join_group()
-        group = self._group
-        assert group is not None
         await self._post("/begin_weight_update")
-        names = sorted(tensors)
-        told = {
-            "names": names,
-            "dtypes": [str(tensors[name].dtype).removeprefix("torch.") for name in names],
-            "shapes": [list(tensors[name].shape) for name in names],
-            "group_name": self._group_name,
-            "flush_cache": False,
-        }
-        sending = asyncio.to_thread(group.broadcast, [tensors[name] for name in names])
-        await asyncio.gather(self._post("/update_weights_from_distributed", told), sending)
+        await self._broadcast.send(tensors, join=self._join_broadcast, receive=self._receive_broadcast)
         await self._post("/end_weight_update")
 
-    async def _join_group(self) -> None:
-        """NCCL when this process sees a GPU that the server does not use, else gloo."""
-        split = self._config.tensor_parallel_size
-        spare = self._on_gpu and torch.cuda.is_available() and torch.cuda.device_count() > split
-        device = torch.device("cuda", split) if spare else torch.device("cpu")
-        port = free_port()
-        self._group_name = f"weights_{uuid.uuid4().hex}"
+    async def _join_broadcast(self, group: dict[str, Reply]) -> Reply:
         told = {
             "master_address": "127.0.0.1",
-            "master_port": port,
+            "master_port": group["port"],
             "rank_offset": 1,
-            "world_size": 1 + split,
-            "group_name": self._group_name,
-            "backend": WeightGroup.backend(device),
+            "world_size": group["world_size"],
+            "group_name": group["name"],
+            "backend": group["backend"],
         }
-        make = functools.partial(
-            WeightGroup,
-            port=port,
-            name=self._group_name,
-            world_size=1 + split,
-            device=device,
-            timeout_s=self._config.request_timeout_s,
-        )
-        self._group, _ = await asyncio.gather(asyncio.to_thread(make), self._post("/init_weights_update_group", told))
+        return await self._post("/init_weights_update_group", told)
 
-    async def close(self) -> None:
-        await super().close()
-        group, self._group = self._group, None
-        if group is not None:
-            await asyncio.to_thread(group.close)
+    async def _receive_broadcast(self, told: dict[str, Reply]) -> Reply:
+        return await self._post("/update_weights_from_distributed", told | {"flush_cache": False})
 
     async def _flush_cache(self) -> None:
         await self._post("/flush_cache")

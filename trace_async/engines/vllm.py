@@ -1,5 +1,6 @@
 """vLLM 0.32 as an engine. Recipe and traps: docs/engines.md."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -133,8 +134,22 @@ class VLLMEngine(HttpEngine):
         await self._post("/update_weight_version", {"new_version": str(policy_version)})
 
     async def _load_from_folder(self, folder: Path, tensors: Tensors) -> None:
-        reply = await self._post("/collective_rpc", {"method": "receive_weights", "args": [str(folder)]})
-        self._received = {f"{RECEIVED}{name}": digest for name, digest in reply["results"][0].items()}
+        self._note_received(await self._call_workers("receive_weights", {"folder": str(folder)}))
+
+    async def _load_by_broadcast(self, tensors: Tensors) -> None:
+        join = functools.partial(self._call_workers, "join_weight_group")
+        receive = functools.partial(self._call_workers, "receive_broadcast")
+        self._note_received(await self._broadcast.send(tensors, join=join, receive=receive))
+
+    async def _call_workers(self, method: str, arguments: dict[str, Reply]) -> Reply:
+        """What each worker's WeightReceiver answers."""
+        reply = await self._post("/collective_rpc", {"method": method, "kwargs": arguments})
+        return reply["results"]
+
+    def _note_received(self, digests: Reply) -> None:
+        if any(of_worker != digests[0] for of_worker in digests):
+            raise EngineError(f"{self._describe()}: its workers received different weights")
+        self._received = {f"{RECEIVED}{name}": digest for name, digest in digests[0].items()}
 
     async def _flush_cache(self) -> None:
         reply = await self._post("/reset_prefix_cache?reset_running_requests=true")

@@ -1,18 +1,68 @@
 """Runs inside vLLM's workers (`--worker-extension-cls weight_receiver.WeightReceiver`), beside nothing else of ours."""
 
+import collections
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from weight_group import WeightGroup
+
+Named = Iterator[tuple[str, torch.Tensor]]
 
 
 class WeightReceiver:
     """Methods that vLLM adds to its Worker class; called through `/collective_rpc`."""
 
+    _weight_group: WeightGroup | None = None
+
     def receive_weights(self, folder: str) -> dict[str, str]:
-        """Load every safetensors file in `folder`; returns the SHA-256 of each tensor as it went into the loader.
+        """Load every safetensors file in `folder`; returns digests, see `_load_weights`."""
+
+        def tensors() -> Named:
+            for file in sorted(Path(folder).glob("*.safetensors")):
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (not a dict)
+                        yield name, opened.get_tensor(name)
+
+        return self._load_weights(tensors())
+
+    def join_weight_group(self, port: int, name: str, world_size: int, backend: str, timeout_s: float) -> None:
+        """Join a group in which rank 0 will broadcast weights; leaves one that was joined before."""
+        if self._weight_group is not None:
+            self._weight_group.close()
+        self._weight_group = WeightGroup(
+            port=port,
+            name=name,
+            rank=1 + self.rank,  # type: ignore[attr-defined]
+            world_size=world_size,
+            backend=backend,
+            device=self.device if backend == "nccl" else torch.device("cpu"),  # type: ignore[attr-defined]
+            timeout_s=timeout_s,
+        )
+
+    def receive_broadcast(
+        self, group_name: str, names: list[str], dtypes: list[str], shapes: list[list[int]]
+    ) -> dict[str, str]:
+        """Load what rank 0 of the group sends, one tensor after the other; returns digests, see `_load_weights`."""
+        group = self._weight_group
+        assert group is not None, "no weight group was joined"
+        assert group.name == group_name, f"a member of {group.name}, not of {group_name}"
+
+        def tensors() -> Named:
+            for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+                yield name, group.receive(shape, getattr(torch, dtype))
+
+        received = tensors()
+        try:
+            return self._load_weights(received)
+        finally:
+            # The sender waits until all has been taken, also when the loader gave up in between.
+            collections.deque(received, maxlen=0)
+
+    def _load_weights(self, tensors: Named) -> dict[str, str]:
+        """Returns the SHA-256 of each tensor as it went into the loader.
 
         vLLM repacks parameters for its kernels, so afterwards they could not be compared with what was sent.
         """
@@ -20,16 +70,14 @@ class WeightReceiver:
         digests: dict[str, str] = {}
         dtype = runner.model_config.dtype
 
-        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            for file in sorted(Path(folder).glob("*.safetensors")):
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (not a dict)
-                        tensor = opened.get_tensor(name).to(dtype)
-                        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-                        digests[name] = hashlib.sha256(flat.numpy()).hexdigest()
-                        yield name, tensor
+        def with_digests() -> Named:
+            for name, sent in tensors:
+                tensor = sent.to(dtype)
+                flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+                digests[name] = hashlib.sha256(flat.numpy().data).hexdigest()
+                yield name, tensor
 
-        runner.reload_weights(weights_iterator=tensors())
+        runner.reload_weights(weights_iterator=with_digests())
         self._repack_tied_head(runner.get_model())
         return digests
 
