@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -192,6 +193,15 @@ def test_the_comparisons_that_come_with_it(name: str, capsys: pytest.CaptureFixt
         budget = comparison.run_config(method, 0).budget
         cost = budget.root_rollouts * (1 + budget.continuations_per_root / 2)
         assert cost == (64 if method == "shape_half_2" else 128)
+
+
+def test_the_comparison_of_engines_differs_in_nothing_but_the_engine() -> None:
+    comparison = load_comparison(Path(__file__).parents[1] / "configs" / "compare_engines.yaml")
+    runs = {method: comparison.run_config(method, 1) for method in comparison.methods}
+    assert {method: config.engine.backend for method, config in runs.items()} == {m: m for m in runs}
+    assert set(runs) == {"torch", "sglang", "vllm"}
+    for config in runs.values():
+        assert replace(config, engine=replace(config.engine, backend="torch")) == runs["torch"]
 
 
 @pytest.mark.parametrize(
