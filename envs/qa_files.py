@@ -80,6 +80,10 @@ class QaFiles:
     def make_env(self, task: Task) -> MultiHopEnv:
         return MultiHopEnv(task, self._retriever, self._settings, instructions=self._instructions)
 
+    async def close(self) -> None:
+        """End the connections to the retrieval server."""
+        await self._retriever.close()
+
     def _check_splits(self, questions: str) -> None:
         texts = {split: {task.data["question"] for task in tasks} for split, tasks in self._tasks.items()}
         for split, found in texts.items():

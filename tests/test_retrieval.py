@@ -1,15 +1,18 @@
 """BM25 in the process, and the HTTP client against a real server on loopback that fails on demand."""
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from envs.qa_files import QaFiles
 from envs.retrieval import BM25Retriever, HttpRetriever, Passage
 from trace_async.env import EnvError
 
@@ -135,6 +138,23 @@ async def test_a_refusal_and_a_foreign_format_are_not_tried_again(server: FakeSe
         await client.search("ada", top_k=1)
     assert len(server.requests) == 2
     await client.close()
+
+
+async def test_a_domain_of_files_searches_on_the_server(server: FakeServer, tmp_path: Path) -> None:
+    rows = [{"_id": f"{k}", "question": f"{k} ?", "answer": "keld", "context": [["t", ["x"]]]} for k in range(9)]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    domain = QaFiles(questions=f"{tmp_path}/q.json", heldout_share=0.5, retrieval_url=server.url, top_k=2)
+    env = domain.make_env(domain.tasks("train")[0])
+    found = (await env.step("search [ ada ]")).messages[0].content
+    assert found == "\n".join(f"{p.title} : {p.text}" for p in PASSAGES[:2])
+    server.faults = ["404"]
+    with pytest.raises(EnvError, match="404"):
+        await env.step("search [ ben ]")
+    assert (await env.step("answer [ keld ]")).reward == 1.0
+    session = domain._retriever._session  # type: ignore[attr-defined]
+    await domain.close()
+    await domain.close()
+    assert session.closed
 
 
 async def test_no_server_at_all() -> None:
