@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import re
+import signal
 import sys
 from fractions import Fraction
 from typing import Literal
@@ -54,15 +55,16 @@ def _one_formula(text: str) -> str:
 
 
 class AnswerChecker:
-    """Compares answers; `close` ends its process. `timeout_s` is what one comparison may take.
+    """Compares answers; `close` ends its process. `cpu_limit_s`: processor time that one comparison may take.
 
-    An answer on which math-verify takes longer than `timeout_s`, or more than 2 GB, twice, counts as wrong: the model
-    wrote it. Raises EnvError where math-verify cannot be started.
+    An answer on which math-verify takes more than that, or more than 2 GB, twice, counts as wrong: the model wrote it.
+    That must not hang on how busy the machine is, so the clock on the wall decides nothing. Raises EnvError where
+    math-verify cannot be started or gives no verdict for 60 times that long: our failure.
     """
 
-    def __init__(self, check: AnswerCheck = "math_verify", *, timeout_s: float = 10.0) -> None:
+    def __init__(self, check: AnswerCheck = "math_verify", *, cpu_limit_s: float = 10.0) -> None:
         self._check = check
-        self._timeout_s = timeout_s
+        self._cpu_limit_s = cpu_limit_s
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -112,8 +114,11 @@ class AnswerChecker:
         try:
             process.stdin.write(json.dumps(question).encode() + b"\n")
             await process.stdin.drain()
-            line = await asyncio.wait_for(process.stdout.readline(), self._timeout_s)
-        except (TimeoutError, OSError):
+            line = await asyncio.wait_for(process.stdout.readline(), 60 * self._cpu_limit_s)
+        except TimeoutError as error:
+            await self.close()
+            raise EnvError(f"math-verify gives no verdict for {60 * self._cpu_limit_s:g} s") from error
+        except OSError:
             line = b""
         except asyncio.CancelledError:
             await self.close()  # a later question must not read this one's verdict
@@ -125,7 +130,7 @@ class AnswerChecker:
 
     async def _start(self) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "envs.answers"),
+            *(sys.executable, "-m", "envs.answers", str(self._cpu_limit_s)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -138,12 +143,12 @@ class AnswerChecker:
             ready = b""
         if ready != b"ready\n":
             await self.close()
-            raise EnvError("math-verify cannot be started; try: python -m envs.answers < /dev/null")
+            raise EnvError("math-verify cannot be started; try: python -m envs.answers 10 < /dev/null")
         return process
 
 
-def _serve() -> None:
-    """One JSON question a line in, one verdict a line out, until the input ends."""
+def _serve(cpu_limit_s: float) -> None:
+    """One JSON question a line in, one verdict a line out, until the input ends or a question takes too long."""
     import resource
 
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -153,10 +158,13 @@ def _serve() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         question = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)  # its signal ends the process
         gold = parse(f"${question['gold']}$", targets)
         answer = parse(f"${question['answer']}$", targets)
-        print(json.dumps(bool(gold and answer and verify(gold, answer))), flush=True)
+        verdict = bool(gold and answer and verify(gold, answer))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(verdict), flush=True)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(float(sys.argv[1]))

@@ -1,7 +1,9 @@
 """The mathematics domain: generated problems, real file formats, the turns of an episode, the verifier."""
 
+import asyncio
 import json
 import re
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
@@ -12,7 +14,7 @@ from envs.answers import AnswerChecker, parse_number, unbox
 from envs.math import Math, MathFiles, load_problems
 from envs.math_problems import make_problem
 from trace_async.config import ConfigError
-from trace_async.env import Demonstrator
+from trace_async.env import Demonstrator, EnvError
 from trace_async.types import Task
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_test_600.jsonl"
@@ -199,11 +201,21 @@ async def test_several_answers_are_not_one() -> None:
 
 
 async def test_an_answer_that_never_ends_is_wrong_and_the_checker_goes_on() -> None:
-    checker = AnswerChecker(timeout_s=1.5)
+    checker = AnswerChecker(cpu_limit_s=2)
     assert not await checker.is_right("9^{9^{9^9}}", "\\pi")
     assert await checker.is_right("\\frac{\\pi}{1}", "\\pi")
     await checker.close()
     await checker.close()
+
+
+async def test_a_checker_that_is_held_up_is_our_failure_and_recovers() -> None:
+    checker = AnswerChecker(cpu_limit_s=0.05)  # three seconds on the wall
+    process = await checker._start()
+    process.send_signal(signal.SIGSTOP)
+    checker._loop = asyncio.get_running_loop()
+    with pytest.raises(EnvError, match="math-verify gives no verdict for 3 s"):
+        await checker.is_right("\\frac{\\pi}{1}", "\\pi")
+    assert process.returncode is not None
 
 
 async def test_hostile_programs_are_observations_and_the_rollout_goes_on(tmp_path: Path) -> None:
