@@ -121,7 +121,7 @@ class LearnerGroup:
         return parts[0]
 
     async def save(self, folder: Path) -> None:
-        """Write the learner's part of a checkpoint into `folder` (on a disk that rank 0 sees)."""
+        """Write the learner's part of a checkpoint into `folder`, which all ranks must see; each writes its share."""
         await self._all("save", str(folder))
 
     async def load(self, folder: Path) -> None:

@@ -103,12 +103,9 @@ async def test_a_generator_that_refuses_weights_is_lost_and_the_others_serve_the
 
 
 async def test_corrupt_weights_reach_no_prompt(tiny_policy_path: Path, tmp_path: Path):
-    config = load_config(
-        None,
-        ["engine.backend=fake", "actors.num_generators=1", "actors.generator_cpus=0", "engine.start_timeout_s=3"],
-    )
-    pool = GeneratorPool(config, tiny_policy_path, tmp_path, Listener())
+    pool = GeneratorPool(fake_config(1), tiny_policy_path, tmp_path, Listener())
     await pool.start()
+    pool.config = replace(pool.config, engine=replace(pool.config.engine, start_timeout_s=3.0))
     corrupt = weights(1, checksum="0" * 32)
     with pytest.raises(EngineError, match="no generator is left"):
         await pool.update_weights(in_store(corrupt), 1)

@@ -3,7 +3,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from tests.live_bytes import LiveBytes
 from tests.random_trees import random_tree
 from trace_async.checkpoint import CheckpointError
 from trace_async.config import Config, ConfigError, LearnerConfig, load_config
 from trace_async.learner import Learner, LearnerError, schedule
-from trace_async.learner_state import export_checkpoint, export_learner, load_learner, save_learner
+from trace_async.learner_state import export_checkpoint, export_learner, load_learner, plan_shards, save_learner
+from trace_async.policy import load_model
 from trace_async.policy_weights import full_bytes
 from trace_async.tree import RolloutTree
 from trace_async.weights import WeightCount, join_buckets, unpack_weights
@@ -127,26 +126,6 @@ def test_weights_are_the_models_by_name_with_tied_tensors_once(tiny_policy_path)
         assert metrics["updated"] == 1.0
         moved = weights_of(learner)
         assert any(not torch.equal(moved[name], start[name]) for name in start)
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that lived at once in tensors made inside, views of older ones not counted."""
-
-    def __init__(self, older: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self._older = {tensor.untyped_storage()._cdata for tensor in older}
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._older:
-                storage = tensor.untyped_storage()
-                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self._live.values()))
-        return result
 
 
 @pytest.mark.parametrize("overrides", [[], ["learner.zero_stage=3"], ["learner.lora_rank=4"]], ids=str)
@@ -265,6 +244,32 @@ def test_minibatches_and_corrections(tiny_policy_path, correction):
         assert metrics["entropy"] > 1
 
 
+def test_the_reference_is_loaded_only_when_kl_holds_to_it_on_a_device_of_its_own(tiny_policy_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("trace_async.learner.load_model", lambda *a, **k: loaded.append(a) or load_model(*a, **k))
+    with learning(configure("learner.reference_device=cuda"), tiny_policy_path):
+        assert len(loaded) == 1  # the reference is absent, so is what is said of it
+    with learning(configure("loss.kl_loss_coef=0.1"), tiny_policy_path) as learner:
+        assert len(loaded) == 3
+        wanted = [learner.update(trees_of(seed), VERSION)["kl_reference"] for seed in (0, 1)]
+    assert wanted[0] == pytest.approx(0, abs=1e-9)
+    assert wanted[1] > 1e-6
+    overrides = ["loss.kl_loss_coef=0.1", "learner.reference_device=cpu", "learner.zero_stage=3"]
+    with learning(configure(*overrides), tiny_policy_path) as learner:
+        found = [learner.update(trees_of(seed), VERSION)["kl_reference"] for seed in (0, 1)]
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_reference_on_a_device_that_is_not_there_is_refused(tiny_policy_path):
+    with pytest.raises(ConfigError, match=r"learner\.reference_device=cuda: no CUDA device"):
+        Learner(
+            configure("loss.kl_loss_coef=0.1", "learner.reference_device=cuda"),
+            tiny_policy_path,
+            master_port=free_port(),
+        )
+
+
 def test_schedules():
     config = LearnerConfig(lr_warmup_updates=3, lr_schedule="linear")
     assert [schedule(config, step, 7) for step in range(8)] == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
@@ -314,6 +319,33 @@ def test_exports_load_in_transformers(tiny_policy_path, tmp_path):
         assert (tmp_path / name / "tokenizer.json").is_file()
     with pytest.raises(ValueError, match="exists already"):
         export_checkpoint(tmp_path / "learner", tmp_path / "live")
+
+
+def test_large_policies_are_saved_and_exported_in_several_files(tiny_policy_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("trace_async.learner_state.SHARD_BYTES", 150_000)
+    monkeypatch.setattr("trace_async.learner_state.EXPORT_BYTES", 60_000)
+    with learning(configure("learner.lora_rank=2", "learner.weight_bucket_bytes=20000"), tiny_policy_path) as learner:
+        learner.update(trees_of(0), VERSION)
+        save_learner(learner, tmp_path / "learner")
+        export_learner(learner, tmp_path / "live")
+        wanted = weights_of(learner)
+    assert len(list((tmp_path / "learner").glob("tensors-*.safetensors"))) > 1
+    export_checkpoint(tmp_path / "learner", tmp_path / "from_checkpoint")
+    for name in ("live", "from_checkpoint"):
+        files = sorted((tmp_path / name).glob("*.safetensors"))
+        assert len(files) > 3
+        assert all(file.stat().st_size < 65_000 for file in files)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert_close(dict(model.named_parameters()), wanted, 1e-6)
+
+
+def test_ranks_share_the_files_of_a_checkpoint_out(monkeypatch):
+    monkeypatch.setattr("trace_async.learner_state.SHARD_BYTES", 100)
+    sizes = {"a": 90, "b": 30, "c": 30, "d": 60, "e": 50, "f": 200}
+    # b and c go to rank 1, which has 60 then; d too, 120 against 90: e to rank 0 (140), f to rank 1.
+    assert plan_shards(sizes, 2) == [(0, ["a", "e"]), (1, ["b", "c", "d"]), (1, ["f"])]
+    assert plan_shards(sizes, 1) == [(0, ["a", "b"]), (0, ["c", "d", "e"]), (0, ["f"])]
+    assert [rank for rank, _ in plan_shards({"a": 1, "b": 1}, 4)] == [0, 1]
 
 
 def test_a_checkpoint_of_another_policy_is_refused(tiny_policy_path, tmp_path):

@@ -1,16 +1,24 @@
 """LearnerGroup over real Ray actors and gloo: 1 and 2 ranks, resumed with other numbers of ranks, dying ranks."""
 
 import asyncio
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import ray
 import torch
+from transformers import AutoModelForCausalLM
 
 from actors.learner import LearnerGroup, LearnerRankError
-from tests.test_learner import VERSION, assert_close, configure, learning, train, trees_of, weights_of
+from tests.live_bytes import LiveBytes
+from tests.test_learner import VERSION, assert_close, configure, free_port, learning, train, trees_of, weights_of
+from trace_async.checkpoint import CheckpointError, CheckpointStore, latest_checkpoint
+from trace_async.deepspeed_engine import RankAddress, join_ranks
+from trace_async.learner import load_policy
 from trace_async.learner_state import load_learner, save_learner
+from trace_async.policy_weights import full_bytes, policy_buckets
 from trace_async.weights import join_buckets, unpack_weights
 
 COMPARED = ("loss", "grad_norm", "ratio_mean", "clip_fraction", "entropy", "mismatch", "mismatch_max", "trained_tokens")
@@ -54,6 +62,8 @@ async def test_two_ranks_train_like_one_and_one_rank_goes_on(
             for name in COMPARED:
                 assert metrics[f"learner/{name}"] == pytest.approx(wanted[seed][name], rel=2e-4, abs=2e-5), name
         await group.save(tmp_path / "learner")
+        sizes = [(tmp_path / "learner" / f"tensors-000{rank}.safetensors").stat().st_size for rank in (0, 1)]
+        assert max(sizes) < 1.1 * min(sizes)  # each rank wrote its half
         assert (await group.update(trees_of(2), VERSION))["learner/loss"] == pytest.approx(wanted[2]["loss"], abs=2e-5)
         references = await group.weights(7)
         assert len(references) > 4  # buckets of 40 kB at most, and their manifest
@@ -108,3 +118,63 @@ async def test_a_rank_without_work_keeps_in_step(tiny_policy_path):
         for name in COMPARED:
             assert metrics[f"learner/{name}"] == pytest.approx(wanted[name], rel=2e-4, abs=2e-5), name
         assert_close(await fetched(await group.weights(1)), weights, 1e-4)
+
+
+@pytest.mark.timeout(600)
+async def test_a_rank_that_cannot_write_or_dies_while_writing_costs_no_checkpoint(tiny_policy_path, tmp_path):
+    store = CheckpointStore(tmp_path, 1)
+    async with group_of(2, tiny_policy_path, "learner.zero_stage=3", "learner.step_timeout_s=120") as group:
+
+        async def save(version: int, hinder: Callable[[Path], None] | None = None) -> None:
+            async with store.saving(version) as folder:
+                if hinder is not None:
+                    hinder(folder / "tensors-0001.safetensors")  # rank 1's
+                await group.save(folder)
+
+        await save(1)
+        with pytest.raises(CheckpointError, match=r"checkpoint 2 could not be saved.*tensors-0001.*000001, is whole"):
+            await save(2, Path.mkdir)
+        # Rank 0 was not left waiting for rank 1 in the middle of gathering: both go on.
+        await group.update(trees_of(0), VERSION)
+        await save(3)
+        assert latest_checkpoint(tmp_path) == tmp_path / "000003"
+        # Nobody reads from the pipe, so rank 1 is in the middle of its save until it dies.
+        saving = asyncio.create_task(save(4, os.mkfifo))
+        async with asyncio.timeout(60):
+            while not list(tmp_path.glob(".saving-*/tensors-0000.safetensors")):
+                await asyncio.sleep(0.05)
+        assert not saving.done()
+        ray.kill(group._ranks[1])
+        with pytest.raises(LearnerRankError, match="learner rank 1 died during save"):
+            await saving
+        assert latest_checkpoint(tmp_path) == tmp_path / "000003"
+        assert [entry.name for entry in tmp_path.iterdir()] == ["000003"]
+
+
+@ray.remote
+def peak_of_loading(rank: int, port: int, policy_path: Path, stage: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """In two processes: the most bytes of tensors that live while the policy is loaded, in policies; and the policy."""
+    config = configure("learner.num_ranks=2", f"learner.zero_stage={stage}")
+    address = RankAddress(rank=rank, world_size=2, master_addr="127.0.0.1", master_port=port)
+    join_ranks(address, torch.device("cpu"), 60.0)
+    with LiveBytes() as measured:
+        policy = load_policy(config, policy_path)
+    total = sum(full_bytes(parameter) for parameter in policy.parameters())
+    (tensors,) = (
+        {name: tensor.detach().clone() for name, tensor in bucket.items()} for bucket in policy_buckets(policy, 1 << 30)
+    )
+    return measured.peak / total, tensors
+
+
+@pytest.mark.timeout(600)
+async def test_zero_3_loads_no_whole_policy_on_any_rank(tiny_policy_path):
+    peaks = {}
+    for stage in (2, 3):
+        port = free_port()
+        ranks = await asyncio.gather(*(peak_of_loading.remote(rank, port, tiny_policy_path, stage) for rank in (0, 1)))
+        peaks[stage] = [peak for peak, _ in ranks]
+        wanted = dict(AutoModelForCausalLM.from_pretrained(tiny_policy_path).named_parameters())
+        for _, tensors in ranks:
+            assert_close(tensors, wanted, 0.0)
+    assert min(peaks[2]) >= 1
+    assert max(peaks[3]) < 0.7  # half of it, and one module at a time

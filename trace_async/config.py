@@ -247,8 +247,9 @@ class LearnerConfig:
 
     `minibatches`: optimizer steps per update (alias ppo mini-batches). `deepspeed`: any DeepSpeed option, handed on
     as it is. `gradient_checkpointing` and `logprob_chunk_tokens` bound memory. `num_threads`: per rank, on the CPU.
-    `weight_bucket_bytes`: how much of the weights is whole on a rank at a time (one tensor at least) on its way to the
-    generators.
+    `reference_device`: of the frozen start policy that loss.kl_loss_coef holds to, loaded only when that is > 0 (auto:
+    the learner's; cpu leaves the GPU's memory to the policy). `weight_bucket_bytes`: how much of the weights is whole
+    on a rank at a time (one tensor at least) on its way to the generators.
     """
 
     num_ranks: int = 1
@@ -268,6 +269,7 @@ class LearnerConfig:
     logprob_chunk_tokens: int = 4096
     gradient_checkpointing: bool = False
     lora_rank: int = 0
+    reference_device: Literal["auto", "cpu", "cuda"] = "auto"
     weight_bucket_bytes: int = 256 * 1024**2
     deepspeed: dict[str, Any] = field(default_factory=dict)
     num_threads: int = 1
@@ -289,7 +291,8 @@ class EngineConfig:
     `python`: interpreter of the engine's own environment (empty: found under `.venvs/<backend>`). `url`: attach to a
     running server instead of starting one. `server_args`: more flags for the server, handed on as they are.
     `kv_cache_tokens` 0: with a server as many as its GPU has room for. `weight_sync`, how new weights reach a server:
-    memory (a file in shared memory) | disk | collective (broadcast).
+    memory (a file in shared memory) | disk | collective (broadcast). `lora_rank`: 0, merged weights are sent; or
+    learner.lora_rank, then only the adapter is, for the server to add (vllm).
     """
 
     backend: EngineBackend = "torch"
@@ -303,6 +306,7 @@ class EngineConfig:
     url: str = ""
     server_args: dict[str, Any] = field(default_factory=dict)
     weight_sync: Literal["memory", "disk", "collective"] = "memory"
+    lora_rank: int = 0
     start_timeout_s: float = 300.0
     request_timeout_s: float = 120.0
     num_threads: int = 1
@@ -311,6 +315,12 @@ class EngineConfig:
         _require(self.tensor_parallel_size >= 1, "engine.tensor_parallel_size", self.tensor_parallel_size, "≥ 1")
         _require(self.max_running_requests >= 1, "engine.max_running_requests", self.max_running_requests, "≥ 1")
         _require(self.request_timeout_s > 0, "engine.request_timeout_s", self.request_timeout_s, "must be > 0")
+        _require(0 <= self.lora_rank <= 512, "engine.lora_rank", self.lora_rank, "0 (merged weights) to 512")
+        merged = "; or engine.lora_rank=0, for merged weights"
+        if self.lora_rank:
+            _require(self.backend == "vllm", "engine.backend", self.backend, "only vllm takes LoRA adapters" + merged)
+            _require(self.weight_sync != "collective", "engine.weight_sync", "collective", "not of adapters" + merged)
+            _require(not self.url, "engine.url", self.url, "adapters need a server that is started for them" + merged)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,6 +418,12 @@ class Config:
     def __post_init__(self) -> None:
         _require(self.num_updates >= 1, "num_updates", self.num_updates, "must be ≥ 1")
         _require(bool(self.name) and "/" not in self.name, "name", self.name, "a plain name without '/'")
+        _require(
+            self.engine.lora_rank in (0, self.learner.lora_rank),
+            "engine.lora_rank",
+            self.engine.lora_rank,
+            f"0 (merged weights) or that of the learner, learner.lora_rank={self.learner.lora_rank}",
+        )
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -107,6 +107,36 @@ def deepspeed_options(config: LearnerConfig) -> dict[str, Any]:
     return _merged(own, config.deepspeed)
 
 
+class _ZeroThree:
+    """What transformers asks of the DeepSpeed configuration in force."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.config = options
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def partitioned_loading(config: LearnerConfig) -> Iterator[None]:
+    """Under ZeRO-3 a model that transformers loads inside is partitioned as it is built, on all ranks together.
+
+    A rank then holds its share and one module that is whole; the files are read, a tensor at a time, by rank 0 alone.
+    """
+    if config.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import deepspeed as in_transformers
+
+    in_force = _ZeroThree(deepspeed_options(config))  # transformers only keeps a weak reference
+    in_transformers.set_hf_deepspeed_config(in_force)
+    try:
+        with stdout_to_stderr():
+            yield
+    finally:
+        in_transformers.unset_hf_deepspeed_config()
+
+
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():

@@ -20,7 +20,7 @@ from torch import nn
 
 from trace_async.advantage import NodeCredit, compute_credits
 from trace_async.config import Config, ConfigError, LearnerConfig
-from trace_async.deepspeed_engine import RankAddress, join_ranks, make_deepspeed
+from trace_async.deepspeed_engine import RankAddress, join_ranks, make_deepspeed, partitioned_loading
 from trace_async.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
 from trace_async.packing import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
 from trace_async.policy import load_model
@@ -86,14 +86,14 @@ class Learner:
         self.policy_path = policy_path
         self.is_first = rank == 0
         self.num_steps = 0
-        self._rank, self._world_size = rank, world_size
+        self.rank, self.world_size = rank, world_size
         self._device = resolve_device(config.learner.device, rank)
         if self._device.type == "cpu":
             torch.set_num_threads(config.learner.num_threads)
         address = RankAddress(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port)
         join_ranks(address, self._device, config.learner.step_timeout_s)
         torch.manual_seed(config.seed)
-        self._module = self._make_module(load_policy(config, policy_path))
+        self._module = self._make_module(load_policy(config, policy_path), self._device, entropy=True)
         self._reference = self._make_reference()
         trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         adam = torch.optim.AdamW(
@@ -152,31 +152,37 @@ class Learner:
         """The policy's weights by their Hugging Face names, LoRA merged, tied tensors once: in buckets of
         `learner.weight_bucket_bytes` on rank 0; the other ranks, which must ask as well, get none.
 
-        On the CPU a bucket shares memory with the parameters: be done with it before asking for the next one.
+        With `engine.lora_rank` the adapter alone, which generators add themselves. On the CPU a bucket shares memory
+        with the parameters: be done with it before asking for the next one.
         """
-        for bucket in policy_buckets(self.policy, self.config.learner.weight_bucket_bytes):
+        adapter_only = bool(self.config.engine.lora_rank)
+        for bucket in policy_buckets(self.policy, self.config.learner.weight_bucket_bytes, adapter_only=adapter_only):
             if self.is_first:
                 yield host_bucket(bucket)
             del bucket  # otherwise it would live while the next one is gathered
 
-    def _make_module(self, policy: Any) -> TokenLogprobs:
+    def _make_module(self, policy: Any, device: torch.device, *, entropy: bool) -> TokenLogprobs:
         learner = self.config.learner
-        kind = attention_for(self._device, flat=learner.packing == "flat")
+        kind = attention_for(device, flat=learner.packing == "flat")
         prepare_model(policy, kind)
         return TokenLogprobs(
-            policy.to(self._device),
+            policy.to(device),
             kind,
             temperature=self.config.sampling.temperature,
             chunk_tokens=learner.logprob_chunk_tokens,
-            entropy=True,
+            entropy=entropy,
         )
 
     def _make_reference(self) -> TokenLogprobs | None:
-        """The start policy, frozen, when KL holds to it."""
+        """The start policy, frozen, on a device of its own when so set; None when KL holds to nothing."""
         if not self.config.loss.kl_loss_coef:
             return None
-        policy = load_model(self.policy_path, dtype=self.config.learner.dtype)
-        return self._make_module(policy).requires_grad_(False)
+        learner = self.config.learner
+        self._reference_device = self._device
+        if learner.reference_device != "auto":
+            self._reference_device = resolve_device(learner.reference_device, self.rank, "learner.reference_device")
+        policy = load_model(self.policy_path, dtype=learner.dtype)
+        return self._make_module(policy, self._reference_device, entropy=False).requires_grad_(False)
 
     def _assert_fresh(self, trees: Sequence[RolloutTree], policy_version: int) -> None:
         for tree in trees:
@@ -209,8 +215,8 @@ class Learner:
         ]
         if not pieces:
             return _Minibatch(batches=(), num_pieces=0)
-        ranks = plan_micro_batches(pieces, num_ranks=self._world_size, max_tokens=learner.max_tokens_per_micro_batch)
-        batches = [self._packed(trees, credits, part, pieces) for part in ranks[self._rank]]
+        ranks = plan_micro_batches(pieces, num_ranks=self.world_size, max_tokens=learner.max_tokens_per_micro_batch)
+        batches = [self._packed(trees, credits, part, pieces) for part in ranks[self.rank]]
         return _Minibatch(batches=tuple(batches), num_pieces=len(pieces))
 
     def _packed(
@@ -231,7 +237,7 @@ class Learner:
     ) -> float:
         """Backward through all micro-batches, one optimizer step; returns the gradient norm before clipping."""
         loss_config = self.config.loss
-        reference = self._no_grad(self._reference, minibatch) if self._reference is not None else None
+        reference = self._reference_logprobs(minibatch)
         self._module.train()
         for index, batch in enumerate(minibatch.batches):
             logprobs, entropy = self.engine(batch)
@@ -248,7 +254,7 @@ class Learner:
                 for counter in counters:
                     counter.add(batch.entries, terms, loss, clipped, policy_version)
             # DeepSpeed averages over ranks; the entries are normalised over the whole minibatch already.
-            self.engine.backward(loss * self._world_size, scale_wrt_gas=False)
+            self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.engine.step()
@@ -261,6 +267,13 @@ class Learner:
     def _no_grad(self, model: Any, minibatch: _Minibatch) -> list[torch.Tensor]:
         with torch.no_grad():
             return [model(batch)[0].detach() for batch in minibatch.batches]
+
+    def _reference_logprobs(self, minibatch: _Minibatch) -> list[torch.Tensor] | None:
+        if self._reference is None:
+            return None
+        with torch.no_grad():
+            batches = (batch.to(self._reference_device) for batch in minibatch.batches)
+            return [self._reference(batch)[0].to(self._device) for batch in batches]
 
     def _learning_rate(self) -> float:
         learner = self.config.learner
@@ -285,25 +298,26 @@ class Learner:
         return metrics
 
     def _all_reduce(self, values: torch.Tensor, operation: Any) -> torch.Tensor:
-        if self._world_size == 1:
+        if self.world_size == 1:
             return values
         moved = values.to(self._device)
         torch.distributed.all_reduce(moved, op=operation)
         return moved.cpu()
 
 
-def resolve_device(setting: str, rank: int) -> torch.device:
+def resolve_device(setting: str, rank: int, name: str = "learner.device") -> torch.device:
     """`auto`: CUDA where there is one. On CUDA each rank takes the device of its number, modulo what it sees."""
     cuda = torch.cuda.is_available()
     if setting == "cuda" and not cuda:
-        raise ConfigError("learner.device=cuda: no CUDA device is visible; set auto or cpu")
+        raise ConfigError(f"{name}=cuda: no CUDA device is visible; set auto or cpu")
     return torch.device("cuda", rank % torch.cuda.device_count()) if cuda and setting != "cpu" else torch.device("cpu")
 
 
 def load_policy(config: Config, policy_path: Path) -> Any:
-    """The policy to train, on the host: with fresh LoRA adapters and activation checkpointing as set."""
+    """The policy to train, on the host (or partitioned): with LoRA adapters and activation checkpointing as set."""
     transformers.utils.logging.disable_progress_bar()
-    policy: Any = load_model(policy_path, dtype=config.learner.dtype)
+    with partitioned_loading(config.learner):
+        policy: Any = load_model(policy_path, dtype=config.learner.dtype)
     if config.learner.lora_rank:
         add_lora(policy, config.learner.lora_rank, seed=config.seed)
     if config.learner.gradient_checkpointing:

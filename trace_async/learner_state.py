@@ -2,15 +2,17 @@
 
 learner/
   learner.json              optimizer steps, LoRA rank, the shards
-  tensors-0000.safetensors  "value/<name>", "exp_avg/<name>", "exp_avg_sq/<name>", about a gigabyte a file
+  tensors-0000.safetensors  "value/<name>", "exp_avg/<name>", "exp_avg_sq/<name>", about a gigabyte a file; the ranks
+                            share the files out, each writes its own
   policy/                   config.json, tokenizer, …: all of the start policy's folder but its weights
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,38 +28,81 @@ from trace_async.deepspeed_engine import (
     write_training_state,
 )
 from trace_async.learner import Learner
-from trace_async.policy_weights import merged, policy_buckets
+from trace_async.policy_weights import full_bytes, merged, policy_buckets
 
 SHARD_BYTES = 1 << 30
+EXPORT_BYTES = 4 << 30
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf")
 
 
+class Shard(NamedTuple):
+    """A file of a checkpoint: the rank that writes it, and the parameters in it."""
+
+    rank: int
+    names: list[str]
+
+
+def plan_shards(num_bytes: Mapping[str, int], num_ranks: int) -> list[Shard]:
+    """Parameters (name → bytes with optimizer state) dealt out to the ranks in their order, the same on all ranks.
+
+    A parameter goes to the rank that has least so far; a rank begins a new file when its last one has SHARD_BYTES.
+    """
+    shards: list[Shard] = []
+    total, in_file = [0] * num_ranks, [0] * num_ranks
+    latest: dict[int, Shard] = {}
+    for name, size in num_bytes.items():
+        rank = total.index(min(total))
+        if rank not in latest or in_file[rank] >= SHARD_BYTES:
+            latest[rank] = Shard(rank, [])
+            shards.append(latest[rank])
+            in_file[rank] = 0
+        latest[rank].names.append(name)
+        total[rank] += size
+        in_file[rank] += size
+    return shards
+
+
 def save_learner(learner: Learner, folder: Path) -> None:
-    """Called on all ranks; rank 0 writes into `folder` (made). OSError when the disk does not take it."""
-    if learner.is_first:
+    """Called on all ranks; each writes its shards into `folder` (made), which all must see. OSError when the disk of a
+    rank does not take them; its peers are not left waiting for it then."""
+    shards = plan_shards({n: _bytes_with_state(p) for n, p in learner.policy.named_parameters()}, learner.world_size)
+    states = _own_states(learner, shards)
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        _copy_all_but_weights(learner.policy_path, folder / "policy")
-    shards: list[str] = []
-    shard: dict[str, torch.Tensor] = {}
+        for index, tensors in states:
+            _save_tensors(tensors, folder / _shard_name(index))
+            del tensors  # one file at a time is in memory
+        if learner.is_first:
+            _copy_all_but_weights(learner.policy_path, folder / "policy")
+            _write_record(learner, len(shards), folder)
+    finally:
+        for _ in states:
+            pass  # every rank gathers to the end
+
+
+def _own_states(learner: Learner, shards: list[Shard]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """(index of the shard, its tensors) for the shards of this rank; all ranks gather every parameter together."""
+    shard_of = {name: index for index, shard in enumerate(shards) for name in shard.names}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in learner.policy.named_parameters():
         state = _read(learner.engine, parameter)
-        if not learner.is_first:
+        index = shard_of[name]
+        if shards[index].rank != learner.rank:
             continue
-        shard |= {f"{key}/{name}": tensor.to("cpu", copy=True).contiguous() for key, tensor in state.items()}
-        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
-            shards.append(_write_shard(folder, len(shards), shard))
-            shard = {}
-    if not learner.is_first:
-        return
-    if shard:
-        shards.append(_write_shard(folder, len(shards), shard))
+        tensors |= {f"{key}/{name}": tensor.to("cpu", copy=True).contiguous() for key, tensor in state.items()}
+        if name == shards[index].names[-1]:
+            yield index, tensors
+            tensors = {}
+
+
+def _write_record(learner: Learner, num_shards: int, folder: Path) -> None:
     record = {
         "num_steps": learner.num_steps,
         "adam_steps": read_adam_steps(learner.engine),
         "lora_rank": learner.config.learner.lora_rank,
         "dtype": learner.config.learner.dtype,
-        "shards": shards,
+        "shards": [_shard_name(index) for index in range(num_shards)],
     }
     (folder / "learner.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -90,20 +135,26 @@ def load_learner(learner: Learner, folder: Path) -> None:
 
 def export_learner(learner: Learner, target: Path) -> None:
     """The current policy as a Hugging Face folder, called on all ranks; `target` appears only when it is whole."""
-    tensors: dict[str, torch.Tensor] = {}
-    for bucket in policy_buckets(learner.policy, learner.config.learner.weight_bucket_bytes):
+    buckets = policy_buckets(learner.policy, learner.config.learner.weight_bucket_bytes)
+    try:
         if learner.is_first:
-            tensors |= {name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.items()}
-    if learner.is_first:
-        _write_policy(tensors, learner.policy_path, target)
+            _write_policy(buckets, learner.policy_path, target)
+    finally:
+        for _ in buckets:
+            pass  # every rank gathers to the end
 
 
 def export_checkpoint(folder: Path, target: Path) -> None:
     """The policy of a checkpoint's `learner` folder as a Hugging Face folder, LoRA merged; needs no ranks."""
     record = _record(folder)
     dtype = _DTYPES[record["dtype"]]
-    values = {name: state["value"].to(dtype) for name, state in _tensors(folder, record["shards"])}
-    _write_policy(merged(values), folder / "policy", target)
+    with contextlib.ExitStack() as stack:
+        values: dict[str, Any] = {}  # parameter → the file that has it
+        for shard in record["shards"]:
+            file = stack.enter_context(_opened(folder / shard))
+            values |= {key.removeprefix("value/"): file for key in file.keys() if key.startswith("value/")}  # noqa: SIM118
+        tensors = merged(values, lambda name: values[name].get_tensor(f"value/{name}").to(dtype))
+        _write_policy(({name: tensor} for name, tensor in tensors), folder / "policy", target)
 
 
 def _read(engine: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
@@ -113,10 +164,13 @@ def _read(engine: Any, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]
         return {"value": parameter.detach().clone()}
 
 
-def _write_shard(folder: Path, index: int, shard: dict[str, torch.Tensor]) -> str:
-    name = f"tensors-{index:04d}.safetensors"
-    _save_tensors(shard, folder / name)
-    return name
+def _bytes_with_state(parameter: torch.nn.Parameter) -> int:
+    numel = getattr(parameter, "ds_numel", parameter.numel())
+    return 4 * numel * (1 + len(ADAM_STATE)) if parameter.requires_grad else full_bytes(parameter)
+
+
+def _shard_name(index: int) -> str:
+    return f"tensors-{index:04d}.safetensors"
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -134,25 +188,51 @@ def _record(folder: Path) -> Any:
 
 
 def _tensors(folder: Path, shards: Iterable[str]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """(parameter name, its tensors by `value`, `exp_avg`, `exp_avg_sq`), a shard at a time."""
+    """(parameter name, its tensors by `value`, `exp_avg`, `exp_avg_sq`), one at a time."""
     for shard in shards:
-        try:
-            with safe_open(folder / shard, framework="pt") as file:
-                keys = set(file.keys())
-                for name in sorted(key.removeprefix("value/") for key in keys if key.startswith("value/")):
-                    wanted = [key for key in ("value", *ADAM_STATE) if f"{key}/{name}" in keys]
-                    yield name, {key: file.get_tensor(f"{key}/{name}") for key in wanted}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / shard}: cannot be read ({error})") from error
+        with _opened(folder / shard) as file:
+            keys = set(file.keys())
+            for name in sorted(key.removeprefix("value/") for key in keys if key.startswith("value/")):
+                wanted = [key for key in ("value", *ADAM_STATE) if f"{key}/{name}" in keys]
+                yield name, {key: file.get_tensor(f"{key}/{name}") for key in wanted}
 
 
-def _write_policy(tensors: dict[str, torch.Tensor], source: Path, target: Path) -> None:
+@contextlib.contextmanager
+def _opened(shard: Path) -> Iterator[Any]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{shard}: cannot be read ({error})") from error
+
+
+def _write_policy(buckets: Iterable[dict[str, torch.Tensor]], source: Path, target: Path) -> None:
+    """One safetensors file, or several and their index, at most EXPORT_BYTES of tensors in memory at a time."""
     if target.exists():
         raise ValueError(f"export to {target}: it exists already; name a new folder")
     partial = target.with_name(f".exporting-{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     _copy_all_but_weights(source, partial)
-    _save_tensors(tensors, partial / "model.safetensors")
+    weight_map: dict[str, str] = {}
+    pending: dict[str, torch.Tensor] = {}
+
+    def write() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        _save_tensors(pending, partial / name)
+        weight_map.update(dict.fromkeys(pending, name))
+        pending.clear()
+
+    for bucket in buckets:
+        if pending and sum(tensor.nbytes for tensor in (pending | bucket).values()) > EXPORT_BYTES:
+            write()
+        pending.update({name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.items()})
+        del bucket
+    write()
+    if len(set(weight_map.values())) == 1:
+        (partial / "model-00001.safetensors").rename(partial / "model.safetensors")
+    else:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     partial.rename(target)
 
 

@@ -1,6 +1,6 @@
 """The policy's tensors by their Hugging Face names, whatever trains them: ZeRO-3 gathered in buckets, LoRA merged."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,21 +28,28 @@ def add_lora(policy: Any, rank: int, *, seed: int) -> None:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets), policy)
 
 
-def policy_buckets(policy: Any, bucket_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+def policy_buckets(policy: Any, bucket_bytes: int, *, adapter_only: bool = False) -> Iterator[dict[str, torch.Tensor]]:
     """The plain model's tensors by name, `bucket_bytes` at a time (or one tensor that is larger), on all ranks alike.
 
-    What is handed out is whole, and shares the parameters' memory, only until the next bucket is asked for. Tied
-    parameters appear once, under the name of the first (transformers ties the head to the embedding).
+    With `adapter_only` the LoRA adapter's instead: `<layer>.lora_A.weight`, `<layer>.lora_B.weight`. What is handed
+    out is whole, and shares the parameters' memory, only until the next bucket is asked for. Tied parameters appear
+    once, under the name of the first (transformers ties the head to the embedding).
     """
     bucket: list[_Entry] = []
     for name, parameter in policy.named_parameters():
-        if ".lora_" in name:
+        if (".lora_" in name) != adapter_only:
             continue
         layer = policy.get_submodule(name.rpartition(_LORA_BASE)[0]) if _LORA_BASE in name else None
         if bucket and sum(full_bytes(entry.parameter) for entry in bucket) + full_bytes(parameter) > bucket_bytes:
             yield from _gathered(bucket)
             bucket = []
-        bucket.append(_Entry(name.replace(_LORA_BASE, "."), parameter, layer if name.endswith("weight") else None))
+        bucket.append(
+            _Entry(
+                name.replace(_LORA_BASE, ".").replace(".default.", "."),
+                parameter,
+                layer if name.endswith("weight") else None,
+            )
+        )
     yield from _gathered(bucket)
 
 
@@ -73,15 +80,14 @@ def full_bytes(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
-def merged(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Full tensors by their names in a policy with or without adapters → the plain model's tensors by name."""
-    result = {}
-    for name, tensor in values.items():
+def merged(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the plain model, from the names in a policy with or without adapters and what `read` gives."""
+    for name in names:
         if ".lora_" in name:
             continue
-        adapter = name.removesuffix("base_layer.weight") if name.endswith("base_layer.weight") else None
-        if adapter is not None:
-            a, b = (values[f"{adapter}lora_{part}.default.weight"].float() for part in "AB")
-            tensor = (tensor.float() + LORA_SCALE * b @ a).to(tensor.dtype)
-        result[name.replace(_LORA_BASE, ".")] = tensor
-    return result
+        tensor = read(name)
+        if name.endswith(f"{_LORA_BASE}weight"):
+            layer = name.removesuffix("base_layer.weight")
+            a, b = (read(f"{layer}lora_{part}.default.weight").float() for part in "AB")
+            tensor = torch.addmm(tensor.float(), b, a, alpha=LORA_SCALE).to(tensor.dtype)
+        yield name.replace(_LORA_BASE, "."), tensor
