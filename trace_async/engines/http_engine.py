@@ -139,6 +139,10 @@ class HttpEngine(ABC):
     async def _digests(self) -> dict[str, str]:
         """Parameter name → digest of what the server holds now, or RECEIVED name → digest of what it last loaded."""
 
+    def _start_weights(self) -> WeightUpdate | None:
+        """What a fresh server holds; None: the weights of `policy_path`."""
+        return None
+
     # Start and stop ---------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -148,7 +152,8 @@ class HttpEngine(ABC):
             await self._start_server()
             await self._set_version(0)
             self._found = await self._digests()
-            self._record = await asyncio.to_thread(WeightRecord, self._policy_path, self._dtype, self._found)
+            path, start = self._policy_path, self._start_weights()
+            self._record = await asyncio.to_thread(WeightRecord, path, self._dtype, self._found, start)
         except BaseException:
             await self.close()
             raise

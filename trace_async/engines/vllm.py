@@ -1,5 +1,6 @@
 """vLLM 0.32 as an engine. Recipe and traps: docs/engines.md."""
 
+import asyncio
 import functools
 import hashlib
 import json
@@ -9,11 +10,15 @@ from pathlib import Path
 from trace_async.engine import EngineError, EngineRequestError
 from trace_async.engines.http_client import Reply
 from trace_async.engines.http_engine import HttpEngine, version_spans
+from trace_async.engines.lora_adapter import ADAPTER, start_adapter, write_adapter
 from trace_async.engines.server import command_line_flags, engine_python
+from trace_async.engines.weight_files import tensors_of
 from trace_async.engines.weight_record import RECEIVED, Tensors
 from trace_async.types import Completion, FinishReason, SamplingParams
+from trace_async.weights import WeightUpdate
 
 BLOCK_TOKENS = 32
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 WORKER_EXTENSION = Path(__file__).with_name("vllm_worker")
 EMPTY_DIGEST = hashlib.sha256().hexdigest()
 
@@ -52,6 +57,9 @@ class VLLMEngine(HttpEngine):
             "enable_scale_out": True,
             "enable_prompt_tokens_details": True,
         }
+        if config.lora_rank:
+            rank = next(rank for rank in LORA_RANKS if rank >= config.lora_rank)
+            arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
         environment = {
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -60,6 +68,7 @@ class VLLMEngine(HttpEngine):
             # Opens the endpoints for weight updates and pauses; the server listens on the loopback interface only.
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(bool(config.lora_rank)),
         }
         if not self._on_gpu:
             arguments |= {"enforce_eager": True}
@@ -100,6 +109,7 @@ class VLLMEngine(HttpEngine):
             "token_ids": list(prompt),
             "sampling_params": sampling,
             "cache_salt": f"policy_version={self.policy_version}",
+            "model": ADAPTER if self._config.lora_rank else None,
         }
 
     def _completion(self, reply: Reply) -> Completion:
@@ -133,7 +143,29 @@ class VLLMEngine(HttpEngine):
     async def _set_version(self, policy_version: int) -> None:
         await self._post("/update_weight_version", {"new_version": str(policy_version)})
 
+    async def _start_server(self) -> None:
+        await super()._start_server()
+        start = self._start_weights()
+        if start is not None:
+            folder = await self._write_adapter(tensors_of(start))
+            await self._post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(folder)})
+
+    def _start_weights(self) -> WeightUpdate | None:
+        rank = self._config.lora_rank
+        return start_adapter(self._policy_path, rank) if rank else None
+
+    async def _write_adapter(self, tensors: Tensors) -> Path:
+        """Where the server's adapter is, and stays, should the server read it again."""
+        assert self._process is not None
+        folder = self._process.scratch / "adapter"
+        await asyncio.to_thread(write_adapter, folder, tensors, self._config.lora_rank)
+        return folder
+
     async def _load_from_folder(self, folder: Path, tensors: Tensors) -> None:
+        if self._config.lora_rank:
+            arguments: dict[str, Reply] = {"name": ADAPTER, "folder": str(await self._write_adapter(tensors))}
+            self._note_received(await self._call_workers("receive_adapter", arguments))
+            return
         self._note_received(await self._call_workers("receive_weights", {"folder": str(folder)}))
 
     async def _load_by_broadcast(self, tensors: Tensors) -> None:
@@ -157,6 +189,8 @@ class VLLMEngine(HttpEngine):
             raise EngineError(f"{self._describe()} did not clear its prefix cache")
 
     async def _digests(self) -> dict[str, str]:
+        if self._config.lora_rank:
+            return self._received  # the rest never changes
         reply = await self._post("/weight_checker", {"action": "checksum"})
         # Names come as "dp0:pp0:pcp0:tp0:model.…". What was repacked on the CPU reads back as empty.
         digests = {name.removeprefix("dp0:pp0:pcp0:tp0:"): digest for name, digest in reply["checksums"].items()}

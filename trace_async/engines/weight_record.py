@@ -13,7 +13,7 @@ import torch
 
 from trace_async.engine import WeightSyncError
 from trace_async.engines.weight_files import checked_tensors, load_start_weights
-from trace_async.weights import WeightManifest
+from trace_async.weights import WeightManifest, WeightUpdate
 
 Tensors = Mapping[str, torch.Tensor]
 Digests = Mapping[str, str]
@@ -24,13 +24,15 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 class WeightRecord:
-    """Begins with the weights of `policy_path` as version 0. `found`: digests that the fresh server reports.
+    """Begins with the weights of `policy_path`, or `start`, as version 0. `found`: what the fresh server reports.
 
     `dtype`: the engine's, to which it casts what it loads.
     """
 
-    def __init__(self, policy_path: Path, dtype: torch.dtype, found: Digests) -> None:
-        update = load_start_weights(policy_path)
+    def __init__(
+        self, policy_path: Path, dtype: torch.dtype, found: Digests, start: WeightUpdate | None = None
+    ) -> None:
+        update = start or load_start_weights(policy_path)
         tensors = checked_tensors(update)
         self.policy_version = 0
         self._policy_path = policy_path

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from weight_group import WeightGroup
 
 Named = Iterator[tuple[str, torch.Tensor]]
@@ -27,6 +28,22 @@ class WeightReceiver:
                         yield name, opened.get_tensor(name)
 
         return self._load_weights(tensors())
+
+    def receive_adapter(self, name: str, folder: str) -> dict[str, str]:
+        """Load the LoRA adapter in `folder` (peft's files) in place of the one there is; returns its tensors' SHA-256.
+
+        Through the server's own endpoint every later request would load the files anew at each of its steps, and
+        requests in flight would keep the old adapter.
+        """
+        from vllm.lora.request import LoRARequest
+
+        (number,) = self.list_loras()  # type: ignore[attr-defined]
+        request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=folder, load_inplace=True)
+        if not self.add_lora(request):  # type: ignore[attr-defined]
+            raise RuntimeError(f"the adapter in {folder} was not loaded")
+        dtype = self.model_runner.model_config.dtype  # type: ignore[attr-defined]
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+        return {key: _sha256(tensor.to(dtype)) for key, tensor in tensors.items()}
 
     def join_weight_group(self, port: int, name: str, world_size: int, backend: str, timeout_s: float) -> None:
         """Join a group in which rank 0 will broadcast weights; leaves one that was joined before."""
@@ -73,8 +90,7 @@ class WeightReceiver:
         def with_digests() -> Named:
             for name, sent in tensors:
                 tensor = sent.to(dtype)
-                flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-                digests[name] = hashlib.sha256(flat.numpy().data).hexdigest()
+                digests[name] = _sha256(tensor)
                 yield name, tensor
 
         runner.reload_weights(weights_iterator=with_digests())
@@ -89,3 +105,7 @@ class WeightReceiver:
             return
         head.weight = model.get_parameter("model.embed_tokens.weight")
         head.quant_method.process_weights_after_loading(head)
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
