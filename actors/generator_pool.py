@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.generator import GeneratorStats, remote_generator
 from trace_async.config import Config
-from trace_async.engine import EngineError
+from trace_async.engine import EngineError, EngineTimeoutError
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class GeneratorPool:
         self.num_made += 1
         handle = remote_generator(self.config, self.policy_path, index, self.log_dir)
         try:
-            await asyncio.wait_for(handle.start.remote(), self.config.engine.start_timeout_s)
+            await self._start(name, handle)
             async with self.changing:
                 if self.weights:
                     await self._update_one(handle, self.weights)
@@ -129,6 +129,15 @@ class GeneratorPool:
             ray.kill(handle)
             raise
         log.info("%s is ready", name)
+
+    async def _start(self, name: str, handle: ActorHandle) -> None:
+        limit_s = self.config.engine.start_timeout_s
+        try:
+            await asyncio.wait_for(handle.start.remote(), limit_s)
+        except TimeoutError:
+            raise EngineTimeoutError(
+                f"{name} did not start within engine.start_timeout_s={limit_s:g}; raise it, or see {self.log_dir}"
+            ) from None
 
     async def _update_one(self, handle: ActorHandle, weights: Sequence[ObjectRef]) -> int:
         return await asyncio.wait_for(handle.receive_weights.remote(*weights), self.config.engine.start_timeout_s)
