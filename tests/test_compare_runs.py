@@ -27,6 +27,7 @@ name: small
 base: base.yaml
 seeds: [0, 1]
 max_generated_tokens: 1000
+ours: trace
 overrides: [budget.pool_size=32]
 methods:
   grpo: {label: GRPO, overrides: [budget.stage1=uniform, budget.stage2=none, loss.advantage=grpo]}
@@ -100,7 +101,7 @@ def test_what_died_is_told_and_resumed(make_plan: Callable[..., Plan], monkeypat
 def test_a_run_that_hangs_is_stopped(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan("seeds=[0]")
     monkeypatch.setenv("FAKE_TRAINER_HANGS", "grpo-s0")
-    assert run_cells(plan, FAKE, parallel=1, limit_s=5) == ["grpo-s0"]
+    assert run_cells(plan, FAKE, parallel=1, limit_s=15) == ["grpo-s0"]
     assert {cell.name: plan.status(cell) for cell in plan.cells()} == {"grpo-s0": "begun", "trace-s0": "done"}
 
 
@@ -179,6 +180,10 @@ def test_the_report_says_what_the_figures_say(make_plan: Callable[..., Plan], tm
     assert len(charts) == 6
     assert all((plan.folder / chart).is_file() for chart in charts)
     assert "| TRACE &lt;ours&gt; | 2 | **65.5% [65.0%, 66.0%]** |" in markdown
+    # Both tables of differences: 20 points more, in each seed.
+    assert "| TRACE &lt;ours&gt; | 2 | +20.0 [+20.0, +20.0] (+20.0, +20.0) |" in markdown
+    assert "| TRACE &lt;ours&gt; less the other, paired, points |" in markdown
+    assert "| GRPO | 2 | +20.0 [+20.0, +20.0] (+20.0, +20.0) |" in markdown
 
 
 @pytest.mark.parametrize("name", ["multihop", "ablation", "math", "functions"])
@@ -208,6 +213,7 @@ def test_the_comparison_of_engines_differs_in_nothing_but_the_engine() -> None:
     ("override", "message"),
     [
         ("baseline=ppo", "baseline=ppo: not among the methods"),
+        ("ours=ppo", "ours=ppo: not among the methods"),
         ("seeds=[1,1]", "distinct, one or more"),
         ("seeds=[]", "distinct, one or more"),
         ("max_generated_tokens=0", "must be > 0"),

@@ -40,7 +40,7 @@ class Method:
 class Comparison:
     """`base`: a config file. `overrides` hold for every method, before its own; `name`, `output_dir`, `seed` and
     `max_generated_tokens` of a run are set by the comparison. `success`: the held-out metrics that are compared, the
-    first of them most of all. Differences are to `baseline`.
+    first of them most of all. Differences are to `baseline`, and of `ours`, where it is named, to every other method.
     """
 
     name: str = "compare"
@@ -49,6 +49,7 @@ class Comparison:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_generated_tokens: int = 200_000
     baseline: str = "grpo"
+    ours: str = ""
     success: list[str] = field(default_factory=lambda: ["heldout/success_t1.0", "heldout/success_t0.0"])
     overrides: list[str] = field(default_factory=list)
     methods: dict[str, Method] = field(default_factory=dict)
@@ -58,6 +59,7 @@ class Comparison:
             (PLAIN_NAME.fullmatch(self.name), f"name={self.name}: letters, digits, '.', '-', '_' only"),
             (bool(self.methods), "methods: name at least one"),
             (not self.methods or self.baseline in self.methods, f"baseline={self.baseline}: not among the methods"),
+            (not self.ours or self.ours in self.methods, f"ours={self.ours}: not among the methods"),
             (
                 bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
                 f"seeds={self.seeds}: distinct, one or more",

@@ -22,6 +22,7 @@ from trace_async.comparison import SECONDS, Figures, RunFigures
 from trace_async.document import Block, Chart, Details, Heading, Paragraph, Table
 
 Row = Mapping[str, float]
+DIFFERENCE_COLUMNS = ("pairs", "end [bootstrap] (t)", "area [bootstrap] (t)")
 METRIC_NAMES = {"heldout/success_t1.0": "temperature 1", "heldout/success_t0.0": "greedy"}
 
 
@@ -104,6 +105,7 @@ def _success_section(figures: Figures, metric: str, budget: float) -> list[Block
             f"mean curve reaches what {figures.comparison.label(figures.comparison.baseline)} ends with."
         ),
         _difference_table(figures, metric, budget),
+        *([_ours_table(figures, metric, budget)] if figures.comparison.ours else []),
         Chart(f"{slug}_seconds", f"Held-out success ({name}) against seconds of training (no evaluation)", seconds),
     ]
 
@@ -139,25 +141,43 @@ def _success_table(figures: Figures, metric: str, budget: float) -> Table:
 
 
 def _difference_table(figures: Figures, metric: str, budget: float) -> Table:
+    """Every method less the baseline."""
     comparison = figures.comparison
-    theirs = cut_curves(figures, comparison.baseline, metric, budget)
-    rows = []
-    for method in comparison.methods:
-        ours = cut_curves(figures, method, metric, budget)
-        if method == comparison.baseline or not ours.keys() & theirs.keys():
-            continue
-        cells = [comparison.label(method), str(len(ours.keys() & theirs.keys()))]
-        for measure in (lambda curve: float(curve.value[-1]), mean_height):
-            differences = paired_differences(
-                {seed: measure(curve) for seed, curve in ours.items()},
-                {seed: measure(curve) for seed, curve in theirs.items()},
-            )
-            cells.append(_points(bootstrap_mean(differences), student_mean(differences)))
-        rows.append(cells)
-    label = comparison.label(comparison.baseline)
-    return Table(
-        [f"paired difference to {label}, points", "pairs", "end [bootstrap] (t)", "area [bootstrap] (t)"], rows
-    )
+    baseline = comparison.baseline
+    rows = [
+        [comparison.label(method), *cells]
+        for method in comparison.methods
+        if method != baseline and (cells := _difference(figures, metric, budget, method, baseline))
+    ]
+    return Table([f"paired difference to {comparison.label(baseline)}, points", *DIFFERENCE_COLUMNS], rows)
+
+
+def _ours_table(figures: Figures, metric: str, budget: float) -> Table:
+    """Our method less every other."""
+    comparison = figures.comparison
+    ours = comparison.ours
+    rows = [
+        [comparison.label(method), *cells]
+        for method in comparison.methods
+        if method != ours and (cells := _difference(figures, metric, budget, ours, method))
+    ]
+    return Table([f"{comparison.label(ours)} less the other, paired, points", *DIFFERENCE_COLUMNS], rows)
+
+
+def _difference(figures: Figures, metric: str, budget: float, ours: str, theirs: str) -> list[str]:
+    """Number of seeds that both have, difference at the end, difference in area; nothing without such a seed."""
+    our_curves, their_curves = (cut_curves(figures, method, metric, budget) for method in (ours, theirs))
+    shared = our_curves.keys() & their_curves.keys()
+    if not shared:
+        return []
+    cells = [str(len(shared))]
+    for measure in (lambda curve: float(curve.value[-1]), mean_height):
+        differences = paired_differences(
+            {seed: measure(curve) for seed, curve in our_curves.items()},
+            {seed: measure(curve) for seed, curve in their_curves.items()},
+        )
+        cells.append(_points(bootstrap_mean(differences), student_mean(differences)))
+    return cells
 
 
 # ── effective ratio ──────────────────────────────────────────────────────────────────────────────────────────────
