@@ -209,6 +209,19 @@ def test_beta_rule_prefers_what_is_known_to_be_even():
     assert plan_roots(point, known, np.random.default_rng(0)).tolist() == [2, 2]
 
 
+def test_a_share_of_the_roots_goes_to_random_pairs_whatever_is_believed():
+    """All are thought sure but prompts 0 and 1; 8 of 16 roots are 4 random pairs, the knapsack spends the others."""
+    config = BudgetConfig(root_rollouts=16, pool_size=40, stage1="point", explore_share=0.5, max_rollouts=4)
+    beliefs = estimates(*([0.5, 0.5] + [0.999] * 38))
+    rng = np.random.default_rng(0)
+    counts = np.array([plan_roots(config, beliefs, rng) for _ in range(200)])
+    assert (counts.sum(axis=1) == 16).all()
+    # Prompts 0 and 1 get 4 each when they are not among the four pairs: with probability 36·35 / (40·39) = .81.
+    assert 0.7 < ((counts[:, :2] == 4).all(axis=1)).mean() < 0.9
+    # A pair falls on prompt 39 with probability 4 / 40.
+    assert 0.04 < (counts[:, 39] == 2).mean() < 0.18
+
+
 def test_thompson_explores_by_the_posterior():
     """A prompt known to be at .9 is never nearest .5; of two with mean .9 the vague one is drawn sometimes."""
     config = BudgetConfig(root_rollouts=4, pool_size=2, uniform_rollouts=4, stage1="thompson")
@@ -220,6 +233,7 @@ def test_thompson_explores_by_the_posterior():
     assert 0.1 < (chosen[:, 1] == 4).mean() < 0.3
 
 
+@pytest.mark.parametrize("explore_share", [0.0, 0.3])
 @pytest.mark.parametrize("rule", ["uniform", "pcl", "thompson", "vip", "dapo", "point", "beta"])
 @given(
     data=st.lists(st.floats(0.001, 0.999), min_size=1, max_size=12),
@@ -228,14 +242,21 @@ def test_thompson_explores_by_the_posterior():
     cap=st.integers(2, 9),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_root_rule_spends_the_budget_within_caps(rule, data, budget, group, cap):
+def test_every_root_rule_spends_the_budget_within_caps(rule, explore_share, data, budget, group, cap):
     if len(data) * cap < budget:
         budget = max(2, len(data) * cap)
     config = BudgetConfig(
-        root_rollouts=budget, pool_size=len(data), uniform_rollouts=group, max_rollouts=cap, stage1=rule
+        root_rollouts=budget,
+        pool_size=len(data),
+        uniform_rollouts=group,
+        max_rollouts=cap,
+        stage1=rule,
+        explore_share=explore_share,
     )
     counts = plan_roots(config, estimates(*data), np.random.default_rng(0))
-    assert counts.sum() == budget
+    # Pairs on random candidates may leave too few others to spend the rest on.
+    pairs = int(explore_share * budget) // 2 if rule in ("point", "beta") else 0
+    assert min(budget, 2 * pairs + (len(data) - pairs) * cap) <= counts.sum() <= budget
     assert ((counts >= 0) & (counts <= cap)).all()
 
 

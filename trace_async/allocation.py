@@ -269,10 +269,27 @@ def plan_roots(config: BudgetConfig, estimates: Estimates, rng: np.random.Genera
         case "vip":
             return variance_optimal_roots(estimates.mean, budget, group=group, cap=cap)
         case "point" | "beta":
-            strength = estimates.strength if config.stage1 == "beta" else None
-            return allocate_roots(
-                estimates.mean, budget, min_rollouts=config.min_rollouts, max_rollouts=cap, strength=strength
-            )
+            return _active_roots(config, estimates, rng)
+
+
+def _active_roots(config: BudgetConfig, estimates: Estimates, rng: np.random.Generator) -> IntArray:
+    """The knapsack, after `explore_share` of the budget went to pairs on random candidates (beyond the paper).
+
+    Without them a belief that a prompt is easy is never put to the test again, so nobody sees the policy forget it.
+    """
+    size = len(estimates.a)
+    explored = rng.choice(size, size=min(size, int(config.explore_share * config.root_rollouts) // 2), replace=False)
+    rest = np.setdiff1d(np.arange(size), explored)
+    counts = np.zeros(size, dtype=np.int64)
+    counts[explored] = max(2, config.min_rollouts)
+    counts[rest] = allocate_roots(
+        estimates.mean[rest],
+        config.root_rollouts - int(counts.sum()),
+        min_rollouts=config.min_rollouts,
+        max_rollouts=config.max_rollouts,
+        strength=estimates.strength[rest] if config.stage1 == "beta" else None,
+    )
+    return counts
 
 
 def is_trained_on(config: BudgetConfig, tree: RolloutTree) -> bool:

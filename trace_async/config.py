@@ -102,9 +102,11 @@ class BudgetConfig:
     `stage1`: uniform (every prompt gets `uniform_rollouts`, alias n, group size, num_generations) | point | beta
     (posterior) | thompson (MoPPS) | pcl | vip | dapo. `stage2`: none | random | contrast | contrast_per_token |
     contrast_value_only. `stage2_rounds`: the continuations of a prompt are spent in this many rounds (Tree-GRPO's L).
-    `warmup_rounds`: first rounds with stage1=uniform in groups of `warmup_rollouts` (small groups show the predictor
-    more prompts); charged like all others. `oracle_rollouts`: for understanding only; where rules ask for V, so many
-    rollouts of the current policy from each prompt and prefix measure it, uncharged, in place of the predictor.
+    `explore_share`: of the root rollouts (point, beta), goes to pairs on candidates drawn at random, whatever is
+    believed of them: what the policy forgets is seen only so. `warmup_rounds`: first rounds with stage1=uniform in
+    groups of `warmup_rollouts` (small groups show the predictor more prompts); charged like all others.
+    `oracle_rollouts`: for understanding only; where rules ask for V, so many rollouts of the current policy from each
+    prompt and prefix measure it, uncharged, in place of the predictor.
     """
 
     root_rollouts: int = 64
@@ -120,6 +122,7 @@ class BudgetConfig:
     warmup_rounds: int = 2
     warmup_rollouts: int = 2
     oracle_rollouts: int = 0
+    explore_share: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.root_rollouts >= 2, "budget.root_rollouts", self.root_rollouts, "must be ≥ 2")
@@ -133,6 +136,7 @@ class BudgetConfig:
         _require(self.stage2_rounds >= 1, "budget.stage2_rounds", self.stage2_rounds, "must be ≥ 1")
         _require(self.warmup_rollouts >= 2, "budget.warmup_rollouts", self.warmup_rollouts, "must be ≥ 2")
         _require(self.warmup_rounds >= 0, "budget.warmup_rounds", self.warmup_rounds, "must be ≥ 0")
+        _require(0 <= self.explore_share <= 1, "budget.explore_share", self.explore_share, "between 0 and 1")
         _require(self.oracle_rollouts >= 0, "budget.oracle_rollouts", self.oracle_rollouts, "must be ≥ 0")
         _require(
             self.pool_size * self.min_rollouts <= self.root_rollouts,
