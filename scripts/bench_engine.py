@@ -28,6 +28,7 @@ from trace_async.config import EngineConfig
 from trace_async.engine import Engine
 from trace_async.engines import make_engine
 from trace_async.policy import load_model
+from trace_async.small_tokenizer import build_tokenizer
 from trace_async.types import SamplingParams
 
 MAX_CONTEXT = 512
@@ -140,6 +141,8 @@ def random_policy(path: Path, hidden_size: int, num_layers: int, vocab_size: int
         bos_token_id=None,
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
+    # Without one SGLang makes up an empty tokenizer, and ends answers at its end token, id 0.
+    build_tokenizer(()).save_pretrained(path)
 
 
 async def run(args: argparse.Namespace, policy_path: Path, log_dir: Path) -> None:
@@ -184,7 +187,7 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, help="a model directory; by default a random one is made")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=3)
-    parser.add_argument("--vocab-size", type=int, default=200)
+    parser.add_argument("--vocab-size", type=int, default=200, help="120 or more")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         policy_path = args.policy
