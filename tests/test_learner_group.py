@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from actors.learner import LearnerGroup, LearnerRankError
 from tests.live_bytes import LiveBytes
-from tests.test_learner import VERSION, assert_close, configure, free_port, learning, train, trees_of, weights_of
+from tests.test_learner import (
+    VERSION,
+    ZERO_3,
+    assert_close,
+    configure,
+    free_port,
+    learning,
+    train,
+    trees_of,
+    weights_of,
+)
 from trace_async.checkpoint import CheckpointError, CheckpointStore, latest_checkpoint
 from trace_async.deepspeed_engine import RankAddress, join_ranks
 from trace_async.learner import load_policy
@@ -132,19 +143,22 @@ async def test_a_rank_that_cannot_write_or_dies_while_writing_costs_no_checkpoin
                 await group.save(folder)
 
         await save(1)
-        with pytest.raises(CheckpointError, match=r"checkpoint 2 could not be saved.*tensors-0001.*000001, is whole"):
+        with pytest.raises(
+            CheckpointError, match=r"(?s)checkpoint 2 could not be saved.*tensors-0001.*000001, is whole"
+        ):
             await save(2, Path.mkdir)
         # Rank 0 was not left waiting for rank 1 in the middle of gathering: both go on.
         await group.update(trees_of(0), VERSION)
         await save(3)
         assert latest_checkpoint(tmp_path) == tmp_path / "000003"
-        # Nobody reads from the pipe, so rank 1 is in the middle of its save until it dies.
-        saving = asyncio.create_task(save(4, os.mkfifo))
-        async with asyncio.timeout(60):
-            while not list(tmp_path.glob(".saving-*/tensors-0000.safetensors")):
-                await asyncio.sleep(0.05)
-        assert not saving.done()
-        ray.kill(group._ranks[1])
+        # Rank 0 is in the middle of its save, for which it needs the other, until that one dies.
+        rank_1 = await group._ranks[1].__ray_call__.remote(lambda _: os.getpid())
+        os.kill(rank_1, signal.SIGSTOP)
+        saving = asyncio.create_task(save(4))
+        done, _ = await asyncio.wait([saving], timeout=1)
+        assert not done
+        assert list(tmp_path.glob(".saving-*"))
+        os.kill(rank_1, signal.SIGKILL)
         with pytest.raises(LearnerRankError, match="learner rank 1 died during save"):
             await saving
         assert latest_checkpoint(tmp_path) == tmp_path / "000003"
@@ -152,9 +166,11 @@ async def test_a_rank_that_cannot_write_or_dies_while_writing_costs_no_checkpoin
 
 
 @ray.remote
-def peak_of_loading(rank: int, port: int, policy_path: Path, stage: int) -> tuple[float, dict[str, torch.Tensor]]:
+def peak_of_loading(
+    rank: int, port: int, policy_path: Path, overrides: Sequence[str]
+) -> tuple[float, dict[str, torch.Tensor]]:
     """In two processes: the most bytes of tensors that live while the policy is loaded, in policies; and the policy."""
-    config = configure("learner.num_ranks=2", f"learner.zero_stage={stage}")
+    config = configure("learner.num_ranks=2", *overrides)
     address = RankAddress(rank=rank, world_size=2, master_addr="127.0.0.1", master_port=port)
     join_ranks(address, torch.device("cpu"), 60.0)
     with LiveBytes() as measured:
@@ -169,9 +185,11 @@ def peak_of_loading(rank: int, port: int, policy_path: Path, stage: int) -> tupl
 @pytest.mark.timeout(600)
 async def test_zero_3_loads_no_whole_policy_on_any_rank(tiny_policy_path):
     peaks = {}
-    for stage in (2, 3):
+    for stage, overrides in ((2, ["learner.zero_stage=2"]), (3, ZERO_3)):
         port = free_port()
-        ranks = await asyncio.gather(*(peak_of_loading.remote(rank, port, tiny_policy_path, stage) for rank in (0, 1)))
+        ranks = await asyncio.gather(
+            *(peak_of_loading.remote(rank, port, tiny_policy_path, overrides) for rank in (0, 1))
+        )
         peaks[stage] = [peak for peak, _ in ranks]
         wanted = dict(AutoModelForCausalLM.from_pretrained(tiny_policy_path).named_parameters())
         for _, tensors in ranks:
