@@ -123,3 +123,12 @@ async def test_it_grows_and_shrinks_while_it_runs(pool: GeneratorPool):
     assert pool.num_lost == 0
     with pytest.raises(ValueError, match="keep at least one"):
         await pool.resize(0)
+
+
+async def test_a_generator_that_does_not_start_in_time_is_an_error_in_words(tiny_policy_path: Path, tmp_path: Path):
+    config = fake_config(1)
+    config = replace(config, engine=replace(config.engine, start_timeout_s=0.01))
+    pool = GeneratorPool(config, tiny_policy_path, tmp_path, Listener())
+    with pytest.raises(EngineError, match=r"generator-0 did not start within engine.start_timeout_s=0.01"):
+        await pool.start()
+    await pool.close()

@@ -162,7 +162,7 @@ async def test_the_oracle_measures_prefixes_by_rollouts_that_do_not_enter_the_tr
     )
     # Turn 1 goes on with 2, 4 twice: 1 + 2 + 4 is odd. Turn 2 (sum 3) with 5 and 6: 3 + 5 is even, 3 + 6 odd.
     assert [(anchor.node, anchor.value) for anchor in asked[0]] == [(1, 1.0), (2, 0.5)]
-    assert len(tree.rollouts) == 1 and len(tree.nodes) == 4
+    assert (len(tree.rollouts), len(tree.nodes)) == (1, 4)
 
 
 async def test_several_rounds_spend_the_same_budget_and_may_continue_continuations():

@@ -121,7 +121,7 @@ class _ZeroThree:
 def partitioned_loading(config: LearnerConfig) -> Iterator[None]:
     """Under ZeRO-3 a model that transformers loads inside is partitioned as it is built, on all ranks together.
 
-    A rank then holds its share and one module that is whole; the files are read, a tensor at a time, by rank 0 alone.
+    A rank then holds its share and one module that is whole; rank 0 alone maps the files into memory, to read them.
     """
     if config.zero_stage != 3:
         yield
