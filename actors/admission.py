@@ -16,7 +16,7 @@ import numpy as np
 from ray.actor import ActorHandle
 
 from actors.prompt_group import PromptGroup, PromptLostError
-from trace_async.allocation import is_trained_on, plan_roots
+from trace_async.allocation import ESTIMATE_FREE_RULES, is_trained_on, plan_roots
 from trace_async.buffer import TreeBuffer
 from trace_async.config import Config
 from trace_async.dataset import TaskIterator
@@ -24,8 +24,6 @@ from trace_async.estimates import Estimates
 from trace_async.run_state import PendingPrompt, RunState, SavedTrainer
 from trace_async.tree import RolloutTree
 from trace_async.types import Task
-
-ESTIMATE_FREE_RULES = ("uniform", "dapo")
 
 
 class Admission:
@@ -111,11 +109,7 @@ class Admission:
         started = time.monotonic()
         if self.config.budget.oracle_rollouts:
             rewards = await self.prompts.measure(tasks, self.config.budget.oracle_rollouts)
-            # Jeffreys' prior: no rollout of the oracle makes it certain.
-            return Estimates(
-                np.array([0.5 + sum(some) for some in rewards]),
-                np.array([0.5 + len(some) - sum(some) for some in rewards]),
-            )
+            return Estimates.of_outcomes(rewards)
         queries = await self.prompts.prompt_queries(tasks)
         estimates: Estimates = await self.predictor.estimate.remote([task.id for task in tasks], queries)
         self.estimate_s += time.monotonic() - started

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import ray
@@ -10,15 +9,15 @@ from ray.actor import ActorHandle
 
 from actors.generator import GeneratorRouter
 from envs import load_domain
-from trace_async.allocation import Anchor, plan_prefixes
+from trace_async.allocation import VALUE_FREE_RULES, Anchor, plan_prefixes
 from trace_async.config import Config
 from trace_async.metrics import EvalRollout
 from trace_async.policy import load_tokenizer
 from trace_async.renderer import Renderer
-from trace_async.rollout import Expansion, RolloutLimits, run_tree
+from trace_async.rollout import Expansion, RolloutLimits, rollout_limits, run_tree
 from trace_async.run_state import PendingPrompt
 from trace_async.tree import RolloutTree
-from trace_async.types import PrefixQuery, SamplingParams, Task
+from trace_async.types import PrefixQuery, Task
 
 
 class PromptActor:
@@ -48,7 +47,7 @@ class PromptActor:
         def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
             return plan_prefixes(settings, anchors, budget, rng)
 
-        needs_values = settings.stage2 not in ("none", "random")
+        needs_values = settings.stage2 not in VALUE_FREE_RULES
         oracle_rollouts = settings.oracle_rollouts if needs_values else 0
         expansion = Expansion(
             plan=plan,
@@ -125,19 +124,7 @@ class PromptActor:
         return await self.predictor.values.remote(list(queries))
 
     def _limits(self, temperature: float) -> RolloutLimits:
-        sampling = self.config.sampling
-        params = SamplingParams(
-            temperature=temperature,
-            max_new_tokens=sampling.max_turn_tokens,
-            stop_token_ids=self.renderer.stop_token_ids,
-        )
-        if temperature > 0:
-            params = replace(params, top_p=sampling.top_p, top_k=sampling.top_k)
-        return RolloutLimits(
-            sampling=params,
-            max_context_tokens=sampling.max_context_tokens,
-            max_retries=self.config.actors.max_rollout_retries,
-        )
+        return rollout_limits(self.config, self.renderer.stop_token_ids, temperature)
 
 
 def remote_prompt_actor(config: Config, policy_path: str, predictor: ActorHandle | None) -> ActorHandle:

@@ -25,7 +25,7 @@ from trace_async.advantage import NodeCredit
 from trace_async.config import LossConfig
 from trace_async.learner import TokenLogprobs, resolve_device
 from trace_async.loss import LossTerms, normalize_credits, policy_loss
-from trace_async.packing import PackedBatch, Packing, pack, pieces_of, plan_micro_batches
+from trace_async.packing import PackedBatch, Packing, pack_all
 from trace_async.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.tree_attention import attention_for, prepare_model
 from trace_async.types import Task, VersionSpan
@@ -110,13 +110,7 @@ def _make_tree(shape: Shape, vocab: int, rng: random.Random) -> RolloutTree:
 def make_batches(trees: list[RolloutTree], packing: Packing, max_tokens: int) -> list[PackedBatch]:
     ones = [np.ones(len(tree.nodes)) for tree in trees]
     credits = normalize_credits(trees, [NodeCredit(positive=w, negative=0 * w, weight=w) for w in ones], "token")
-    pieces = [
-        piece
-        for index, (tree, credit) in enumerate(zip(trees, credits, strict=True))
-        for piece in pieces_of(index, tree, credit, packing=packing, max_tokens=max_tokens, every_weight=False)
-    ]
-    (micro_batches,) = plan_micro_batches(pieces, num_ranks=1, max_tokens=max_tokens)
-    return [pack(trees, credits, part) for part in micro_batches]
+    return pack_all(trees, credits, packing=packing, max_tokens=max_tokens)
 
 
 class Bench:

@@ -22,7 +22,7 @@ from trace_async.config import Config, load_config
 from trace_async.engines import make_engine
 from trace_async.policy import load_tokenizer
 from trace_async.renderer import Renderer
-from trace_async.rollout import RolloutLimits, run_tree
+from trace_async.rollout import rollout_limits, run_tree
 from trace_async.tree import RolloutTree
 from trace_async.types import Completion, SamplingParams
 
@@ -50,17 +50,14 @@ class Parity:
 async def greedy_trees(config: Config, policy_path: Path, log_dir: Path) -> list[RolloutTree]:
     """One rollout for each of `eval.num_tasks` held-out tasks."""
     domain = load_domain(config.env)
-    renderer = Renderer(load_tokenizer(policy_path))
-    max_context = config.sampling.max_context_tokens
-    limits = RolloutLimits(
-        sampling=SamplingParams(
-            temperature=0.0, max_new_tokens=config.sampling.max_turn_tokens, stop_token_ids=renderer.stop_token_ids
-        ),
-        max_context_tokens=max_context,
-        max_retries=0,
-    )
+    renderer = Renderer(load_tokenizer(policy_path), max_observation_tokens=config.sampling.max_observation_tokens)
+    limits = replace(rollout_limits(config, renderer.stop_token_ids, 0.0), max_retries=0)
     engine = make_engine(
-        config.engine, policy_path=policy_path, max_context_tokens=max_context, seed=config.seed, log_dir=log_dir
+        config.engine,
+        policy_path=policy_path,
+        max_context_tokens=limits.max_context_tokens,
+        seed=config.seed,
+        log_dir=log_dir,
     )
     slots = asyncio.Semaphore(config.engine.max_running_requests)
 

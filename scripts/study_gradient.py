@@ -22,7 +22,7 @@ import torch
 from envs import load_domain
 from scripts.train import ensure_policy
 from trace_async.advantage import NodeCredit, compute_credits
-from trace_async.allocation import Anchor, plan_prefixes, plan_roots
+from trace_async.allocation import ESTIMATE_FREE_RULES, VALUE_FREE_RULES, Anchor, plan_prefixes, plan_roots
 from trace_async.comparison import load_comparison
 from trace_async.config import Config, LossConfig
 from trace_async.dataset import TaskIterator
@@ -31,10 +31,10 @@ from trace_async.engines import make_engine
 from trace_async.estimates import Estimates
 from trace_async.learner import TokenLogprobs
 from trace_async.loss import LossTerms, normalize_credits, policy_loss
-from trace_async.packing import pack, pieces_of, plan_micro_batches
+from trace_async.packing import pack_all
 from trace_async.policy import load_model, load_tokenizer
 from trace_async.renderer import Renderer
-from trace_async.rollout import Expansion, RolloutLimits, run_tree
+from trace_async.rollout import Expansion, rollout_limits, run_tree
 from trace_async.tree import RolloutTree
 from trace_async.tree_attention import attention_for, prepare_model
 from trace_async.types import Completion, SamplingParams, Task
@@ -52,36 +52,25 @@ class Gradient:
         self.module = TokenLogprobs(self.model, kind, temperature=temperature, chunk_tokens=4096, entropy=False)
 
     def __call__(self, trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], max_tokens: int) -> np.ndarray:
-        pieces = [
-            piece
-            for index, (tree, credit) in enumerate(zip(trees, credits, strict=True))
-            for piece in pieces_of(index, tree, credit, packing="tree", max_tokens=max_tokens, every_weight=False)
-        ]
         self.model.zero_grad()
-        if pieces:
-            (micro_batches,) = plan_micro_batches(pieces, num_ranks=1, max_tokens=max_tokens)
-            for part in micro_batches:
-                batch = pack(trees, credits, part)
-                logprobs, _ = self.module(batch)
-                loss, _ = policy_loss(
-                    batch.entries,
-                    LossTerms(learner_logprobs=logprobs, proximal_logprobs=logprobs.detach()),
-                    LossConfig(),
-                )
-                loss.backward()
+        for batch in pack_all(trees, credits, packing="tree", max_tokens=max_tokens):
+            logprobs, _ = self.module(batch)
+            terms = LossTerms(learner_logprobs=logprobs, proximal_logprobs=logprobs.detach())
+            loss, _ = policy_loss(batch.entries, terms, LossConfig())
+            loss.backward()
         parts = [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in self.model.parameters()]
         return -torch.cat(parts).double().numpy()
 
 
 @dataclass
 class Player:
-    """Plays trees with the standing policy. `values`: Beta(a, b) of V(prompt), by task, as measured so far."""
+    """Plays trees with the standing policy. `outcomes`: of the oracle's rollouts so far, by task."""
 
     config: Config
     engine: Engine
     renderer: Renderer
     oracle_rollouts: int
-    values: dict[str, tuple[float, float]] = field(default_factory=dict)
+    outcomes: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.domain = load_domain(self.config.env)
@@ -92,15 +81,8 @@ class Player:
         return completion
 
     async def tree(self, task: Task, num_roots: int, expansion: Expansion | None = None) -> RolloutTree:
-        sampling = self.config.sampling
-        limits = RolloutLimits(
-            sampling=SamplingParams(
-                temperature=sampling.temperature,
-                max_new_tokens=sampling.max_turn_tokens,
-                stop_token_ids=self.renderer.stop_token_ids,
-            ),
-            max_context_tokens=sampling.max_context_tokens,
-            max_retries=0,
+        limits = replace(
+            rollout_limits(self.config, self.renderer.stop_token_ids, self.config.sampling.temperature), max_retries=0
         )
         async with self.slots:
             return await run_tree(
@@ -115,17 +97,15 @@ class Player:
 
     async def measure(self, tasks: Sequence[Task]) -> Estimates:
         """Beta posteriors from the oracle's rollouts, each task's only once."""
-        missing = [task for task in tasks if task.id not in self.values]
+        missing = [task for task in tasks if task.id not in self.outcomes]
         for tree in await asyncio.gather(*(self.tree(task, self.oracle_rollouts) for task in missing)):
-            wins = sum(rollout.reward for rollout in tree.rollouts)
-            self.values[tree.task.id] = (0.5 + wins, 0.5 + len(tree.rollouts) - wins)
-        a, b = np.array([self.values[task.id] for task in tasks]).T
-        return Estimates(a, b)
+            self.outcomes[tree.task.id] = [rollout.reward for rollout in tree.rollouts]
+        return Estimates.of_outcomes([self.outcomes[task.id] for task in tasks])
 
     async def update(self, config: Config, tasks: Sequence[Task], seed: int) -> list[RolloutTree]:
         """The trees of one update of a method, over the candidates `tasks`."""
         budget, rng = config.budget, np.random.default_rng(seed)
-        blind = budget.stage1 in ("uniform", "dapo")
+        blind = budget.stage1 in ESTIMATE_FREE_RULES
         estimates = Estimates(np.ones(len(tasks)), np.ones(len(tasks))) if blind else await self.measure(tasks)
         counts = plan_roots(budget, estimates, rng)
 
@@ -134,7 +114,7 @@ class Player:
 
         expansion = None
         if budget.stage2 != "none" and budget.continuations_per_root:
-            rollouts = 0 if budget.stage2 == "random" else self.oracle_rollouts
+            rollouts = 0 if budget.stage2 in VALUE_FREE_RULES else self.oracle_rollouts
             expansion = Expansion(
                 plan=plan,
                 per_root=budget.continuations_per_root,
@@ -169,7 +149,8 @@ async def study(args: argparse.Namespace, base: Config, policy: Path) -> None:
         )
         await engine.start()
         try:
-            player = Player(base, engine, Renderer(load_tokenizer(policy)), args.oracle)
+            renderer = Renderer(load_tokenizer(policy), max_observation_tokens=base.sampling.max_observation_tokens)
+            player = Player(base, engine, renderer, args.oracle)
             await compare(args, player, Gradient(policy, base.sampling.temperature))
         finally:
             await engine.close()

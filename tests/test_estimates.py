@@ -98,3 +98,9 @@ def test_estimates_must_be_posteriors():
         Estimates(np.array([0.0]), np.array([1.0]))
     with pytest.raises(ValueError, match="equally long"):
         Estimates(np.array([1.0, 1.0]), np.array([1.0]))
+
+
+def test_measured_outcomes_alone_make_a_posterior_that_is_never_certain():
+    found = Estimates.of_outcomes([[1.0, 0.0, 1.0], [0.0], []])
+    assert found.a.tolist() == [2.5, 0.5, 0.5]
+    assert found.b.tolist() == [1.5, 1.5, 0.5]

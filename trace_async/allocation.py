@@ -21,6 +21,10 @@ from trace_async.selection_rules import (
 )
 from trace_async.tree import ROOT, RolloutTree
 
+# Rules that need no estimate of a prompt (Stage 1), no value of a prefix (Stage 2).
+ESTIMATE_FREE_RULES = ("uniform", "dapo")
+VALUE_FREE_RULES = ("none", "random")
+
 
 def root_value(success: ArrayLike, num_rollouts: ArrayLike, *, strength: ArrayLike | None = None) -> FloatArray:
     """V_root: the probability that `num_rollouts` rollouts (≥ 0) of a prompt hold both outcomes; broadcasts.

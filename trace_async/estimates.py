@@ -27,6 +27,12 @@ class Estimates:
         if self.a.shape != self.b.shape or self.a.ndim != 1 or not ((self.a > 0) & (self.b > 0)).all():
             raise ValueError("Estimates: a and b must be flat, equally long and > 0")
 
+    @classmethod
+    def of_outcomes(cls, rewards: Sequence[Sequence[float]]) -> "Estimates":
+        """From each prompt's measured rewards in [0, 1] alone, with Jeffreys' prior: no number of them is certain."""
+        wins = np.array([sum(some) for some in rewards])
+        return cls(0.5 + wins, 0.5 + np.array([len(some) for some in rewards]) - wins)
+
     @property
     def mean(self) -> FloatArray:
         return self.a / (self.a + self.b)

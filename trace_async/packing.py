@@ -216,6 +216,21 @@ def _num_rows(tree: RolloutTree, targets: Sequence[int]) -> int:
     return context + sum(tree.nodes[node].num_generated - 1 for node in targets if node not in inner)
 
 
+def pack_all(
+    trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], *, packing: Packing, max_tokens: int
+) -> list[PackedBatch]:
+    """Every tree's tokens that carry credit, in micro-batches for one rank."""
+    pieces = [
+        piece
+        for index, (tree, credit) in enumerate(zip(trees, credits, strict=True))
+        for piece in pieces_of(index, tree, credit, packing=packing, max_tokens=max_tokens, every_weight=False)
+    ]
+    if not pieces:
+        return []
+    (micro_batches,) = plan_micro_batches(pieces, num_ranks=1, max_tokens=max_tokens)
+    return [pack(trees, credits, part) for part in micro_batches]
+
+
 def plan_micro_batches(pieces: Sequence[Piece], *, num_ranks: int, max_tokens: int) -> list[list[list[Piece]]]:
     """Per rank its micro-batches, equally many on every rank (some may be empty), balanced by rows.
 

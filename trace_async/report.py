@@ -104,7 +104,7 @@ def _success_section(figures: Figures, metric: str, budget: float) -> list[Block
             f"End: at {budget:,.0f} tokens. Area: mean height of the curve up to there. Tokens to baseline: where the "
             f"mean curve reaches what {figures.comparison.label(figures.comparison.baseline)} ends with."
         ),
-        _difference_table(figures, metric, budget),
+        _baseline_table(figures, metric, budget),
         *([_ours_table(figures, metric, budget)] if figures.comparison.ours else []),
         Chart(f"{slug}_seconds", f"Held-out success ({name}) against seconds of training (no evaluation)", seconds),
     ]
@@ -140,28 +140,28 @@ def _success_table(figures: Figures, metric: str, budget: float) -> Table:
     return Table(["method", "runs", "end [bootstrap]", "area [bootstrap]", "tokens to baseline"], rows, best)
 
 
-def _difference_table(figures: Figures, metric: str, budget: float) -> Table:
+def _baseline_table(figures: Figures, metric: str, budget: float) -> Table:
     """Every method less the baseline."""
-    comparison = figures.comparison
-    baseline = comparison.baseline
-    rows = [
-        [comparison.label(method), *cells]
-        for method in comparison.methods
-        if method != baseline and (cells := _difference(figures, metric, budget, method, baseline))
-    ]
-    return Table([f"paired difference to {comparison.label(baseline)}, points", *DIFFERENCE_COLUMNS], rows)
+    baseline = figures.comparison.baseline
+    head = f"paired difference to {figures.comparison.label(baseline)}, points"
+    return _difference_table(
+        figures, head, baseline, lambda other: _difference(figures, metric, budget, other, baseline)
+    )
 
 
 def _ours_table(figures: Figures, metric: str, budget: float) -> Table:
     """Our method less every other."""
+    ours = figures.comparison.ours
+    head = f"{figures.comparison.label(ours)} less the other, paired, points"
+    return _difference_table(figures, head, ours, lambda theirs: _difference(figures, metric, budget, ours, theirs))
+
+
+def _difference_table(figures: Figures, head: str, fixed: str, cells_of: Callable[[str], list[str]]) -> Table:
+    """A row for every method but `fixed` that shares a seed with it."""
     comparison = figures.comparison
-    ours = comparison.ours
-    rows = [
-        [comparison.label(method), *cells]
-        for method in comparison.methods
-        if method != ours and (cells := _difference(figures, metric, budget, ours, method))
-    ]
-    return Table([f"{comparison.label(ours)} less the other, paired, points", *DIFFERENCE_COLUMNS], rows)
+    others = [method for method in comparison.methods if method != fixed]
+    rows = [[comparison.label(method), *cells] for method in others if (cells := cells_of(method))]
+    return Table([head, *DIFFERENCE_COLUMNS], rows)
 
 
 def _difference(figures: Figures, metric: str, budget: float, ours: str, theirs: str) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from trace_async.allocation import Anchor, find_anchors
+from trace_async.config import Config
 from trace_async.engine import EngineError
 from trace_async.env import Env, EnvError
 from trace_async.renderer import Renderer
@@ -42,6 +43,21 @@ class RolloutLimits:
     sampling: SamplingParams
     max_context_tokens: int
     max_retries: int
+
+
+def rollout_limits(config: Config, stop_token_ids: tuple[int, ...], temperature: float) -> RolloutLimits:
+    """What the config says of a rollout at `temperature`; at 0 (greedy) top-p and top-k say nothing."""
+    sampling = config.sampling
+    params = SamplingParams(
+        temperature=temperature, max_new_tokens=sampling.max_turn_tokens, stop_token_ids=stop_token_ids
+    )
+    if temperature > 0:
+        params = replace(params, top_p=sampling.top_p, top_k=sampling.top_k)
+    return RolloutLimits(
+        sampling=params,
+        max_context_tokens=sampling.max_context_tokens,
+        max_retries=config.actors.max_rollout_retries,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
