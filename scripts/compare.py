@@ -1,7 +1,8 @@
 """`trace-async compare configs/compare_multihop.yaml`: methods × seeds at equal generated tokens, with a report.
 
 Each run is a `trace-async train` of its own. Interrupted at any moment, the same command goes on: finished runs are
-skipped, a run that had begun is resumed. A folder of kept figures in place of the YAML makes its report anew.
+skipped, a run that had begun is resumed. A folder of kept figures in place of the YAML makes its report anew; with
+`--kept` a comparison goes on from there, with more seeds or methods.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from trace_async.comparison import (
     Comparison,
     Figures,
     RunFigures,
+    kept_runs,
     load_comparison,
     read_figures,
     read_settings,
@@ -36,7 +38,7 @@ from trace_async.comparison import (
 )
 from trace_async.config import ConfigError
 from trace_async.document import write_document
-from trace_async.metrics_log import read_metrics, write_whole
+from trace_async.metrics_log import read_metrics, write_metrics, write_whole
 from trace_async.report import build_report, compared_budget, cut_curves
 from trace_async.tracking import Tracker, saved_run_id, tracking_uri
 
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report-only", action="store_true", help="start nothing; report what is finished")
     parser.add_argument("--dry-run", action="store_true", help="check every config and print the runs")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy report and figures there, to commit them")
+    parser.add_argument("--kept", type=Path, metavar="DIR", help="figures kept there count as finished runs")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="such as seeds=[0,1,2,3,4]")
 
 
@@ -64,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     comparison = load_comparison(args.comparison, args.overrides)
     plan = Plan(comparison, Path(comparison.output_dir) / comparison.name)
     cells = plan.cells()
+    if args.kept is not None and not args.dry_run:
+        print(f"{args.kept}: {plan.take(args.kept)} of {len(cells)} runs were kept there with these settings")
     if args.dry_run:
         for cell in cells:
             print(f"{plan.status(cell):<6} {cell.name:<28} {shlex.join(plan.command(cell, TRAINER))}")
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if report is not None:
         print(report)
         if args.keep is not None:
-            _keep(plan.folder, args.keep)
+            keep(plan.folder, args.keep)
     for name in failed:
         print(f"failed: {name}, see {plan.folder / 'logs' / (name + '.log')}", file=sys.stderr)
     return 1 if failed or report is None else 0
@@ -130,13 +135,32 @@ class Plan:
 
     def note(self, cell: Cell, *, wall_s: float, done: bool) -> None:
         """Remember how long the run has taken in all, and whether it is finished."""
-        record = {
-            "settings": self.comparison.run_settings(cell.method, cell.seed),
-            "wall_s": round(wall_s, 1),
-            "done": done,
-        }
+        self._note(cell, wall_s, done, _machine())
+
+    def _note(self, cell: Cell, wall_s: float, done: bool, machine: str) -> None:
+        settings = self.comparison.run_settings(cell.method, cell.seed)
+        record = {"settings": settings, "wall_s": round(wall_s, 1), "done": done, "machine": machine}
         self._state_file(cell).parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._state_file(cell), json.dumps(record) + "\n")
+
+    def machine(self, cell: Cell) -> str:
+        """What the run was made on."""
+        return str(self._state(cell).get("machine", _machine()))
+
+    def take(self, kept: Path) -> int:
+        """Count runs whose figures are in `kept`, and whose settings are ours, as finished here; returns how many.
+
+        What this folder already has of a run stays as it is.
+        """
+        figures = read_figures(kept)
+        runs = kept_runs(kept, self.comparison)
+        for run in runs:
+            cell = Cell(run.method, run.seed)
+            if self.status(cell) == "new":
+                self.run_dir(cell).mkdir(parents=True, exist_ok=True)
+                write_metrics(self.run_dir(cell), run.points())
+                self._note(cell, figures.wall_s[cell.name], True, figures.machine)
+        return len(runs)
 
     def command(self, cell: Cell, trainer: Sequence[str]) -> list[str]:
         """What starts the run, or goes on with it."""
@@ -290,7 +314,8 @@ def report_finished(plan: Plan, command: str) -> Path | None:
         return None
     wall = {cell.name: plan.wall_s(cell) for cell in done}
     runs = tuple(_figures_of(plan, cell) for cell in done)
-    write_figures(plan.folder, Figures(plan.comparison, runs, _machine(), wall, command))
+    machines = "; ".join(dict.fromkeys(map(plan.machine, done)))
+    write_figures(plan.folder, Figures(plan.comparison, runs, machines, wall, command))
     page = _write_report(plan.folder)
     _log_parent(plan, len(done))
     return page
@@ -306,7 +331,15 @@ def _write_report(folder: Path) -> Path:
     return write_document(folder, title, blocks)
 
 
-def _keep(folder: Path, target: Path) -> None:
+def keep(folder: Path, target: Path) -> None:
+    """Copy report and figures. ConfigError when figures of other runs are there."""
+    if (target / SETTINGS_FILE).is_file():
+        there, here = ({Cell(run.method, run.seed) for run in read_figures(d).runs} for d in (target, folder))
+        if lost := sorted(cell.name for cell in there - here):
+            raise ConfigError(
+                f"--keep {target}: {', '.join(lost)} kept there would be lost; name another folder, or take them in "
+                f"with --kept {target}"
+            )
     target.mkdir(parents=True, exist_ok=True)
     for path in (folder / FIGURES_FILE, folder / SETTINGS_FILE, folder / "report.md", *folder.glob("*.svg")):
         shutil.copy2(path, target)

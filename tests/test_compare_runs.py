@@ -1,5 +1,6 @@
 """The comparison as a whole, with a fake trainer: runs, what was interrupted, figures and report."""
 
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from scripts import cli
-from scripts.compare import Plan, report_finished, run_cells, run_cells_on_cluster
+from scripts.compare import Plan, keep, report_finished, run_cells, run_cells_on_cluster
 from trace_async.comparison import load_comparison, read_figures, write_figures
 from trace_async.config import ConfigError
 from trace_async.report import build_report, compared_budget, cut_curves
@@ -70,6 +71,38 @@ def test_all_runs_are_made_once_and_reported(make_plan: Callable[..., Plan], cap
     assert run_cells(again, FAKE, parallel=1, limit_s=60) == []
     assert "4 of 6 runs are finished" in capsys.readouterr().out
     assert (plan.folder / "logs" / "grpo-s0.log").read_text().count("$ ") == 1
+
+
+def test_kept_figures_are_gone_on_with(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    first = make_plan("seeds=[0]")
+    assert run_cells(first, FAKE, parallel=2, limit_s=60) == []
+    assert report_finished(first, "first") is not None
+    keep(first.folder, tmp_path / "kept")
+    settings = tmp_path / "kept" / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"machine": "2 × another"}))
+
+    # The same settings for GRPO, others for TRACE: GRPO's run is taken, the three others are made.
+    more = make_plan("seeds=[0,1]", "name=more", spec=SPEC.replace("stage1=beta", "stage1=point"))
+    assert more.take(tmp_path / "kept") == 1
+    assert {cell.name: more.status(cell) for cell in more.cells()} == {
+        "grpo-s0": "done",
+        "trace-s0": "new",
+        "grpo-s1": "new",
+        "trace-s1": "new",
+    }
+    assert run_cells(more, FAKE, parallel=2, limit_s=60) == []
+    assert not (more.folder / "logs" / "grpo-s0.log").exists()
+    report_finished(more, "more")
+    before, after = read_figures(first.folder), read_figures(more.folder)
+    assert after.of("grpo")[0] == before.of("grpo")[0]
+    assert len(after.runs) == 4
+    assert after.wall_s["grpo-s0"] == before.wall_s["grpo-s0"]
+    assert after.machine.split("; ") == ["2 × another", before.machine]
+
+    keep(more.folder, tmp_path / "kept")
+    with pytest.raises(ConfigError, match="grpo-s1, trace-s1 kept there would be lost"):
+        keep(first.folder, tmp_path / "kept")
+    assert len(read_figures(tmp_path / "kept").runs) == 4
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from trace_async.compare import Curve, make_curve
-from trace_async.config import Config, ConfigError, config_to_yaml, load_config
+from trace_async.config import Config, ConfigError, config_from_yaml, config_to_yaml, load_config
 from trace_async.metrics_log import Point, write_whole
 
 TOKENS = "tokens/generated_total"
@@ -132,6 +132,10 @@ class RunFigures:
         found = [(row[cost], row[metric]) for row in self.rows if _finite(row, cost) and _finite(row, metric)]
         return make_curve(*zip(*found, strict=True)) if found else None
 
+    def points(self) -> list[Point]:
+        """What `run_figures` makes this of; the hour of day of a row is not kept, so `time` is 0."""
+        return [Point(int(row["step"]), 0.0, {k: v for k, v in row.items() if k != "step"}) for row in self.rows]
+
     def updates(self, budget: float = math.inf) -> list[Mapping[str, float]]:
         """The rows of updates (not of evaluations alone) within `budget` generated tokens."""
         return [row for row in self.rows if "train/effective_ratio" in row and row.get(TOKENS, 0.0) <= budget]
@@ -208,6 +212,23 @@ def read_figures(folder: str | Path) -> Figures:
         settings["wall_s"],
         settings["command"],
     )
+
+
+def kept_runs(folder: str | Path, comparison: Comparison) -> list[RunFigures]:
+    """The runs kept in `folder` that `comparison` asks for with the very same settings.
+
+    Settings that did not exist when they were kept count as their defaults of today.
+    """
+    kept, base = read_figures(folder), read_settings(folder)["base_config"]
+
+    def config_then(run: RunFigures) -> Config | None:
+        try:
+            return config_from_yaml(base, kept.comparison.run_overrides(run.method, run.seed))
+        except ConfigError:
+            return None  # a setting of that time is no longer known
+
+    wanted = [run for run in kept.runs if run.method in comparison.methods and run.seed in comparison.seeds]
+    return [run for run in wanted if config_then(run) == comparison.run_config(run.method, run.seed)]
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

@@ -432,17 +432,23 @@ class Config:
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The defaults, then the YAML file, then `section.name=value` overrides, checked. Raises ConfigError."""
+    if path is None:
+        return config_from_yaml("", overrides)
+    if not Path(path).is_file():
+        raise ConfigError(f"config file {path} does not exist")
     try:
-        merged = OmegaConf.structured(Config)
-        if path is not None:
-            if not Path(path).is_file():
-                raise ConfigError(f"config file {path} does not exist")
-            merged = OmegaConf.merge(merged, OmegaConf.load(path))
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(merged)
+        return config_from_yaml(Path(path).read_text(encoding="utf-8"), overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def config_from_yaml(text: str, overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`, from the file's text."""
+    try:
+        own = OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *own))
     except (OmegaConfBaseException, YAMLError) as error:
-        where = f"{path}: " if path is not None else ""
-        raise ConfigError(f"{where}{str(error).strip()}") from error
+        raise ConfigError(str(error).strip()) from error
     assert isinstance(config, Config)
     return config
 
