@@ -2,7 +2,9 @@
 
 import asyncio
 import errno
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +24,7 @@ from trace_async.engines.http_engine import HttpEngine
 from trace_async.engines.server import PROJECT_ROOT
 from trace_async.engines.vllm_worker.weight_group import WeightGroup
 from trace_async.policy import load_model
+from trace_async.small_tokenizer import build_tokenizer
 from trace_async.types import SamplingParams
 from trace_async.weights import unpack_weights
 
@@ -100,6 +103,25 @@ class ServerConformance(EngineConformance):
             assert time.monotonic() - begin < 2.0
             return
         pytest.fail("every request ended before it could be cancelled")
+
+    async def test_ids_that_the_tokenizer_lacks(self, tiny_policy_path, tmp_path):
+        # As in real models, whose vocabularies are padded; one that marks spaces is what vLLM died of.
+        padded = shutil.copytree(tiny_policy_path, tmp_path / "padded")
+        build_tokenizer(()).save_pretrained(padded)
+        tokenizer = json.loads((padded / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"] = {word: i for word, i in tokenizer["model"]["vocab"].items() if i < 50}
+        (padded / "tokenizer.json").write_text(json.dumps(tokenizer))
+        engine = self._engine(padded, tmp_path)
+        await engine.start()
+        try:
+            harness = Harness(engine, padded, load_model(padded))
+            prompt = harness.prompt(20)
+            completions = await harness.generate(prompt, n=4, max_new_tokens=40)
+            assert sum(token >= 50 for completion in completions for token in completion.token_ids) > 9
+            for completion in completions:
+                harness.check_logprobs(prompt, completion)
+        finally:
+            await engine.close()
 
     async def test_attach_to_a_running_server(self, harness, tmp_path):
         guest = self._engine(harness.policy_path, tmp_path, url=harness.engine._http._url)

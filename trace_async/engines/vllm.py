@@ -99,6 +99,8 @@ class VLLMEngine(HttpEngine):
             "stop_token_ids": list(params.stop_token_ids),
             "stop": list(params.stop),
             "include_stop_str_in_output": True,
+            # To words only where words end it: vLLM dies of an id that the tokenizer lacks, and padding has such ids.
+            "detokenize": bool(params.stop),
             # Only what the request names ends a turn; the model directory may name other tokens.
             "ignore_eos": True,
             "logprobs": 0,
