@@ -188,6 +188,21 @@ def gradients(model, kind, batches):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_forward_pass_with_flex_attention_equals_the_dense_one():
+    # On the CPU torch has FlexAttention's forward pass alone; its compilation is what a GPU is for.
+    rng = random.Random(5)
+    trees = [random_tree(rng, vocab=VOCAB, continuations=6), random_tree(rng, vocab=VOCAB)]
+    batch, *_ = packed(trees, [credit_of([0.5] * len(tree.nodes)) for tree in trees], "tree")[1]
+    model = make_model("qwen3").float()
+    found = {}
+    for kind in ("dense", "flex"):
+        prepare_model(model, kind)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            found[kind] = hidden_states(model, batch.layout, kind)
+    torch.testing.assert_close(found["flex"], found["dense"], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("seed", range(6))
 def test_gradients_of_packed_and_flat_are_equal(family, seed):
