@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report-only", action="store_true", help="start nothing; report what is finished")
     parser.add_argument("--dry-run", action="store_true", help="check every config and print the runs")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy report and figures there, to commit them")
+    parser.add_argument("--methods", metavar="NAME,…", help="only these")
     parser.add_argument("--kept", type=Path, metavar="DIR", help="figures kept there count as finished runs")
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="such as seeds=[0,1,2,3,4]")
 
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         print(_write_report(args.comparison))
         return 0
     comparison = load_comparison(args.comparison, args.overrides)
+    if args.methods:
+        comparison = comparison.only(args.methods.split(","))
     plan = Plan(comparison, Path(comparison.output_dir) / comparison.name)
     cells = plan.cells()
     if args.kept is not None and not args.dry_run:
@@ -79,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
         failed = run_cells_on_cluster(plan, TRAINER, args.ray_address, cpus=args.cpus_per_run, limit_s=limit_s)
     elif not args.report_only:
         failed = run_cells(plan, TRAINER, parallel=args.parallel, limit_s=limit_s)
-    report = report_finished(
-        plan, shlex.join(["trace-async", "compare", *map(str, (args.comparison, *args.overrides))])
-    )
+    some = ["--methods", args.methods] if args.methods else []
+    command = ["trace-async", "compare", str(args.comparison), *some, *args.overrides]
+    report = report_finished(plan, shlex.join(command))
     if report is not None:
         print(report)
         if args.keep is not None:

@@ -146,6 +146,18 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(make_plan: Callable[.
         run_cells(changed, FAKE, parallel=1, limit_s=60)
 
 
+def test_some_of_the_methods(make_plan: Callable[..., Plan], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    comparison = make_plan().comparison
+    assert comparison.only(["trace"]).baseline == "trace"
+    assert comparison.only(["grpo"]).ours == ""
+    assert comparison.only(["trace", "grpo"]).baseline == "grpo"
+    file = str(tmp_path / "compare.yaml")
+    assert cli.main(["compare", file, "--dry-run", "--methods", "trace", f"output_dir={tmp_path}"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["trace-s0", "trace-s1"]
+    assert cli.main(["compare", file, "--dry-run", "--methods", "trace,ppo"]) == 2
+    assert "comparison small has no method ppo: grpo, trace" in capsys.readouterr().err
+
+
 def test_nothing_finished_gives_no_report(make_plan: Callable[..., Plan]) -> None:
     assert report_finished(make_plan(), "x") is None
 
@@ -219,12 +231,24 @@ def test_the_report_says_what_the_figures_say(make_plan: Callable[..., Plan], tm
     assert "| GRPO | 2 | +20.0 [+20.0, +20.0] (+20.0, +20.0) |" in markdown
 
 
-@pytest.mark.parametrize("name", ["multihop", "ablation", "math", "functions"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "multihop",
+        "multihop_tuned",
+        "easy_regime",
+        "scarce",
+        "oracle",
+        "ablation",
+        "math",
+        "functions",
+    ],
+)
 def test_the_comparisons_that_come_with_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     configs = Path(__file__).parents[1] / "configs"
     assert cli.main(["compare", str(configs / f"compare_{name}.yaml"), "--dry-run", "seeds=[7]"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 4
+    assert len(lines) >= 3
     assert all(line.startswith("new ") and " seed=7 " in line for line in lines)
     comparison = load_comparison(configs / f"compare_{name}.yaml")
     for method in comparison.methods:

@@ -98,6 +98,17 @@ class Comparison:
     def label(self, method: str) -> str:
         return self.methods[method].label or method
 
+    def only(self, names: Sequence[str]) -> "Comparison":
+        """With some of the methods; the first of them is the baseline unless the baseline is among them."""
+        if unknown := [name for name in names if name not in self.methods]:
+            raise ConfigError(f"comparison {self.name} has no method {unknown[0]}: {', '.join(self.methods)}")
+        return replace(
+            self,
+            methods={name: self.methods[name] for name in names},
+            baseline=self.baseline if self.baseline in names else names[0],
+            ours=self.ours if self.ours in names else "",
+        )
+
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
     """From YAML and `name=value` overrides. `base` is relative to the file. Raises ConfigError."""
