@@ -29,6 +29,8 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 KILL_WAIT_S = 10.0
 
+REGISTRY = f"trace_async_files_{os.getuid()}"  # of files that several owners use (shared_file.py)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -83,6 +85,14 @@ def _reap_all(deadline: float, *, kill: bool) -> bool:
             time.sleep(0.02)
 
 
+def remove_unused(registry: Path) -> None:
+    """Remove what only the registry has left. Files enter it with a user's link, so no new one is ever hit."""
+    for entry in registry.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if entry.stat().st_nlink == 1:
+                entry.unlink()
+
+
 def _end(server: subprocess.Popen[bytes], grace_s: float, inodes: set[int], scratch: list[str]) -> None:
     inodes |= _shared_memory_of(server.pid)
     with contextlib.suppress(ProcessLookupError):
@@ -96,6 +106,7 @@ def _end(server: subprocess.Popen[bytes], grace_s: float, inodes: set[int], scra
             Path(entry.path).unlink(missing_ok=True)
     for folder in scratch:
         shutil.rmtree(folder, ignore_errors=True)
+        remove_unused(Path(folder).parent / REGISTRY)
 
 
 def _leave_owner() -> None:

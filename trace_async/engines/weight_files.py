@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trace_async.engine import WeightSyncError
+from trace_async.engines.shared_file import link_or_write, unlink
 from trace_async.weights import WeightUpdate, pack_weights, read_weights
 
 
@@ -47,7 +48,8 @@ async def weight_folder(
     """A folder that holds the update as safetensors, and the tensors as read back from there and checked.
 
     It is made in the first of `folders` that has room to spare and removed afterwards; an update that already travels
-    by path stays where it is. Raises WeightSyncError when what lies there is not what was sent.
+    by path stays where it is. Engines of one machine that are updated at the same time share the file (shared_file.py).
+    Raises WeightSyncError when what lies there is not what was sent.
     """
     if update.path is not None:
         yield update.path, await asyncio.to_thread(checked_tensors, update)
@@ -55,14 +57,30 @@ async def weight_folder(
     parent = next((f for f in folders[:-1] if shutil.disk_usage(f).free > 2 * update.manifest.num_bytes), folders[-1])
     folder = Path(tempfile.mkdtemp(prefix="weights_", dir=parent))
 
-    def write_and_read_back() -> dict[str, torch.Tensor]:
-        save_file(tensors_of(update), folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "model.safetensors"
+
+    def read_back() -> dict[str, torch.Tensor]:
         return checked_tensors(WeightUpdate(manifest=update.manifest, path=folder))
 
+    def provide() -> dict[str, torch.Tensor]:
+        written: list[dict[str, torch.Tensor]] = []
+
+        def write(path: Path) -> None:
+            save_file(tensors_of(update), path, metadata={"format": "pt"})
+            written.append(read_back())  # before others are given it
+
+        link_or_write(file, f"{update.manifest.checksum}.safetensors", write)
+        return written[0] if written else read_back()
+
+    def remove() -> None:
+        if file.exists():
+            unlink(file)
+        shutil.rmtree(folder)
+
     try:
-        yield folder, await asyncio.to_thread(write_and_read_back)
+        yield folder, await asyncio.to_thread(provide)
     finally:
-        await asyncio.to_thread(shutil.rmtree, folder)
+        await asyncio.to_thread(remove)
 
 
 def load_start_weights(policy_path: Path) -> WeightUpdate:
