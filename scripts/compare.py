@@ -190,7 +190,10 @@ def run_cells(plan: Plan, trainer: Sequence[str], *, parallel: int, limit_s: flo
     cells = plan.cells()
     waiting = [cell for cell in cells if plan.status(cell) != "done"]
     print(f"{plan.folder}: {len(cells) - len(waiting)} of {len(cells)} runs are finished", flush=True)
-    return asyncio.run(_run_all(plan, waiting, trainer, parallel, limit_s)) if waiting else []
+    try:
+        return asyncio.run(_run_all(plan, waiting, trainer, parallel, limit_s)) if waiting else []
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None  # ended from outside is as after Ctrl-C
 
 
 async def _run_all(
