@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from trace_async.comparison import (
     Comparison,
     Figures,
     RunFigures,
-    kept_runs,
+    kept_figures,
     load_comparison,
     read_figures,
     read_settings,
@@ -136,34 +137,34 @@ class Plan:
     def wall_s(self, cell: Cell) -> float:
         return float(str(self._state(cell).get("wall_s", 0.0)))
 
-    def note(self, cell: Cell, *, wall_s: float, done: bool) -> None:
-        """Remember how long the run has taken in all, and whether it is finished."""
-        self._note(cell, wall_s, done, _machine())
-
-    def _note(self, cell: Cell, wall_s: float, done: bool, machine: str) -> None:
-        settings = self.comparison.run_settings(cell.method, cell.seed)
-        record = {"settings": settings, "wall_s": round(wall_s, 1), "done": done, "machine": machine}
+    def note(self, cell: Cell, *, wall_s: float, done: bool, machine: str = "") -> None:
+        """Remember how long the run has taken in all, whether it is finished, and what it was made on (here: "")."""
+        record = {
+            "settings": self.comparison.run_settings(cell.method, cell.seed),
+            "wall_s": round(wall_s, 1),
+            "done": done,
+            "machine": machine or this_machine(),
+        }
         self._state_file(cell).parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._state_file(cell), json.dumps(record) + "\n")
 
     def machine(self, cell: Cell) -> str:
         """What the run was made on."""
-        return str(self._state(cell).get("machine", _machine()))
+        return str(self._state(cell).get("machine", this_machine()))
 
     def take(self, kept: Path) -> int:
         """Count runs whose figures are in `kept`, and whose settings are ours, as finished here; returns how many.
 
         What this folder already has of a run stays as it is.
         """
-        figures = read_figures(kept)
-        runs = kept_runs(kept, self.comparison)
-        for run in runs:
+        figures = kept_figures(kept, self.comparison)
+        for run in figures.runs:
             cell = Cell(run.method, run.seed)
             if self.status(cell) == "new":
                 self.run_dir(cell).mkdir(parents=True, exist_ok=True)
                 write_metrics(self.run_dir(cell), run.points())
-                self._note(cell, figures.wall_s[cell.name], True, figures.machine)
-        return len(runs)
+                self.note(cell, wall_s=figures.wall_s[cell.name], done=True, machine=figures.machine)
+        return len(figures.runs)
 
     def command(self, cell: Cell, trainer: Sequence[str]) -> list[str]:
         """What starts the run, or goes on with it."""
@@ -352,7 +353,9 @@ def keep(folder: Path, target: Path) -> None:
     shutil.copy2(folder / "report.html", target)
 
 
-def _machine() -> str:
+@functools.cache
+def this_machine() -> str:
+    """Processors and versions, in words."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     model = next(

@@ -248,9 +248,9 @@ def test_the_comparisons_that_come_with_it(name: str, capsys: pytest.CaptureFixt
     configs = Path(__file__).parents[1] / "configs"
     assert cli.main(["compare", str(configs / f"compare_{name}.yaml"), "--dry-run", "seeds=[7]"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) >= 3
-    assert all(line.startswith("new ") and " seed=7 " in line for line in lines)
     comparison = load_comparison(configs / f"compare_{name}.yaml")
+    assert len(lines) == len(comparison.methods) >= 3
+    assert all(line.startswith("new ") and " seed=7 " in line for line in lines)
     for method in comparison.methods:
         budget = comparison.run_config(method, 0).budget
         cost = budget.root_rollouts * (1 + budget.continuations_per_root / 2)

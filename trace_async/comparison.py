@@ -225,8 +225,8 @@ def read_figures(folder: str | Path) -> Figures:
     )
 
 
-def kept_runs(folder: str | Path, comparison: Comparison) -> list[RunFigures]:
-    """The runs kept in `folder` that `comparison` asks for with the very same settings.
+def kept_figures(folder: str | Path, comparison: Comparison) -> Figures:
+    """What `folder` keeps of the runs that `comparison` asks for with the very same settings.
 
     Settings that did not exist when they were kept count as their defaults of today.
     """
@@ -239,7 +239,8 @@ def kept_runs(folder: str | Path, comparison: Comparison) -> list[RunFigures]:
             return None  # a setting of that time is no longer known
 
     wanted = [run for run in kept.runs if run.method in comparison.methods and run.seed in comparison.seeds]
-    return [run for run in wanted if config_then(run) == comparison.run_config(run.method, run.seed)]
+    same = [run for run in wanted if config_then(run) == comparison.run_config(run.method, run.seed)]
+    return replace(kept, runs=tuple(same))
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
