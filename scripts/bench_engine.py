@@ -141,10 +141,8 @@ def random_policy(path: Path, hidden_size: int, num_layers: int, vocab_size: int
         bos_token_id=None,
     )
     Qwen3ForCausalLM(config).save_pretrained(path)
-    # Without one SGLang makes up an empty tokenizer, and ends answers at its end token, id 0; and vLLM, which turns ids
-    # into words for its log-probabilities, dies of an id that has none.
-    own = len(build_tokenizer(()))
-    build_tokenizer([f"word{number}" for number in range(vocab_size - own)]).save_pretrained(path)
+    # Without one SGLang makes up an empty tokenizer, and ends answers at its end token, id 0.
+    build_tokenizer(()).save_pretrained(path)
 
 
 async def run(args: argparse.Namespace, policy_path: Path, log_dir: Path) -> None:

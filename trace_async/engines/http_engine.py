@@ -30,7 +30,7 @@ from trace_async.engine import (
 )
 from trace_async.engines.broadcast import WeightBroadcast
 from trace_async.engines.http_client import HttpClient, Reply
-from trace_async.engines.server import ServerProcess, free_port, has_gpu
+from trace_async.engines.server import SHARED_MEMORY, ServerProcess, free_port, has_gpu
 from trace_async.engines.weight_files import checked_tensors, weight_folder
 from trace_async.engines.weight_record import Tensors, WeightRecord
 from trace_async.engines.work_clock import WorkClock
@@ -385,7 +385,7 @@ class HttpEngine(ABC):
 
     def _weight_folders(self) -> tuple[Path, ...]:
         if self._process is None:
-            return (Path("/dev/shm"), self._log_path.parent)
+            return (SHARED_MEMORY, self._log_path.parent)
         if self._config.weight_sync == "disk":
             return (self._process.scratch,)
         return (self._process.shared_scratch, self._process.scratch)

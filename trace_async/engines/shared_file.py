@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trace_async.engines.guard import REGISTRY, remove_unused
+from trace_async.engines.server import SHARED_MEMORY
 
 
 def link_or_write(path: Path, key: str, write: Callable[[Path], None]) -> None:
@@ -46,7 +47,7 @@ def unlink(path: Path) -> None:
 
 def _registry_beside(path: Path) -> Path | None:
     """Of the file system that `path` is on, made if need be; None where there is none, or somebody else's."""
-    for root in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+    for root in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         if root.is_dir() and root.stat().st_dev == path.parent.stat().st_dev:
             registry = root / REGISTRY
             with contextlib.suppress(FileExistsError):
