@@ -151,9 +151,10 @@ def concatenate(layouts: Sequence[Layout]) -> Layout:
     )
 
 
-def rounded(layout: Layout) -> Layout:
-    """The same row with tokens of no use after it, up to `round_rows`; they form a branch that sees only itself."""
-    extra = round_rows(layout.num_tokens) - layout.num_tokens
+def rounded(layout: Layout, multiple: int = 1) -> Layout:
+    """The same row with tokens of no use after it, up to `round_rows` and a multiple of `multiple`; they form a branch
+    that sees only itself."""
+    extra = -(-round_rows(layout.num_tokens) // multiple) * multiple - layout.num_tokens
     filler = Layout(
         token_ids=np.zeros(extra, dtype=np.int64),
         positions=np.arange(extra, dtype=np.int64),

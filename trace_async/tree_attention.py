@@ -26,6 +26,8 @@ AttentionKind: TypeAlias = Literal["grouped", "flex", "dense", "plain"]
 # Segments share an SDPA call while padding costs at most this share of score pairs more, or so many of them outright.
 PADDING_SHARE = 0.2
 PADDING_PAIRS = 8192
+# FlexAttention's blocks; a row of whole blocks takes its kernels without checks at the borders.
+FLEX_BLOCK = 128
 
 _IMPLEMENTATION = {"grouped": "trace_grouped", "flex": "flex_attention", "dense": "sdpa", "plain": "sdpa"}
 
@@ -102,7 +104,7 @@ def hidden_states(model: Any, layout: Layout, kind: AttentionKind) -> torch.Tens
     device = next(model.parameters()).device
     if kind == "plain":
         return _plain_hidden_states(model, layout, device)
-    num_tokens, layout = layout.num_tokens, rounded(layout)
+    num_tokens, layout = layout.num_tokens, rounded(layout, FLEX_BLOCK if kind == "flex" else 1)
     extra: dict[str, Any] = {}
     if kind == "grouped":
         extra["segment_plan"] = plan_segments(layout, device=device, dtype=next(model.parameters()).dtype)
@@ -127,15 +129,37 @@ def visible(layout: Layout, device: torch.device) -> torch.Tensor:
 
 
 def block_mask(layout: Layout, device: torch.device) -> Any:
-    """The FlexAttention block mask of a row."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The FlexAttention block mask of a row: what torch's `create_block_mask` makes by looking at all N² pairs, which
+    are 3 GB on the device for 32,768 tokens; here from the borders of the blocks alone."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     end = torch.from_numpy(layout.subtree_end).to(device)
 
     def sees(_batch: Any, _head: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (k <= q) & (q < end[k])
 
-    return create_block_mask(sees, None, None, layout.num_tokens, layout.num_tokens, device=str(device))
+    starts = np.arange(0, layout.num_tokens, FLEX_BLOCK)
+    longest, shortest = (reduce.reduceat(layout.subtree_end, starts) for reduce in (np.maximum, np.minimum))
+    queries, keys = starts[:, None], starts[None]
+    some = (keys <= queries) & (queries < longest[None])
+    every = (keys < queries) & (queries + FLEX_BLOCK <= shortest[None])
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~every, device),
+        *_ordered(every, device),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(layout.num_tokens, layout.num_tokens),
+    )
+
+
+def _ordered(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boolean [query blocks, key blocks] as FlexAttention wants it: how many are true in each row, [1, 1, blocks], and
+    their indices before those of the others, [1, 1, blocks, blocks]; int32."""
+
+    def placed(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int32)).to(device)[None, None]
+
+    return placed(blocks.sum(axis=1)), placed(np.argsort(~blocks, axis=1, kind="stable"))
 
 
 def _plain_hidden_states(model: Any, layout: Layout, device: torch.device) -> torch.Tensor:
