@@ -17,6 +17,7 @@ from tests.live_bytes import LiveBytes
 from tests.random_trees import random_tree
 from trace_async.checkpoint import CheckpointError
 from trace_async.config import Config, ConfigError, LearnerConfig, load_config
+from trace_async.deepspeed_engine import RankAddress
 from trace_async.learner import Learner, LearnerError, schedule
 from trace_async.learner_state import export_checkpoint, export_learner, load_learner, plan_shards, save_learner
 from trace_async.policy import load_model
@@ -24,6 +25,7 @@ from trace_async.policy_weights import full_bytes
 from trace_async.tree import RolloutTree
 from trace_async.weights import WeightCount, join_buckets, unpack_weights
 
+CPU = torch.device("cpu")
 VERSION = 2
 VOCAB = 100
 # With the default threshold ZeRO-3 keeps all parameters of so small a policy whole.
@@ -58,6 +60,11 @@ def learning(config: Config, policy_path: Path) -> Iterator[Learner]:
     finally:
         # One after another in this process; what a backward pass cut short left behind goes with its engine.
         learner.engine.destroy()
+
+
+def kept(model: torch.nn.Module, into: list[torch.nn.Module]) -> torch.nn.Module:
+    into.append(model)
+    return model
 
 
 def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
@@ -261,10 +268,19 @@ def test_the_reference_is_loaded_only_when_kl_holds_to_it_on_a_device_of_its_own
         wanted = [learner.update(trees_of(seed), VERSION)["kl_reference"] for seed in (0, 1)]
     assert wanted[0] == pytest.approx(0, abs=1e-9)
     assert wanted[1] > 1e-6
-    overrides = ["loss.kl_loss_coef=0.1", "learner.reference_device=cpu", "learner.zero_stage=3"]
-    with learning(configure(*overrides), tiny_policy_path) as learner:
-        found = [learner.update(trees_of(seed), VERSION)["kl_reference"] for seed in (0, 1)]
-    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-9)
+    for device, is_whole in (("cpu", True), ("auto", False)):
+        models = []
+        monkeypatch.setattr(
+            "trace_async.learner.load_model", lambda *a, into=models, **k: kept(load_model(*a, **k), into)
+        )
+        with learning(
+            configure("loss.kl_loss_coef=0.1", f"learner.reference_device={device}", *ZERO_3), tiny_policy_path
+        ) as learner:
+            found = [learner.update(trees_of(seed), VERSION)["kl_reference"] for seed in (0, 1)]
+        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-9)
+        # ZeRO-3 leaves nothing of a partitioned tensor in its place.
+        _, reference = models
+        assert {parameter.numel() > 0 for parameter in reference.parameters()} == {is_whole}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -275,6 +291,15 @@ def test_a_reference_on_a_device_that_is_not_there_is_refused(tiny_policy_path):
             tiny_policy_path,
             master_port=free_port(),
         )
+
+
+def test_a_rank_computes_on_the_device_that_ray_shows_it():
+    # Of eight ranks with a GPU each the fourth sees one device, number 0; without Ray it may see all eight.
+    rank = RankAddress(rank=3, world_size=8, master_addr="10.0.0.1", master_port=29500)
+    for device, local_rank in ((torch.device("cuda", 0), "0"), (torch.device("cuda", 3), "3"), (CPU, "0")):
+        environment = rank.environment(device)
+        assert environment["LOCAL_RANK"] == local_rank
+        assert (environment["RANK"], environment["WORLD_SIZE"]) == ("3", "8")
 
 
 def test_schedules():

@@ -120,14 +120,19 @@ async def test_one_rank_and_a_call_that_takes_too_long(reference, tiny_policy_pa
 
 @pytest.mark.timeout(600)
 async def test_a_rank_without_work_keeps_in_step(tiny_policy_path):
-    """One tree on two ranks: the second computes for nothing, under ZeRO-3 together with the first."""
-    with learning(configure(), tiny_policy_path) as learner:
-        wanted = learner.update(trees_of(5, count=1), VERSION)
+    """One tree on two ranks: the second computes for nothing, under ZeRO-3 together with the first; so does the
+    reference, which is partitioned too."""
+    kl = "loss.kl_loss_coef=0.1"
+    with learning(configure(kl), tiny_policy_path) as learner:
+        wanted = [learner.update(trees_of(seed, count=1), VERSION) for seed in (5, 6)]
         weights = weights_of(learner)
-    async with group_of(2, tiny_policy_path, "learner.zero_stage=3") as group:
-        metrics = await group.update(trees_of(5, count=1), VERSION)
-        for name in COMPARED:
-            assert metrics[f"learner/{name}"] == pytest.approx(wanted[name], rel=2e-4, abs=2e-5), name
+    async with group_of(2, tiny_policy_path, kl, *ZERO_3) as group:
+        for seed, one_rank in zip((5, 6), wanted, strict=True):
+            metrics = await group.update(trees_of(seed, count=1), VERSION)
+            for name in COMPARED:
+                assert metrics[f"learner/{name}"] == pytest.approx(one_rank[name], rel=2e-4, abs=2e-5), name
+        assert metrics["learner/kl_reference"] == pytest.approx(wanted[1]["kl_reference"], rel=1e-3)
+        assert metrics["learner/kl_reference"] > 1e-6
         assert_close(await fetched(await group.weights(1)), weights, 1e-4)
 
 

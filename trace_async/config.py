@@ -252,8 +252,9 @@ class LearnerConfig:
     `minibatches`: optimizer steps per update (alias ppo mini-batches). `deepspeed`: any DeepSpeed option, handed on
     as it is. `gradient_checkpointing` and `logprob_chunk_tokens` bound memory. `num_threads`: per rank, on the CPU.
     `reference_device`: of the frozen start policy that loss.kl_loss_coef holds to, loaded only when that is > 0 (auto:
-    the learner's; cpu leaves the GPU's memory to the policy). `weight_bucket_bytes`: how much of the weights is whole
-    on a rank at a time (one tensor at least) on its way to the generators.
+    the learner's, partitioned under ZeRO-3 as the policy is; cpu leaves the GPU's memory to the policy).
+    `weight_bucket_bytes`: how much of the weights is whole on a rank at a time (one tensor at least) on its way to the
+    generators.
     """
 
     num_ranks: int = 1

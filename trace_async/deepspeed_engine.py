@@ -37,14 +37,16 @@ class RankAddress:
     master_addr: str
     master_port: int
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables of torch.distributed's `env://`."""
+    def environment(self, device: torch.device) -> dict[str, str]:
+        """The variables of torch.distributed's `env://`.
+
+        DeepSpeed computes on the CUDA device numbered LOCAL_RANK of those that the process sees. Ray shows each rank
+        its own alone, as number 0, so it must not be counted up over the ranks.
+        """
         return {
             "RANK": str(self.rank),
-            "LOCAL_RANK": str(self.rank),
+            "LOCAL_RANK": str(device.index or 0),
             "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
@@ -62,7 +64,7 @@ def join_ranks(address: RankAddress, device: torch.device, timeout_s: float) -> 
 
     A process that has joined stays joined; a second call does nothing.
     """
-    os.environ.update(address.environment)
+    os.environ.update(address.environment(device))
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -155,6 +157,18 @@ def make_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, config: 
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_options(config))
     _start_adam_state(engine)
     return engine
+
+
+def make_frozen(module: nn.Module, config: LearnerConfig) -> nn.Module:
+    """The same for a module that is never trained and whose parameters are partitioned (ZeRO-3): it gathers each when
+    its forward comes to it. All ranks must call it equally often."""
+    with stdout_to_stderr():
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=deepspeed_options(config))
+    engine.eval()
+    frozen: nn.Module = engine
+    return frozen
 
 
 def _start_adam_state(engine: Any) -> None:

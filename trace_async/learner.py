@@ -20,7 +20,7 @@ from torch import nn
 
 from trace_async.advantage import NodeCredit, compute_credits
 from trace_async.config import Config, ConfigError, LearnerConfig
-from trace_async.deepspeed_engine import RankAddress, join_ranks, make_deepspeed, partitioned_loading
+from trace_async.deepspeed_engine import RankAddress, join_ranks, make_deepspeed, make_frozen, partitioned_loading
 from trace_async.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
 from trace_async.packing import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
 from trace_async.policy import load_model
@@ -173,14 +173,19 @@ class Learner:
             entropy=entropy,
         )
 
-    def _make_reference(self) -> TokenLogprobs | None:
-        """The start policy, frozen, on a device of its own when so set; None when KL holds to nothing."""
+    def _make_reference(self) -> Any:
+        """The start policy, frozen; None when KL holds to nothing. Partitioned like the policy under ZeRO-3, unless it
+        is given a device of its own: there every rank holds it whole."""
         if not self.config.loss.kl_loss_coef:
             return None
         learner = self.config.learner
         self._reference_device = self._device
         if learner.reference_device != "auto":
             self._reference_device = resolve_device(learner.reference_device, self.rank, "learner.reference_device")
+        elif learner.zero_stage == 3:
+            with partitioned_loading(learner):
+                policy = load_model(self.policy_path, dtype=learner.dtype)
+            return make_frozen(self._make_module(policy, self._device, entropy=False), learner)
         policy = load_model(self.policy_path, dtype=learner.dtype)
         return self._make_module(policy, self._reference_device, entropy=False).requires_grad_(False)
 
@@ -280,13 +285,14 @@ class Learner:
         total = self.config.num_updates * learner.minibatches
         return learner.learning_rate * schedule(learner, self.num_steps, total)
 
-    def _fingerprint(self) -> torch.Tensor:
-        """Two float64 sums per tensor, of what this rank holds."""
-        held = [getattr(p, "ds_tensor", p).detach().double() for p in self._module.parameters() if p.requires_grad]
-        return torch.stack([part for tensor in held for part in (tensor.sum(), tensor.square().sum())]).cpu()
+    def _fingerprint(self) -> list[int]:
+        """A hash per tensor, of what this rank holds."""
+        held = [getattr(p, "ds_tensor", p).detach() for p in self._module.parameters() if p.requires_grad]
+        hashes: list[int] = torch.stack([torch.hash_tensor(tensor) for tensor in held]).tolist()
+        return hashes
 
-    def _changed(self, before: torch.Tensor) -> bool:
-        return self._sum([float((self._fingerprint() != before).any())]) > 0
+    def _changed(self, before: list[int]) -> bool:
+        return self._sum([float(self._fingerprint() != before)]) > 0
 
     def _sum(self, values: Sequence[float]) -> float:
         total = torch.tensor([sum(values)], dtype=torch.float64)
