@@ -5,8 +5,7 @@
 
 Time is one forward, loss and backward over the same trees (no Ray, no DeepSpeed, no optimizer step); on the CPU that
 of one thread's own work, so that a busy machine matters less. Flat and packed take turns within one run; quote ratios.
-On CUDA the model is Qwen3-0.6B
-in shape and bf16; on the CPU a small Qwen3 in fp32. Weights are random.
+On CUDA the model is Qwen3-0.6B in shape and bf16; on the CPU a small Qwen3 in fp32. Weights are random.
 """
 
 import argparse
@@ -139,13 +138,17 @@ class Bench:
         self.attention_width = layers * heads * width
 
     def flops(self, batches: list[PackedBatch]) -> float:
-        """Of a forward and a backward: 6 a parameter and token, 12 a channel and pair of tokens that attends.
+        """Of a forward and a backward: 6 a parameter and token that it is applied to (the head: the entries, the
+        embedding, tied to it: none), 12 a channel and pair of tokens that attends. What is computed again in the
+        backward does not count.
 
-        Late tokens attend to more: attention's part of the saving is smaller than that of the tokens.
+        Late tokens attend to more, and packing saves no entry: the FLOP saved are fewer than the tokens saved.
         """
+        head = self.policy.get_output_embeddings().weight.numel()
         tokens = sum(batch.layout.num_tokens for batch in batches)
+        entries = sum(batch.entries.count for batch in batches)
         pairs = sum(int(batch.layout.positions.sum()) + batch.layout.num_tokens for batch in batches)
-        return 6.0 * self.num_parameters * tokens + 12.0 * self.attention_width * pairs
+        return 6.0 * ((self.num_parameters - head) * tokens + head * entries) + 12.0 * self.attention_width * pairs
 
     def run(self, batches: list[PackedBatch], packing: Packing) -> float:
         """Seconds of one pass (CPU: of this process's work)."""
