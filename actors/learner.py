@@ -9,6 +9,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trace_async.config import Config
 from trace_async.tree import RolloutTree
@@ -89,14 +91,23 @@ class LearnerGroup:
         self._config = config
         self._policy_path = policy_path
         self._ranks: list[ActorHandle] = []
+        self._placement: PlacementGroup | None = None
 
     async def start(self) -> None:
-        """Start the processes, load the policy, form the group."""
-        learner = self._config.learner
-        remote = ray.remote(num_cpus=learner.num_threads, num_gpus=self._config.actors.learner_gpus)(LearnerRank)
+        """Start the processes, on as few nodes as hold them, load the policy, form the group."""
+        learner, num_gpus = self._config.learner, self._config.actors.learner_gpus
+        needs = {"CPU": float(learner.num_threads)} | ({"GPU": num_gpus} if num_gpus else {})
+        self._placement = placement_group([needs] * learner.num_ranks, strategy="PACK")
+        await self._wait("placement", [self._placement.ready()])
+        remote = ray.remote(num_cpus=learner.num_threads, num_gpus=num_gpus)(LearnerRank)
         environment = {"env_vars": {"OMP_NUM_THREADS": str(learner.num_threads)}}
         self._ranks = [
-            remote.options(runtime_env=environment).remote(self._config, str(self._policy_path), rank)
+            remote.options(
+                runtime_env=environment,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._placement, placement_group_bundle_index=rank
+                ),
+            ).remote(self._config, str(self._policy_path), rank)
             for rank in range(learner.num_ranks)
         ]
         (meeting_point,) = await self._wait("start", [self._ranks[0].meeting_point.remote()])
@@ -139,6 +150,9 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank)
         self._ranks = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
 
     async def _all(self, call: str, *arguments: Any) -> list[Any]:
         return await self._wait(call, [getattr(rank, call).remote(*arguments) for rank in self._ranks])

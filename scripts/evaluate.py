@@ -4,7 +4,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from scripts.train import ensure_policy, start_ray
+from scripts.train import ensure_policy
 from trace_async.config import ConfigError, load_config
 
 
@@ -18,6 +18,7 @@ def run(args: argparse.Namespace) -> int:
     import ray
 
     from actors.evaluation import evaluate_policy
+    from actors.ray_cluster import start_ray
 
     if args.run is not None:
         config = load_config(args.run / "config.yaml", args.overrides)
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = load_config(args.config, args.overrides)
         policy_path = ensure_policy(config)
-    start_ray(config)
+    start_ray(config, only_generators=True)
     try:
         metrics = asyncio.run(evaluate_policy(config, policy_path, Path(config.output_dir).absolute() / "eval_logs"))
     finally:

@@ -48,28 +48,10 @@ def ensure_policy(config: Config) -> Path:
     return make_policy(domain, config.policy).absolute()
 
 
-def start_ray(config: Config) -> None:
-    """A local Ray, or the cluster at `actors.ray_address`. Ray's own logs stay in its session's folder."""
-    import ray
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if config.actors.ray_address:
-        ray.init(address=config.actors.ray_address, log_to_driver=False, logging_level=logging.ERROR)
-        return
-    wanted = config.actors.num_generators * config.actors.generator_cpus + config.learner.num_ranks + 2
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, int(wanted)),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-
-
 def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) -> int:
     import ray
 
+    from actors.ray_cluster import start_ray
     from actors.trainer import Trainer
     from trace_async.checkpoint import latest_checkpoint
     from trace_async.metrics_log import read_metrics

@@ -1,7 +1,6 @@
 """Memory, placement and batch arithmetic of a run; the models' sizes are the published ones."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,11 +115,19 @@ def test_the_quickstart_needs_no_gpu():
     assert sum(process.count * process.num_bytes for process in plan.processes) < 2 * GIB
 
 
-def test_a_reference_policy_costs_its_weights():
-    with_kl = eight_b()
-    without = replace(with_kl, loss=replace(with_kl.loss, kl_loss_coef=0.0))
-    difference = plan_run(with_kl).processes[0].num_bytes - plan_run(without).processes[0].num_bytes
-    assert difference == 2 * 8_190_735_360
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ([], 2 * 8_190_735_360 // 4),  # ZeRO-3 over four ranks shares it out like the policy
+        (["learner.zero_stage=2"], 2 * 8_190_735_360),
+        (["learner.reference_device=cuda"], 2 * 8_190_735_360),
+        (["learner.reference_device=cpu"], 0),
+    ],
+)
+def test_a_reference_policy_costs_its_weights(overrides, wanted):
+    with_kl, without = (eight_b(*overrides, f"loss.kl_loss_coef={coefficient}") for coefficient in (0.001, 0.0))
+    costs = [next(p for p in plan_run(c).processes if p.name == "learner").num_bytes for c in (with_kl, without)]
+    assert costs[0] - costs[1] == wanted
 
 
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)

@@ -210,8 +210,8 @@ def _learner(config: Config, policy: ModelShape) -> ProcessPlan:
         # Logits and their gradient, in fp32, of one chunk.
         "logits": 8 * policy.vocab_size * min(learner.logprob_chunk_tokens, learner.max_tokens_per_micro_batch),
     }
-    if config.loss.kl_loss_coef > 0:
-        parts["reference"] = width * size
+    if config.loss.kl_loss_coef > 0 and not (config.actors.learner_gpus and learner.reference_device == "cpu"):
+        parts["reference"] = width * size // (share[0] if learner.reference_device == "auto" else 1)
     return ProcessPlan(name="learner", count=ranks, gpus_each=config.actors.learner_gpus, parts=parts)
 
 

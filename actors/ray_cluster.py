@@ -1,0 +1,64 @@
+"""Ray for a run: a local one, or the cluster at `actors.ray_address`; with room for all that the run will start."""
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+
+import ray
+
+from trace_async.config import Config, ConfigError
+
+# What a run asks of Ray, by resource and by the settings that it comes from.
+Asked = Mapping[str, Mapping[str, float]]
+
+
+def asked_of_ray(config: Config, *, only_generators: bool = False) -> Asked:
+    """PromptActors ask for nothing: they wait most of their time."""
+    actors, learner = config.actors, config.learner
+    cpus = {"actors.num_generators × actors.generator_cpus": actors.num_generators * actors.generator_cpus}
+    gpus = {"actors.num_generators × actors.generator_gpus": actors.num_generators * actors.generator_gpus}
+    if not only_generators:
+        cpus["learner.num_ranks × learner.num_threads"] = learner.num_ranks * learner.num_threads
+        gpus["learner.num_ranks × actors.learner_gpus"] = learner.num_ranks * actors.learner_gpus
+        cpus["predictor.num_threads"] = config.predictor.num_threads
+        gpus["actors.predictor_gpus"] = actors.predictor_gpus
+    return {"CPU": cpus, "GPU": gpus}
+
+
+def start_ray(config: Config, *, only_generators: bool = False) -> None:
+    """Connects this process. ConfigError when Ray has too little for the run, which would wait for it without end.
+
+    A local Ray counts as many CPUs as are asked for: on few cores they are shared. Ray's own logs stay in its
+    session's folder.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    asked = asked_of_ray(config, only_generators=only_generators)
+    address = config.actors.ray_address
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(sum(asked["CPU"].values()))),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    try:
+        require_room(asked, ray.cluster_resources(), f"the Ray cluster at {address}" if address else "this machine")
+    except ConfigError:
+        ray.shutdown()
+        raise
+
+
+def require_room(asked: Asked, there: Mapping[str, float], place: str) -> None:
+    """ConfigError when `there`, Ray's resources by name, is less than what is asked for."""
+    for resource, shares in asked.items():
+        total = sum(shares.values())
+        if total > there.get(resource, 0.0):
+            parts = ", ".join(f"{share:g} by {setting}" for setting, share in shares.items() if share)
+            raise ConfigError(
+                f"{place} has {there.get(resource, 0.0):g} {resource}s, and {total:g} are asked for: {parts}"
+            )
