@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import select
 import signal
 import sys
 
@@ -39,13 +40,29 @@ def main(argv: list[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # an environment of one's own may lie in the working directory; Ray hands it on
     try:
-        return importlib.import_module(COMMANDS[args.command][0]).run(args)
+        status: int = importlib.import_module(COMMANDS[args.command][0]).run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     except ConfigError as error:
         print(f"trace-async: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("trace-async: stopped", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader, such as `head`, has gone; Python is then kept from complaining at exit."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # what is wrong is told without being asked for
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """`trace-async tree` on a run directory as training leaves it."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,13 @@ def test_what_is_not_there_is_named(
     assert message in capsys.readouterr().err
     assert cli.main(["tree", str(run_dir / "nowhere"), *arguments]) == 2
     assert "there is no run" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(run_dir):
+    command = [sys.executable, "-m", "scripts.cli", "tree", str(run_dir), "--list"]
+    shown = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert shown.stdout is not None
+    shown.stdout.close()
+    assert shown.wait(60) == 128 + signal.SIGPIPE
+    assert shown.stderr is not None
+    assert "Traceback" not in shown.stderr.read()
