@@ -1,12 +1,14 @@
 """PromptGroup: the PromptActors as one; a prompt whose actor died is grown again on another."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -58,46 +60,62 @@ class PromptGroup:
     async def run(self, ticket: int, prompt: PendingPrompt, task: Task) -> RolloutTree:
         """The prompt's finished tree. Raises PromptLostError when there is none within the limits."""
         limit_s = self.config.actors.tree_timeout_s
-        for attempt in range(self.config.actors.max_rollout_retries + 1):
-            slot = (ticket + attempt) % len(self.actors)
-            actor = self.actors[slot]
-            try:
-                async with asyncio.timeout(limit_s):
-                    return await actor.run_prompt.remote(task, prompt)
-            except TimeoutError:
-                log.error("task %s: no tree within actors.tree_timeout_s=%s", task.id, limit_s)
-                raise PromptLostError("tree_timeout") from None
-            except RayActorError as error:
-                log.error("task %s: its PromptActor died, attempt %d: %r", task.id, attempt + 1, error)
-                await self._replace(slot, actor)
-        raise PromptLostError("prompt_actor_died")
 
-    async def _replace(self, slot: int, dead: ActorHandle) -> None:
-        if self.actors[slot] is dead:
-            self.actors[slot] = self._make()
-            await self.actors[slot].announce.remote(self.generators)
+        async def grow(actor: ActorHandle) -> RolloutTree:
+            async with asyncio.timeout(limit_s):
+                return await actor.run_prompt.remote(task, prompt)
+
+        try:
+            return await self._on(ticket % len(self.actors), grow)
+        except TimeoutError:
+            log.error("task %s: no tree within actors.tree_timeout_s=%s", task.id, limit_s)
+            raise PromptLostError("tree_timeout") from None
+        except RayActorError:
+            raise PromptLostError("prompt_actor_died") from None
 
     async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery]:
         """The predictor's question for every task: V after all tokens of its prompt."""
-        shares = self._shares(tasks)
-        calls = (actor.prompt_queries.remote(share) for actor, share in zip(self.actors, shares, strict=True))
-        return _in_order(await asyncio.gather(*calls))
+        return _in_order(await self._on_all("prompt_queries", tasks))
 
     async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
         """For every task the rewards of `count` rollouts by the current policy, fewer where some broke down."""
-        shares = self._shares(tasks)
-        calls = (actor.measure.remote(share, count) for actor, share in zip(self.actors, shares, strict=True))
-        return _in_order(await asyncio.gather(*calls))
+        return _in_order(await self._on_all("measure", tasks, count))
 
     async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
         """One rollout per task."""
-        shares = self._shares(tasks)
-        calls = (actor.evaluate.remote(share, temperature) for actor, share in zip(self.actors, shares, strict=True))
-        parts: list[list[EvalRollout]] = await asyncio.gather(*calls)
-        return list(itertools.chain.from_iterable(parts))
+        return list(itertools.chain.from_iterable(await self._on_all("evaluate", tasks, temperature)))
 
-    def _shares(self, tasks: Sequence[Task]) -> list[Sequence[Task]]:
-        return [tasks[index :: len(self.actors)] for index in range(len(self.actors))]
+    async def _on_all(self, method: str, tasks: Sequence[Task], *arguments: object) -> list[Any]:
+        """What every actor says to its share of the tasks."""
+
+        async def ask(share: Sequence[Task], actor: ActorHandle) -> Any:
+            return await getattr(actor, method).remote(share, *arguments)
+
+        shares = [tasks[slot :: len(self.actors)] for slot in range(len(self.actors))]
+        return await asyncio.gather(*(self._on(slot, partial(ask, share)) for slot, share in enumerate(shares)))
+
+    async def _on(self, slot: int, call: Callable[[ActorHandle], Awaitable[T]]) -> T:
+        """`call` on the slot's actor, and anew on the one in its place when it dies. Raises the last RayActorError
+        when `actors.max_rollout_retries` more have died too."""
+        retries_left = self.config.actors.max_rollout_retries
+        while True:
+            actor = self.actors[slot]
+            try:
+                return await call(actor)
+            except RayActorError as error:
+                log.error("PromptActor %d died, %d retries left: %r", slot, retries_left, error)
+                await self._replace(slot, actor)
+                if not retries_left:
+                    raise
+                retries_left -= 1
+
+    async def _replace(self, slot: int, dead: ActorHandle) -> None:
+        if self.actors[slot] is dead:
+            ray.kill(dead)  # one that could not be reached may still be there
+            self.actors[slot] = self._make()
+            # It may have been put on a node that is dying itself: whoever calls it next replaces it again.
+            with contextlib.suppress(RayActorError):
+                await self.actors[slot].announce.remote(self.generators)
 
     def close(self) -> None:
         for actor in self.actors:
@@ -105,6 +123,6 @@ class PromptGroup:
 
 
 def _in_order(parts: Sequence[Sequence[T]]) -> list[T]:
-    """Puts the answers of `_shares` back into the order of the tasks."""
+    """Puts the answers to `_on_all` back into the order of the tasks."""
     answers = [iter(part) for part in parts]
     return [next(answers[index % len(answers)]) for index in range(sum(map(len, parts)))]

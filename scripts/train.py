@@ -50,10 +50,13 @@ def ensure_policy(config: Config) -> Path:
 
 def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) -> int:
     import ray
+    from ray.exceptions import RayError, RayTaskError
 
+    from actors.learner import LearnerRankError
     from actors.ray_cluster import start_ray
     from actors.trainer import Trainer
     from trace_async.checkpoint import latest_checkpoint
+    from trace_async.engine import EngineError
     from trace_async.metrics_log import read_metrics
     from trace_async.progress import Progress
     from trace_async.run_state import load_trainer
@@ -97,6 +100,15 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
         status = "KILLED"
         print(f"\nStopped. Go on with: trace-async train --resume {run_dir}", file=sys.stderr)
         raise
+    except (RayError, EngineError, LearnerRankError) as error:
+        log.exception("the run ended")
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        print(
+            f"\ntrace-async: {cause}\nThe whole story is in {run_dir / 'logs' / 'trainer.log'}. Go on from the last "
+            f"checkpoint: trace-async train --resume {run_dir}",
+            file=sys.stderr,
+        )
+        return 1
     finally:
         tracker.finish(status)
         ray.shutdown()

@@ -9,12 +9,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.prompt import remote_prompt_actor
+from actors.prompt_group import PromptGroup
 from actors.trainer import Trainer
+from envs import load_domain
 from trace_async.config import Config, load_config
 from trace_async.metrics_log import read_metrics
 from trace_async.tree import RolloutTree
@@ -148,6 +154,35 @@ async def test_lost_generators_and_prompt_actors_are_replaced_and_no_prompt_is_l
     assert trainer.pool.num_lost == 1
     assert sum(state.ledger.failed.values()) == 0
     assert state.ledger.allocated == state.ledger.trained
+
+
+@pytest.mark.usefixtures("local_ray")
+async def test_a_question_to_prompt_actors_that_die_is_asked_anew(tiny_policy_path: Path, tmp_path: Path, monkeypatch):
+    config = small_config(tmp_path, "actors.num_prompt_actors=2", "actors.max_rollout_retries=2")
+    group = PromptGroup(config, tiny_policy_path, None)
+    group.start()
+    tasks = load_domain(config.env).tasks("train")[:5]
+    wanted = await group.prompt_queries(tasks)
+    num_dying = 0  # of the actors that are made next, as on a node that is about to be lost
+
+    def make(*arguments: Any) -> ActorHandle:
+        nonlocal num_dying
+        actor = remote_prompt_actor(*arguments)
+        if num_dying:
+            num_dying -= 1
+            ray.kill(actor)
+        return actor
+
+    monkeypatch.setattr("actors.prompt_group.remote_prompt_actor", make)
+    for count in (0, 1):
+        num_dying = count
+        ray.kill(group.actors[1])
+        assert await group.prompt_queries(tasks) == wanted
+    num_dying = 2
+    ray.kill(group.actors[1])
+    with pytest.raises(RayActorError):
+        await group.prompt_queries(tasks)
+    group.close()
 
 
 @pytest.mark.usefixtures("local_ray")
