@@ -6,6 +6,7 @@
 Time is one forward, loss and backward over the same trees (no Ray, no DeepSpeed, no optimizer step); on the CPU that
 of one thread's own work, so that a busy machine matters less. Flat and packed take turns within one run; quote ratios.
 On CUDA the model is Qwen3-0.6B in shape and bf16; on the CPU a small Qwen3 in fp32. Weights are random.
+It needs torch and transformers alone, so that it also runs on a borrowed GPU machine without the rest.
 """
 
 import argparse
@@ -171,14 +172,15 @@ class Bench:
         return time.perf_counter()
 
 
-def time_shapes(model: str, device: torch.device, max_tokens: int, repeats: int) -> None:
+def time_shapes(names: list[str], model: str, device: torch.device, max_tokens: int, repeats: int) -> None:
     bench = Bench(model, device, chunk_tokens=4096)
     print(f"{model} ({bench.num_parameters / 1e6:.1f} M parameters) on {device}, {max_tokens} tokens a micro-batch")
     print(
         "| shape | unique tokens | tokens flat ÷ packed | FLOP | time | time ÷ tokens | time ÷ FLOP | tokens/s | MFU |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, shape in SHAPES.items():
+    for name in names:
+        shape = SHAPES[name]
         if device.type == "cuda":
             shape = replace(shape, trees=8 * shape.trees)
         trees = make_trees(shape, bench.vocab, seed=0)
@@ -250,6 +252,7 @@ def measure_memory(model: str, device: torch.device, max_tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="default: all")
     parser.add_argument("--model", choices=sorted(MODELS), help="default: 0.6B on CUDA; 0.6M (memory: 20M) on the CPU")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--max-tokens", type=int, default=8192, help="tokens of a micro-batch")
@@ -262,7 +265,7 @@ def main() -> None:
     if arguments.memory:
         measure_memory(model, device, arguments.max_tokens)
     else:
-        time_shapes(model, device, arguments.max_tokens, arguments.repeats)
+        time_shapes(arguments.shapes, model, device, arguments.max_tokens, arguments.repeats)
 
 
 if __name__ == "__main__":

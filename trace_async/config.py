@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 EngineBackend = Literal["torch", "sglang", "vllm", "fake"]
@@ -445,6 +443,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def config_from_yaml(text: str, overrides: Sequence[str] = ()) -> Config:
     """As `load_config`, from the file's text."""
+    # Here, so that what needs no file runs where only torch is, as on a machine that a benchmark has borrowed.
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         own = OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), *own))
@@ -460,4 +462,6 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_to_yaml(config: Config) -> str:
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
