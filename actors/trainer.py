@@ -99,9 +99,20 @@ class Trainer:
 
     async def _start(self, checkpoint: Path | None) -> None:
         self.prompts.start()
-        await asyncio.gather(self.pool.start(), self.learner.start(), self.predictor.ready.remote())
+        await asyncio.gather(self.pool.start(), self.learner.start(), self._predictor_ready())
         if checkpoint is not None:
             await self._restore(checkpoint)
+
+    async def _predictor_ready(self) -> None:
+        limit_s = self.config.engine.start_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.predictor.ready.remote()
+        except TimeoutError:
+            raise TimeoutError(
+                f"the predictor did not start within engine.start_timeout_s={limit_s:g}: `ray status` shows whether "
+                "there is room for it"
+            ) from None
 
     async def _close(self) -> None:
         for close in (self.pool.close(), self.learner.close()):

@@ -100,7 +100,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
         status = "KILLED"
         print(f"\nStopped. Go on with: trace-async train --resume {run_dir}", file=sys.stderr)
         raise
-    except (RayError, EngineError, LearnerRankError) as error:
+    except (RayError, EngineError, LearnerRankError, TimeoutError) as error:
         log.exception("the run ended")
         cause = error.cause if isinstance(error, RayTaskError) else error
         print(

@@ -186,6 +186,13 @@ async def test_a_question_to_prompt_actors_that_die_is_asked_anew(tiny_policy_pa
 
 
 @pytest.mark.usefixtures("local_ray")
+async def test_a_predictor_that_finds_no_room_ends_the_run_in_words(tiny_policy_path: Path, tmp_path: Path):
+    config = small_config(tmp_path, "predictor.num_threads=500", "engine.start_timeout_s=10", "num_updates=2")
+    with pytest.raises(TimeoutError, match=r"predictor did not start within engine\.start_timeout_s=10: `ray status`"):
+        await asyncio.wait_for(Trainer(config, tmp_path, tiny_policy_path, Recorder()).run(), 120)
+
+
+@pytest.mark.usefixtures("local_ray")
 async def test_an_engine_that_cannot_start_ends_the_run_with_its_cause(tiny_policy_path: Path, tmp_path: Path):
     config = small_config(tmp_path, "engine.backend=vllm", "engine.python=/nowhere/python", "num_updates=2")
     with pytest.raises(Exception, match="/nowhere/python"):
