@@ -299,6 +299,37 @@ class BroadcastConformance:
     _bad_update = EngineConformance._bad_update
 
 
+@pytest.mark.asyncio(loop_scope="class")
+class SplitConformance:
+    """The model split over two workers (tensor parallelism)."""
+
+    backend: ClassVar[str]
+    long_answer: ClassVar[int] = EngineConformance.long_answer
+    cache_granularity: ClassVar[int] = EngineConformance.cache_granularity
+    settings: ClassVar[dict[str, Any]] = {"tensor_parallel_size": 2, "request_timeout_s": 60.0}
+
+    harness = EngineConformance.harness
+    test_greedy = EngineConformance.test_greedy_equals_hugging_face
+    test_in_flight = EngineConformance.test_an_update_in_flight_splits_the_answer_by_version
+    test_no_stale_kv = EngineConformance.test_no_stale_kv_is_served_after_an_update
+    test_bad_updates = EngineConformance.test_a_bad_update_is_an_error_and_a_good_one_heals
+    _bad_update = EngineConformance._bad_update
+
+
+@needs("sglang")
+class TestSGLangSplit(SplitConformance):
+    backend = "sglang"
+
+
+@needs("vllm")
+class TestVLLMSplit(SplitConformance):
+    backend = "vllm"
+    cache_granularity = 32
+    long_answer = 470
+    # Every worker is then a receiver of its own.
+    settings: ClassVar[dict[str, Any]] = {**SplitConformance.settings, "weight_sync": "collective"}
+
+
 @needs("sglang")
 class TestSGLangByBroadcast(BroadcastConformance):
     backend = "sglang"

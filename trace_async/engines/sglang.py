@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ class SGLangEngine(HttpEngine):
                 "sleep_on_idle": True,
             }
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(CPU_STAND_INS)}
+            if config.tensor_parallel_size > 1:
+                # By itself it wants a NUMA node for each worker.
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = _shared_out_cores(config.tensor_parallel_size)
         arguments |= config.server_args
         python = engine_python(self.name, config.python)
         return [python, "-m", "sglang.launch_server", *command_line_flags(arguments)], environment
@@ -184,6 +188,13 @@ class SGLangEngine(HttpEngine):
             for i, rank in enumerate(reply["ranks"])
             for name, digest in rank["checksums"].items()
         }
+
+
+def _shared_out_cores(num_workers: int) -> str:
+    """As SGLang takes them, `0,2|1,3`; workers share cores where there are fewer of them."""
+    cores = sorted(os.sched_getaffinity(0))
+    own = (cores[worker::num_workers] or cores for worker in range(num_workers))
+    return "|".join(",".join(map(str, some)) for some in own)
 
 
 def _without_end_tokens(policy_path: Path, folder: Path) -> Path:
