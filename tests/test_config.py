@@ -47,6 +47,7 @@ def test_every_shipped_config_is_short_and_valid(path: Path):
         ("actors.max_staleness=-1", "actors.max_staleness=-1"),
         ("sampling.max_context_tokens=5", "must be greater than sampling.max_turn_tokens"),
         ("name=a/b", "name=a/b"),
+        ("engine.tensor_parallel_size=2", "engine.tensor_parallel_size=2: the torch engine does not split a model"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(override: str, message: str):

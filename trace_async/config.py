@@ -316,6 +316,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(self.tensor_parallel_size >= 1, "engine.tensor_parallel_size", self.tensor_parallel_size, "≥ 1")
+        _require(
+            self.backend != "torch" or self.tensor_parallel_size == 1,
+            "engine.tensor_parallel_size",
+            self.tensor_parallel_size,
+            "the torch engine does not split a model: 1, or engine.backend=sglang or vllm",
+        )
         _require(self.max_running_requests >= 1, "engine.max_running_requests", self.max_running_requests, "≥ 1")
         _require(self.request_timeout_s > 0, "engine.request_timeout_s", self.request_timeout_s, "must be > 0")
         _require(0 <= self.lora_rank <= 512, "engine.lora_rank", self.lora_rank, "0 (merged weights) to 512")
