@@ -284,29 +284,13 @@ class TestSGLang(ServerConformance):
 
 
 @pytest.mark.asyncio(loop_scope="class")
-class BroadcastConformance:
-    """Weights over a process group (gloo here) in place of a file."""
+class PartOfTheSuite:
+    """Answers and weight updates, for servers that are set up another way."""
 
     backend: ClassVar[str]
+    settings: ClassVar[dict[str, Any]]
     long_answer: ClassVar[int] = EngineConformance.long_answer
     cache_granularity: ClassVar[int] = EngineConformance.cache_granularity
-    settings: ClassVar[dict[str, Any]] = {"weight_sync": "collective", "request_timeout_s": 30.0}
-
-    harness = EngineConformance.harness
-    test_in_flight = EngineConformance.test_an_update_in_flight_splits_the_answer_by_version
-    test_no_stale_kv = EngineConformance.test_no_stale_kv_is_served_after_an_update
-    test_bad_updates = EngineConformance.test_a_bad_update_is_an_error_and_a_good_one_heals
-    _bad_update = EngineConformance._bad_update
-
-
-@pytest.mark.asyncio(loop_scope="class")
-class SplitConformance:
-    """The model split over two workers (tensor parallelism)."""
-
-    backend: ClassVar[str]
-    long_answer: ClassVar[int] = EngineConformance.long_answer
-    cache_granularity: ClassVar[int] = EngineConformance.cache_granularity
-    settings: ClassVar[dict[str, Any]] = {"tensor_parallel_size": 2, "request_timeout_s": 60.0}
 
     harness = EngineConformance.harness
     test_greedy = EngineConformance.test_greedy_equals_hugging_face
@@ -314,6 +298,18 @@ class SplitConformance:
     test_no_stale_kv = EngineConformance.test_no_stale_kv_is_served_after_an_update
     test_bad_updates = EngineConformance.test_a_bad_update_is_an_error_and_a_good_one_heals
     _bad_update = EngineConformance._bad_update
+
+
+class BroadcastConformance(PartOfTheSuite):
+    """Weights over a process group (gloo here) in place of a file."""
+
+    settings: ClassVar[dict[str, Any]] = {"weight_sync": "collective", "request_timeout_s": 30.0}
+
+
+class SplitConformance(PartOfTheSuite):
+    """The model split over two workers (tensor parallelism)."""
+
+    settings: ClassVar[dict[str, Any]] = {"tensor_parallel_size": 2, "request_timeout_s": 60.0}
 
 
 @needs("sglang")

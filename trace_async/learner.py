@@ -288,7 +288,8 @@ class Learner:
     def _fingerprint(self) -> list[int]:
         """A hash per tensor, of what this rank holds."""
         held = [getattr(p, "ds_tensor", p).detach() for p in self._module.parameters() if p.requires_grad]
-        hashes: list[int] = torch.stack([torch.hash_tensor(tensor) for tensor in held]).tolist()
+        # Few operations take torch's unsigned numbers.
+        hashes: list[int] = torch.stack([torch.hash_tensor(tensor).view(torch.int64) for tensor in held]).tolist()
         return hashes
 
     def _changed(self, before: list[int]) -> bool:
