@@ -12,7 +12,6 @@ from tests.random_trees import TASK, random_tree
 from trace_async.advantage import NodeCredit
 from trace_async.packing import (
     Piece,
-    concatenate,
     lay_out_tree,
     pack,
     pack_values,
@@ -156,9 +155,7 @@ def test_visibility_is_exactly_the_history(seed):
 def test_the_flex_block_mask_is_the_one_that_all_pairs_make(seed, count):
     rng = random.Random(seed)
     trees = [random_tree(rng, continuations=rng.randrange(9), max_turns=6) for _ in range(count)]
-    layout = concatenate(
-        [lay_out_tree(tree, {n: len(x.token_ids) for n, x in enumerate(tree.nodes)})[0] for tree in trees]
-    )
+    layout, _ = pack_values(trees)
     rows = torch.arange(layout.num_tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trace_async.tree_attention.FLEX_BLOCK", 8)

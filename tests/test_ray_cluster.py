@@ -3,7 +3,6 @@
 import asyncio
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ from ray.util import placement_group_table
 
 from actors.learner import LearnerGroup
 from actors.ray_cluster import asked_of_ray, require_room
+from tests.test_end_to_end import command
 from tests.test_learner import configure
 from trace_async.config import ConfigError, load_config
 
@@ -83,8 +83,8 @@ def test_ranks_share_as_few_nodes_as_hold_them(tiny_policy_path):
 
 
 def train(*overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "scripts.cli", "train", "--config", "configs/quickstart.yaml", *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = command("train", "--config", "configs/quickstart.yaml", *overrides)
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def hosts(node: Any, actor: str) -> bool:

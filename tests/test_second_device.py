@@ -18,6 +18,7 @@ from trace_async.engines.torch_model import TorchModel
 from trace_async.engines.torch_sampling import stream_key
 from trace_async.engines.torch_scheduler import Request, Scheduler
 from trace_async.learner import Learner
+from trace_async.packing import pack_values
 from trace_async.predictor import ValuePredictor
 from trace_async.tree_attention import block_mask
 from trace_async.types import PrefixQuery, SamplingParams
@@ -106,10 +107,8 @@ def test_the_learner_and_its_reference_compute_where_they_are_told(tiny_policy_p
 
 def flex_mask_on_accel() -> set[str]:
     from tests.second_device import SecondDevice
-    from trace_async.packing import lay_out_tree
 
-    (tree,) = trees_of(3, count=1)
-    layout, _ = lay_out_tree(tree, {n: len(node.token_ids) for n, node in enumerate(tree.nodes)})
+    layout, _ = pack_values(trees_of(3, count=1))
     with SecondDevice():
         mask = block_mask(layout, torch.device("accel", 1))
         rows = torch.arange(layout.num_tokens, device="accel:1")

@@ -2,12 +2,12 @@
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from scripts import cli
+from tests.test_end_to_end import command
 from trace_async.config import config_to_yaml, load_config
 from trace_async.small_tokenizer import build_tokenizer
 from trace_async.tree import Node, Rollout, RolloutTree
@@ -95,8 +95,9 @@ def test_what_is_not_there_is_named(
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(run_dir):
-    command = [sys.executable, "-m", "scripts.cli", "tree", str(run_dir), "--list"]
-    shown = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shown = subprocess.Popen(
+        command("tree", str(run_dir), "--list"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert shown.stdout is not None
     shown.stdout.close()
     assert shown.wait(60) == 128 + signal.SIGPIPE

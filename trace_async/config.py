@@ -286,6 +286,11 @@ class LearnerConfig:
         _require(self.lora_rank >= 0, "learner.lora_rank", self.lora_rank, "0 (off) or the rank")
         _require(self.weight_bucket_bytes >= 1, "learner.weight_bucket_bytes", self.weight_bucket_bytes, "must be ≥ 1")
 
+    @property
+    def reference_is_partitioned(self) -> bool:
+        """Over the ranks, as ZeRO-3 does with the policy; on a device of its own every rank holds it whole."""
+        return self.zero_stage == 3 and self.reference_device == "auto"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:

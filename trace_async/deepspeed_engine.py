@@ -159,16 +159,15 @@ def make_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, config: 
     return engine
 
 
-def make_frozen(module: nn.Module, config: LearnerConfig) -> nn.Module:
-    """The same for a module that is never trained and whose parameters are partitioned (ZeRO-3): it gathers each when
-    its forward comes to it. All ranks must call it equally often."""
+def make_frozen(module: nn.Module, config: LearnerConfig) -> Any:
+    """The same for a module without gradients whose parameters are partitioned (ZeRO-3): it gathers each when its
+    forward comes to it. All ranks must call it equally often."""
     with stdout_to_stderr():
         import deepspeed
 
-        engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=deepspeed_options(config))
+        engine, *_ = deepspeed.initialize(model=module, config=deepspeed_options(config))
     engine.eval()
-    frozen: nn.Module = engine
-    return frozen
+    return engine
 
 
 def _start_adam_state(engine: Any) -> None:

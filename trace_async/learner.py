@@ -6,6 +6,7 @@
 Every rank is given the same trees and plans the same way, so ranks exchange gradients and metrics, never data.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -174,20 +175,18 @@ class Learner:
         )
 
     def _make_reference(self) -> Any:
-        """The start policy, frozen; None when KL holds to nothing. Partitioned like the policy under ZeRO-3, unless it
-        is given a device of its own: there every rank holds it whole."""
+        """The start policy, frozen, on a device of its own when so set; None when KL holds to nothing."""
         if not self.config.loss.kl_loss_coef:
             return None
         learner = self.config.learner
         self._reference_device = self._device
         if learner.reference_device != "auto":
             self._reference_device = resolve_device(learner.reference_device, self.rank, "learner.reference_device")
-        elif learner.zero_stage == 3:
-            with partitioned_loading(learner):
-                policy = load_model(self.policy_path, dtype=learner.dtype)
-            return make_frozen(self._make_module(policy, self._device, entropy=False), learner)
-        policy = load_model(self.policy_path, dtype=learner.dtype)
-        return self._make_module(policy, self._reference_device, entropy=False).requires_grad_(False)
+        partitioned = learner.reference_is_partitioned
+        with partitioned_loading(learner) if partitioned else contextlib.nullcontext():
+            policy = load_model(self.policy_path, dtype=learner.dtype)
+        module = self._make_module(policy, self._reference_device, entropy=False).requires_grad_(False)
+        return make_frozen(module, learner) if partitioned else module
 
     def _assert_fresh(self, trees: Sequence[RolloutTree], policy_version: int) -> None:
         for tree in trees:

