@@ -9,8 +9,8 @@ from ray.actor import ActorHandle
 
 from actors.generator import GeneratorRouter
 from envs import load_domain
-from trace_async.allocation import VALUE_FREE_RULES, Anchor, plan_prefixes
 from trace_async.config import Config
+from trace_async.method.allocation import VALUE_FREE_RULES, Anchor, plan_prefixes
 from trace_async.metrics import EvalRollout
 from trace_async.policy import load_tokenizer
 from trace_async.renderer import Renderer

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trace_async.advantage import compute_credit
-from trace_async.allocation import allocate_prefixes, allocate_prefixes_by_value, allocate_roots
 from trace_async.config import AdvantageName
 from trace_async.known_process import ChooseContinuations, KnownProcess, random_process
-from trace_async.marginals import IntArray
+from trace_async.method.allocation import allocate_prefixes, allocate_prefixes_by_value, allocate_roots
+from trace_async.method.credit import compute_credit
+from trace_async.method.marginals import IntArray
 from trace_async.selection_bias import expanded_nodes
 
 

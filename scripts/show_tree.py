@@ -73,7 +73,7 @@ def _chosen_index(trees: Sequence[RolloutTree], index: int | None) -> int:
 
 def _credit(tree: RolloutTree, config: Config) -> list[float]:
     """Per node, what one of its generated tokens counts with in the gradient of the first, unclipped step."""
-    from trace_async.advantage import compute_credit
+    from trace_async.method.credit import compute_credit
 
     credit = compute_credit(config.loss.advantage, tree, normalize_std=config.loss.normalize_std)
     return [float(value) for value in credit.positive + credit.negative]

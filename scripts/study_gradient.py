@@ -21,16 +21,16 @@ import torch
 
 from envs import load_domain
 from scripts.train import ensure_policy
-from trace_async.advantage import NodeCredit, compute_credits
-from trace_async.allocation import ESTIMATE_FREE_RULES, VALUE_FREE_RULES, Anchor, plan_prefixes, plan_roots
 from trace_async.comparison import load_comparison
 from trace_async.config import Config, LossConfig
 from trace_async.dataset import TaskIterator
 from trace_async.engine import Engine
 from trace_async.engines import make_engine
-from trace_async.estimates import Estimates
 from trace_async.learner import TokenLogprobs
 from trace_async.loss import LossTerms, normalize_credits, policy_loss
+from trace_async.method.allocation import ESTIMATE_FREE_RULES, VALUE_FREE_RULES, Anchor, plan_prefixes, plan_roots
+from trace_async.method.credit import NodeCredit, compute_credits
+from trace_async.method.posterior import Estimates
 from trace_async.packing import pack_all
 from trace_async.policy import load_model, load_tokenizer
 from trace_async.renderer import Renderer

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from envs import load_domain
-from trace_async.allocation import allocate_roots, plan_roots
 from trace_async.config import Config, load_config
 from trace_async.dataset import TaskIterator
 from trace_async.env import Demonstrator, Domain
+from trace_async.method.allocation import allocate_roots, plan_roots
 from trace_async.policy import load_tokenizer
 from trace_async.predictor import ValuePredictor
 from trace_async.renderer import Renderer

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trace_async.advantage import compute_credit, compute_credits
+from trace_async.method.credit import compute_credit, compute_credits
 from trace_async.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 

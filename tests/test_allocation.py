@@ -5,7 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trace_async.allocation import (
+from trace_async.config import BudgetConfig
+from trace_async.method.allocation import (
     Anchor,
     allocate_prefixes,
     allocate_prefixes_by_value,
@@ -17,8 +18,7 @@ from trace_async.allocation import (
     prefix_value,
     root_value,
 )
-from trace_async.config import BudgetConfig
-from trace_async.estimates import Estimates
+from trace_async.method.posterior import Estimates
 from trace_async.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 

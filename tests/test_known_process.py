@@ -11,9 +11,9 @@ from scripts.propositions import (
     mixed_pool,
     squared_gradient_norm,
 )
-from trace_async.advantage import compute_credit
-from trace_async.allocation import allocate_roots
 from trace_async.known_process import KnownProcess, random_process
+from trace_async.method.allocation import allocate_roots
+from trace_async.method.credit import compute_credit
 from trace_async.selection_bias import expanded_nodes
 
 

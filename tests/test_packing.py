@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.random_trees import TASK, random_tree
-from trace_async.advantage import NodeCredit
+from trace_async.method.credit import NodeCredit
 from trace_async.packing import (
     Piece,
     lay_out_tree,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from trace_async.advantage import NodeCredit
-from trace_async.allocation import find_anchors
-from trace_async.marginals import FloatArray, IntArray
+from trace_async.method.allocation import find_anchors
+from trace_async.method.credit import NodeCredit
+from trace_async.method.marginals import FloatArray, IntArray
 from trace_async.tree import ROOT, Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Task, VersionSpan
 

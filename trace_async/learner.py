@@ -19,10 +19,10 @@ import torch
 import transformers
 from torch import nn
 
-from trace_async.advantage import NodeCredit, compute_credits
 from trace_async.config import Config, ConfigError, LearnerConfig
 from trace_async.deepspeed_engine import RankAddress, join_ranks, make_deepspeed, make_frozen, partitioned_loading
 from trace_async.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
+from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.packing import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
 from trace_async.policy import load_model
 from trace_async.policy_weights import add_lora, policy_buckets

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from trace_async.advantage import NodeCredit
 from trace_async.config import LossConfig
+from trace_async.method.credit import NodeCredit
 from trace_async.packing import Entries, round_rows
 from trace_async.tree import RolloutTree
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trace_async.config import PredictorConfig
-from trace_async.estimates import Estimates, SuccessEstimator
-from trace_async.marginals import FloatArray
+from trace_async.method.marginals import FloatArray
+from trace_async.method.posterior import Estimates, SuccessEstimator
 from trace_async.packing import Layout, concatenate, lay_out_tree, round_rows
 from trace_async.policy import load_model
 from trace_async.tree import ROOT, RolloutTree

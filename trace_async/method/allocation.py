@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from trace_async.config import BudgetConfig
-from trace_async.estimates import Estimates
-from trace_async.marginals import Cut, FloatArray, IntArray, Marginals, cut, hand_out, spend
-from trace_async.selection_rules import (
+from trace_async.method.marginals import Cut, FloatArray, IntArray, Marginals, cut, hand_out, spend
+from trace_async.method.posterior import Estimates
+from trace_async.method.selection_rules import (
     nearest_half_roots,
     random_prefixes,
     uniform_roots,

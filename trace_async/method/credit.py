@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trace_async.config import AdvantageName
-from trace_async.marginals import FloatArray
+from trace_async.method.marginals import FloatArray
 from trace_async.tree import ROOT, RolloutTree
 
 _EPSILON = 1e-6  # added to a standard deviation, as in Tree-GRPO's and verl's code

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 from scipy.special import betaln
 
-from trace_async.marginals import FloatArray
+from trace_async.method.marginals import FloatArray
 from trace_async.tree import RolloutTree
 from trace_async.types import Json
 

@@ -6,7 +6,7 @@ They return integer counts over the pool's prompts; a prompt with 0 is skipped f
 
 import numpy as np
 
-from trace_async.marginals import FloatArray, IntArray, hand_out, spend
+from trace_async.method.marginals import FloatArray, IntArray, hand_out, spend
 
 
 def uniform_roots(num_prompts: int, budget: int, *, group: int, cap: int) -> IntArray:
