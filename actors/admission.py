@@ -22,7 +22,7 @@ from trace_async.dataset import TaskIterator
 from trace_async.method.allocation import ESTIMATE_FREE_RULES, is_trained_on, plan_roots
 from trace_async.method.posterior import Estimates
 from trace_async.run_state import PendingPrompt, RunState, SavedTrainer
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 from trace_async.types import Task
 
 

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from trace_async.config import Config
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 from trace_async.weights import WeightBucket, WeightCount, WeightManifest
 
 

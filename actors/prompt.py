@@ -16,7 +16,7 @@ from trace_async.policy import load_tokenizer
 from trace_async.renderer import Renderer
 from trace_async.rollout import Expansion, RolloutLimits, rollout_limits, run_tree
 from trace_async.run_state import PendingPrompt
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery, Task
 
 

@@ -18,7 +18,7 @@ from actors.prompt import remote_prompt_actor
 from trace_async.config import Config
 from trace_async.metrics import EvalRollout
 from trace_async.run_state import PendingPrompt
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery, Task
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from trace_async.checkpoint import CheckpointStore
 from trace_async.config import Config
 from trace_async.metrics import tree_metrics
 from trace_async.run_state import RunState, load_trainer, save_trainer
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

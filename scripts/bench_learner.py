@@ -26,8 +26,8 @@ from trace_async.learner import TokenLogprobs, resolve_device
 from trace_async.loss import LossTerms, normalize_credits, policy_loss
 from trace_async.method.credit import NodeCredit
 from trace_async.packing import PackedBatch, Packing, pack_all
-from trace_async.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.tree_attention import attention_for, prepare_model
+from trace_async.trees.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 # Peak dense bf16 FLOP/s by a part of the device's name, for MFU.

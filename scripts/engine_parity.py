@@ -23,7 +23,7 @@ from trace_async.engines import make_engine
 from trace_async.policy import load_tokenizer
 from trace_async.renderer import Renderer
 from trace_async.rollout import rollout_limits, run_tree
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, SamplingParams
 
 ENDED = (-1, math.nan)  # where one conversation has no more tokens

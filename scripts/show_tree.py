@@ -10,10 +10,10 @@ from rich.console import Console
 from scripts.train import ensure_policy
 from trace_async.config import Config, ConfigError, load_config
 from trace_async.policy import load_tokenizer
-from trace_async.tree import RolloutTree
-from trace_async.tree_io import read_trees, tree_files
-from trace_async.tree_page import TreeSection, trees_page
-from trace_async.tree_view import Decode, summary, tree_text
+from trace_async.trees.io import read_trees, tree_files
+from trace_async.trees.page import TreeSection, trees_page
+from trace_async.trees.text import Decode, summary, tree_text
+from trace_async.trees.tree import RolloutTree
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

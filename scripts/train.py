@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trace_async.config import Config, ConfigError, config_to_yaml, load_config
 from trace_async.env import Demonstrator
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 
 log = logging.getLogger("trace_async")
 
@@ -62,7 +62,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
     from trace_async.run_state import load_trainer
     from trace_async.run_summary import summarise
     from trace_async.tracking import RunStatus, Tracker, saved_run_id, ui_command
-    from trace_async.tree_io import trees_path, write_trees
+    from trace_async.trees.io import trees_path, write_trees
 
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None
     first = load_trainer(checkpoint).state if checkpoint else None

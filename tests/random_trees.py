@@ -2,7 +2,7 @@
 
 import random
 
-from trace_async.tree import Node, Rollout, RolloutTree
+from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 TASK = Task(id="t", domain="test", kind="test", data={})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trace_async.method.credit import compute_credit, compute_credits
-from trace_async.tree import Node, Rollout, RolloutTree
+from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 TASK = Task(id="t", domain="d", kind="k", data={})

@@ -19,7 +19,7 @@ from trace_async.method.allocation import (
     root_value,
 )
 from trace_async.method.posterior import Estimates
-from trace_async.tree import Node, Rollout, RolloutTree
+from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 probability = st.one_of(st.sampled_from([0.0, 0.05, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 1.0]), st.floats(0, 1))

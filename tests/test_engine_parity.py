@@ -8,7 +8,7 @@ import pytest
 
 from scripts.engine_parity import Parting, compare, greedy_trees, main
 from trace_async.config import load_config
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 
 SETTINGS = ["env.name=tests.parity_domain:Parity", "eval.num_tasks=6", "sampling.max_turn_tokens=8"]
 

@@ -19,8 +19,8 @@ from trace_async.packing import (
     plan_micro_batches,
     round_rows,
 )
-from trace_async.tree import Node, Rollout, RolloutTree
 from trace_async.tree_attention import block_mask, hidden_states, prepare_model, visible
+from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import VersionSpan
 
 VOCAB = 64

@@ -11,7 +11,7 @@ from trace_async.engine import EngineDeadError
 from trace_async.env import EnvError
 from trace_async.method.allocation import Anchor
 from trace_async.rollout import Expansion, RolloutLimits, run_tree
-from trace_async.tree import ROOT
+from trace_async.trees.tree import ROOT
 from trace_async.types import Completion, Message, PrefixQuery, Prompt, SamplingParams, StepResult, Task, VersionSpan
 
 TASK = Task(id="t", domain="sum", kind="k", data={})

@@ -7,7 +7,7 @@
 
 import pytest
 
-from trace_async.tree import Node, Rollout, RolloutTree
+from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 TASK = Task(id="t", domain="d", kind="k", data={})

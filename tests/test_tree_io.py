@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_async.tree import Node, Rollout, RolloutTree
-from trace_async.tree_io import read_trees, tree_files, tree_from_json, tree_to_json, trees_path, write_trees
+from trace_async.trees.io import read_trees, tree_files, tree_from_json, tree_to_json, trees_path, write_trees
+from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 finite = st.floats(allow_nan=False, allow_infinity=False)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_async.tree import Node, Rollout, RolloutTree
-from trace_async.tree_page import TreeSection, trees_page
-from trace_async.tree_view import tree_text, view_nodes
+from trace_async.trees.page import TreeSection, trees_page
+from trace_async.trees.text import tree_text, view_nodes
+from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 HOSTILE = (

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ import numpy as np
 from trace_async.method.allocation import find_anchors
 from trace_async.method.credit import NodeCredit
 from trace_async.method.marginals import FloatArray, IntArray
-from trace_async.tree import ROOT, Node, Rollout, RolloutKind, RolloutTree
+from trace_async.trees.tree import ROOT, Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 # (values of the anchors, outcomes of the rollouts that passed there, budget) → continuations of each anchor.

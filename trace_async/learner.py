@@ -26,8 +26,8 @@ from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.packing import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
 from trace_async.policy import load_model
 from trace_async.policy_weights import add_lora, policy_buckets
-from trace_async.tree import RolloutTree
 from trace_async.tree_attention import AttentionKind, attention_for, hidden_states, prepare_model
+from trace_async.trees.tree import RolloutTree
 from trace_async.weights import WeightBucket, host_bucket
 
 

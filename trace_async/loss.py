@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from trace_async.config import LossConfig
 from trace_async.method.credit import NodeCredit
 from trace_async.packing import Entries, round_rows
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 
 
 def normalize_credits(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

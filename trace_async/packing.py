@@ -20,7 +20,7 @@ import torch
 
 from trace_async.cpu_linear import round_rows
 from trace_async.method.credit import NodeCredit
-from trace_async.tree import ROOT, RolloutTree
+from trace_async.trees.tree import ROOT, RolloutTree
 
 Packing = Literal["tree", "flat"]
 

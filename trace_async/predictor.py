@@ -24,9 +24,9 @@ from trace_async.method.marginals import FloatArray
 from trace_async.method.posterior import Estimates, SuccessEstimator
 from trace_async.packing import Layout, concatenate, lay_out_tree, round_rows
 from trace_async.policy import load_model
-from trace_async.tree import ROOT, RolloutTree
 from trace_async.tree_attention import attention_for, hidden_states, prepare_model
-from trace_async.tree_io import read_trees, write_trees
+from trace_async.trees.io import read_trees, write_trees
+from trace_async.trees.tree import ROOT, RolloutTree
 from trace_async.types import PrefixQuery
 from trace_async.value_metrics import root_outcomes
 

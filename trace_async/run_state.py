@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trace_async.buffer import Ledger
-from trace_async.tree import RolloutTree
-from trace_async.tree_io import read_trees, write_trees
+from trace_async.trees.io import read_trees, write_trees
+from trace_async.trees.tree import RolloutTree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

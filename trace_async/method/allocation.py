@@ -19,7 +19,7 @@ from trace_async.method.selection_rules import (
     uniform_roots,
     variance_optimal_roots,
 )
-from trace_async.tree import ROOT, RolloutTree
+from trace_async.trees.tree import ROOT, RolloutTree
 
 # Rules that need no estimate of a prompt (Stage 1), no value of a prefix (Stage 2).
 ESTIMATE_FREE_RULES = ("uniform", "dapo")

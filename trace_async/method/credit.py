@@ -14,7 +14,7 @@ import numpy as np
 
 from trace_async.config import AdvantageName
 from trace_async.method.marginals import FloatArray
-from trace_async.tree import ROOT, RolloutTree
+from trace_async.trees.tree import ROOT, RolloutTree
 
 _EPSILON = 1e-6  # added to a standard deviation, as in Tree-GRPO's and verl's code
 

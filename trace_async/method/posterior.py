@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import betaln
 
 from trace_async.method.marginals import FloatArray
-from trace_async.tree import RolloutTree
+from trace_async.trees.tree import RolloutTree
 from trace_async.types import Json
 
 # Prior strengths tried when it is fitted, in pseudo rollouts.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from trace_async.tree import Node, Rollout, RolloutKind, RolloutTree
+from trace_async.trees.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Json, Task, VersionSpan
 
 FORMAT = 1

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from html import escape
 
 from trace_async.progress import printable
-from trace_async.tree import ROOT, RolloutTree
-from trace_async.tree_view import Decode, NodeView, facts, node_name, summary, view_nodes
+from trace_async.trees.text import Decode, NodeView, facts, node_name, summary, view_nodes
+from trace_async.trees.tree import ROOT, RolloutTree
 
 COLUMN, ROW, RADIUS = 76, 30, 9
 
