@@ -13,8 +13,8 @@ from trace_async.config import Config
 from trace_async.method.allocation import VALUE_FREE_RULES, Anchor, plan_prefixes
 from trace_async.metrics import EvalRollout
 from trace_async.policy import load_tokenizer
-from trace_async.renderer import Renderer
-from trace_async.rollout import Expansion, RolloutLimits, rollout_limits, run_tree
+from trace_async.rollout.prompt_run import Expansion, RolloutLimits, rollout_limits, run_tree
+from trace_async.rollout.renderer import Renderer
 from trace_async.run_state import PendingPrompt
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery, Task

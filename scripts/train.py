@@ -156,7 +156,7 @@ def _dry_run(config: Config, run_dir: Path) -> int:
             raise ConfigError(f"env.name={config.env.name}: there are no {split} tasks")
     if config.policy.path:
         from trace_async.policy import load_tokenizer
-        from trace_async.renderer import Renderer
+        from trace_async.rollout.renderer import Renderer
 
         renderer = Renderer(load_tokenizer(config.policy.path))
         print(f"policy           {config.policy.path}, {renderer.vocab_size} tokens")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trace_async.renderer import Renderer
+from trace_async.rollout.renderer import Renderer
 from trace_async.types import Message, Prompt
 
 # In the manner of Qwen3: tools in the system message, tool answers inside a user message, an empty think block in

@@ -10,7 +10,7 @@ import pytest
 from trace_async.engine import EngineDeadError
 from trace_async.env import EnvError
 from trace_async.method.allocation import Anchor
-from trace_async.rollout import Expansion, RolloutLimits, run_tree
+from trace_async.rollout.prompt_run import Expansion, RolloutLimits, run_tree
 from trace_async.trees.tree import ROOT
 from trace_async.types import Completion, Message, PrefixQuery, Prompt, SamplingParams, StepResult, Task, VersionSpan
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trace_async.policy import load_tokenizer
-from trace_async.renderer import Renderer
+from trace_async.rollout.renderer import Renderer
 from trace_async.small_tokenizer import ROLE_TOKENS, build_tokenizer
 from trace_async.types import Message, Prompt
 

@@ -20,7 +20,7 @@ from trace_async.config import Config
 from trace_async.engine import EngineError
 from trace_async.env import Env, EnvError
 from trace_async.method.allocation import Anchor, find_anchors
-from trace_async.renderer import Renderer
+from trace_async.rollout.renderer import Renderer
 from trace_async.trees.tree import ROOT, Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Completion, PrefixQuery, SamplingParams, Task
 
