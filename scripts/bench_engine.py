@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from trace_async.config import EngineConfig
 from trace_async.engine import Engine
 from trace_async.engines import make_engine
-from trace_async.policy import load_model
-from trace_async.small_tokenizer import build_tokenizer
+from trace_async.policy.load import load_model
+from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.types import SamplingParams
 
 MAX_CONTEXT = 512

@@ -20,7 +20,7 @@ from envs import load_domain
 from scripts.train import ensure_policy
 from trace_async.config import Config, load_config
 from trace_async.engines import make_engine
-from trace_async.policy import load_tokenizer
+from trace_async.policy.load import load_tokenizer
 from trace_async.rollout.prompt_run import rollout_limits, run_tree
 from trace_async.rollout.renderer import Renderer
 from trace_async.trees.tree import RolloutTree

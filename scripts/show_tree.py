@@ -9,7 +9,7 @@ from rich.console import Console
 
 from scripts.train import ensure_policy
 from trace_async.config import Config, ConfigError, load_config
-from trace_async.policy import load_tokenizer
+from trace_async.policy.load import load_tokenizer
 from trace_async.trees.io import read_trees, tree_files
 from trace_async.trees.page import TreeSection, trees_page
 from trace_async.trees.text import Decode, summary, tree_text

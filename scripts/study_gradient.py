@@ -32,7 +32,7 @@ from trace_async.method.allocation import ESTIMATE_FREE_RULES, VALUE_FREE_RULES,
 from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.method.posterior import Estimates
 from trace_async.packing import pack_all
-from trace_async.policy import load_model, load_tokenizer
+from trace_async.policy.load import load_model, load_tokenizer
 from trace_async.rollout.prompt_run import Expansion, rollout_limits, run_tree
 from trace_async.rollout.renderer import Renderer
 from trace_async.tree_attention import attention_for, prepare_model

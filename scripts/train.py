@@ -40,7 +40,7 @@ def ensure_policy(config: Config) -> Path:
     if config.policy.path:
         return Path(config.policy.path).absolute()
     from envs import load_domain
-    from trace_async.warm_start import make_policy
+    from trace_async.policy.warm_start import make_policy
 
     domain = load_domain(config.env)
     if not isinstance(domain, Demonstrator):
@@ -155,7 +155,7 @@ def _dry_run(config: Config, run_dir: Path) -> int:
         if not tasks:
             raise ConfigError(f"env.name={config.env.name}: there are no {split} tasks")
     if config.policy.path:
-        from trace_async.policy import load_tokenizer
+        from trace_async.policy.load import load_tokenizer
         from trace_async.rollout.renderer import Renderer
 
         renderer = Renderer(load_tokenizer(config.policy.path))

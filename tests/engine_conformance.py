@@ -25,7 +25,7 @@ import torch
 from trace_async.config import EngineConfig
 from trace_async.engine import Engine, EngineRequestError, WeightSyncError
 from trace_async.engines import make_engine
-from trace_async.policy import load_model, load_tokenizer
+from trace_async.policy.load import load_model, load_tokenizer
 from trace_async.types import Completion, SamplingParams
 from trace_async.weights import WeightUpdate, pack_weights
 

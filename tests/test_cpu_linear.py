@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trace_async import cpu_linear
-from trace_async.cpu_linear import FastLinear, accelerate_linears, linear
+from trace_async.policy import cpu_linear
+from trace_async.policy.cpu_linear import FastLinear, accelerate_linears, linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 

@@ -23,8 +23,8 @@ from trace_async.engines import make_engine
 from trace_async.engines.http_engine import HttpEngine
 from trace_async.engines.server import PROJECT_ROOT
 from trace_async.engines.vllm_worker.weight_group import WeightGroup
-from trace_async.policy import load_model
-from trace_async.small_tokenizer import build_tokenizer
+from trace_async.policy.load import load_model
+from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.types import SamplingParams
 from trace_async.weights import unpack_weights
 

@@ -13,7 +13,7 @@ from envs.functions import ConversationEnv, Functions, write_call
 from envs.services import TOOLS, ServicesState, ToolError, call_tool
 from trace_async.config import ConfigError
 from trace_async.env import Demonstrator
-from trace_async.small_tokenizer import build_tokenizer
+from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.types import StepResult, Task
 
 STATE: ServicesState = {

@@ -20,7 +20,7 @@ from trace_async.config import Config, ConfigError, LearnerConfig, load_config
 from trace_async.deepspeed_engine import RankAddress
 from trace_async.learner import Learner, LearnerError, schedule
 from trace_async.learner_state import export_checkpoint, export_learner, load_learner, plan_shards, save_learner
-from trace_async.policy import load_model
+from trace_async.policy.load import load_model
 from trace_async.policy_weights import full_bytes
 from trace_async.trees.tree import RolloutTree
 from trace_async.weights import WeightCount, join_buckets, unpack_weights

@@ -26,7 +26,7 @@ def test_parameters_of_known_models(name, num_parameters):
 
 
 def test_the_shape_of_a_model_directory_counts_its_parameters(tiny_policy_path):
-    from trace_async.policy import load_model
+    from trace_async.policy.load import load_model
 
     shape = shape_of(str(tiny_policy_path), "policy.path")
     assert shape.num_parameters == sum(p.numel() for p in load_model(tiny_policy_path).parameters())

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trace_async.policy import load_model, load_tokenizer
-from trace_async.small_tokenizer import build_tokenizer
+from trace_async.policy.load import load_model, load_tokenizer
+from trace_async.policy.small_tokenizer import build_tokenizer
 
 CONFIG = Qwen3Config(
     vocab_size=64,

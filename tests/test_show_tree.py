@@ -9,7 +9,7 @@ import pytest
 from scripts import cli
 from tests.test_end_to_end import command
 from trace_async.config import config_to_yaml, load_config
-from trace_async.small_tokenizer import build_tokenizer
+from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.trees.io import trees_path, write_trees
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan

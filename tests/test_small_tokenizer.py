@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_async.policy import load_tokenizer
+from trace_async.policy.load import load_tokenizer
+from trace_async.policy.small_tokenizer import ROLE_TOKENS, build_tokenizer
 from trace_async.rollout.renderer import Renderer
-from trace_async.small_tokenizer import ROLE_TOKENS, build_tokenizer
 from trace_async.types import Message, Prompt
 
 TOKENIZER = build_tokenizer(["what is director of quiet river ?", "need search [ ]", "lookup", "{name"])

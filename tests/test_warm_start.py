@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import trace_async.warm_start as warm_start
+import trace_async.policy.warm_start as warm_start
 from trace_async.config import PolicyConfig
-from trace_async.policy import load_model, load_tokenizer
+from trace_async.policy.load import load_model, load_tokenizer
+from trace_async.policy.warm_start import Demonstration, batches, demonstrations, learning_rate_factor, make_policy
 from trace_async.rollout.renderer import Renderer
 from trace_async.types import Message, Prompt, Split, StepResult, Task
-from trace_async.warm_start import Demonstration, batches, demonstrations, learning_rate_factor, make_policy
 
 WORDS = ("red", "green", "blue", "black", "white")
 

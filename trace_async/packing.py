@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from trace_async.cpu_linear import round_rows
 from trace_async.method.credit import NodeCredit
+from trace_async.policy.cpu_linear import round_rows
 from trace_async.trees.tree import ROOT, RolloutTree
 
 Packing = Literal["tree", "flat"]

@@ -28,7 +28,7 @@ from trace_async.engine import (
 from trace_async.engines.torch_model import TorchModel
 from trace_async.engines.torch_sampling import stream_key
 from trace_async.engines.torch_scheduler import Request, Scheduler
-from trace_async.policy import load_tokenizer
+from trace_async.policy.load import load_tokenizer
 from trace_async.types import Completion, SamplingParams
 from trace_async.weights import WeightUpdate, read_weights
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trace_async.cpu_linear import linear
 from trace_async.engine import EngineError, WeightSyncError
-from trace_async.policy import load_model
+from trace_async.policy.cpu_linear import linear
+from trace_async.policy.load import load_model
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 # These stretch with the length of the sequence, so that cached KV would depend on what follows it.

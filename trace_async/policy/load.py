@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from trace_async.cpu_linear import accelerate_linears
+from trace_async.policy.cpu_linear import accelerate_linears
 
 
 def _directory(path: str | Path) -> Path:
