@@ -25,8 +25,8 @@ from trace_async.config import LossConfig
 from trace_async.learner import TokenLogprobs, resolve_device
 from trace_async.loss import LossTerms, normalize_credits, policy_loss
 from trace_async.method.credit import NodeCredit
-from trace_async.packing import PackedBatch, Packing, pack_all
-from trace_async.tree_attention import attention_for, prepare_model
+from trace_async.packing.attention import attention_for, prepare_model
+from trace_async.packing.layout import PackedBatch, Packing, pack_all
 from trace_async.trees.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Task, VersionSpan
 

@@ -31,11 +31,11 @@ from trace_async.loss import LossTerms, normalize_credits, policy_loss
 from trace_async.method.allocation import ESTIMATE_FREE_RULES, VALUE_FREE_RULES, Anchor, plan_prefixes, plan_roots
 from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.method.posterior import Estimates
-from trace_async.packing import pack_all
+from trace_async.packing.attention import attention_for, prepare_model
+from trace_async.packing.layout import pack_all
 from trace_async.policy.load import load_model, load_tokenizer
 from trace_async.rollout.prompt_run import Expansion, rollout_limits, run_tree
 from trace_async.rollout.renderer import Renderer
-from trace_async.tree_attention import attention_for, prepare_model
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, SamplingParams, Task
 

@@ -12,7 +12,7 @@ from tests.random_trees import TASK
 from trace_async.config import LossConfig
 from trace_async.loss import LossMetrics, LossTerms, entry_logprobs, kl_estimate, normalize_credits, policy_loss
 from trace_async.method.credit import NodeCredit
-from trace_async.packing import Entries
+from trace_async.packing.layout import Entries
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import VersionSpan
 

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from tests.random_trees import TASK, random_tree
 from trace_async.method.credit import NodeCredit
-from trace_async.packing import (
+from trace_async.packing.attention import block_mask, hidden_states, prepare_model, visible
+from trace_async.packing.layout import (
     Piece,
     lay_out_tree,
     pack,
@@ -19,7 +20,6 @@ from trace_async.packing import (
     plan_micro_batches,
     round_rows,
 )
-from trace_async.tree_attention import block_mask, hidden_states, prepare_model, visible
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import VersionSpan
 
@@ -158,7 +158,7 @@ def test_the_flex_block_mask_is_the_one_that_all_pairs_make(seed, count):
     layout, _ = pack_values(trees)
     rows = torch.arange(layout.num_tokens)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trace_async.tree_attention.FLEX_BLOCK", 8)
+        patch.setattr("trace_async.packing.attention.FLEX_BLOCK", 8)
         found = block_mask(layout, CPU)
     assert torch.equal(found.mask_mod(0, 0, rows[:, None], rows[None]), visible(layout, CPU))
     size = layout.num_tokens

@@ -18,9 +18,9 @@ from trace_async.engines.torch_model import TorchModel
 from trace_async.engines.torch_sampling import stream_key
 from trace_async.engines.torch_scheduler import Request, Scheduler
 from trace_async.learner import Learner
-from trace_async.packing import pack_values
+from trace_async.packing.attention import block_mask
+from trace_async.packing.layout import pack_values
 from trace_async.predictor import ValuePredictor
-from trace_async.tree_attention import block_mask
 from trace_async.types import PrefixQuery, SamplingParams
 
 T = TypeVar("T")

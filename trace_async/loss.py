@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trace_async.config import LossConfig
 from trace_async.method.credit import NodeCredit
-from trace_async.packing import Entries, round_rows
+from trace_async.packing.layout import Entries, round_rows
 from trace_async.trees.tree import RolloutTree
 
 

@@ -22,9 +22,9 @@ from torch import nn
 from trace_async.config import PredictorConfig
 from trace_async.method.marginals import FloatArray
 from trace_async.method.posterior import Estimates, SuccessEstimator
-from trace_async.packing import Layout, concatenate, lay_out_tree, round_rows
+from trace_async.packing.attention import attention_for, hidden_states, prepare_model
+from trace_async.packing.layout import Layout, concatenate, lay_out_tree, round_rows
 from trace_async.policy.load import load_model
-from trace_async.tree_attention import attention_for, hidden_states, prepare_model
 from trace_async.trees.io import read_trees, write_trees
 from trace_async.trees.tree import ROOT, RolloutTree
 from trace_async.types import PrefixQuery

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trace_async.packing import Layout, rounded
+from trace_async.packing.layout import Layout, rounded
 
 AttentionKind: TypeAlias = Literal["grouped", "flex", "dense", "plain"]
 

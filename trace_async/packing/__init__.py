@@ -1,0 +1,1 @@
+"""Trees as packed sequences in which every shared token stands once, and the attention over them. Imports trees, method and policy."""
