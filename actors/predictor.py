@@ -10,7 +10,7 @@ from ray.actor import ActorHandle
 
 from trace_async.config import Config
 from trace_async.method.posterior import Estimates
-from trace_async.predictor import ValuePredictor
+from trace_async.predictor.predictor import ValuePredictor
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery
 

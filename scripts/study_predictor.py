@@ -24,11 +24,11 @@ from trace_async.env import Demonstrator, Domain
 from trace_async.method.allocation import allocate_roots, plan_roots
 from trace_async.policy.load import load_tokenizer
 from trace_async.policy.warm_start import make_policy
-from trace_async.predictor import ValuePredictor
+from trace_async.predictor.metrics import root_outcomes
+from trace_async.predictor.predictor import ValuePredictor
 from trace_async.rollout.renderer import Renderer
 from trace_async.trees.tree import ROOT, Node, Rollout, RolloutTree
 from trace_async.types import PrefixQuery, Task, VersionSpan
-from trace_async.value_metrics import root_outcomes
 
 
 async def play(domain: Domain, renderer: Renderer, task: Task, num_rollouts: int, rng: Random) -> RolloutTree:

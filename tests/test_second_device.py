@@ -20,7 +20,7 @@ from trace_async.engines.torch_scheduler import Request, Scheduler
 from trace_async.learner import Learner
 from trace_async.packing.attention import block_mask
 from trace_async.packing.layout import pack_values
-from trace_async.predictor import ValuePredictor
+from trace_async.predictor.predictor import ValuePredictor
 from trace_async.types import PrefixQuery, SamplingParams
 
 T = TypeVar("T")

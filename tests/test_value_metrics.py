@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_estimates import tree_of
-from trace_async.value_metrics import ValuedOutcomes, auc, brier, calibration_error, root_outcomes
+from trace_async.predictor.metrics import ValuedOutcomes, auc, brier, calibration_error, root_outcomes
 
 
 def test_by_hand():

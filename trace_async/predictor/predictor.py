@@ -25,10 +25,10 @@ from trace_async.method.posterior import Estimates, SuccessEstimator
 from trace_async.packing.attention import attention_for, hidden_states, prepare_model
 from trace_async.packing.layout import Layout, concatenate, lay_out_tree, round_rows
 from trace_async.policy.load import load_model
+from trace_async.predictor.metrics import root_outcomes
 from trace_async.trees.io import read_trees, write_trees
 from trace_async.trees.tree import ROOT, RolloutTree
 from trace_async.types import PrefixQuery
-from trace_async.value_metrics import root_outcomes
 
 # Values stay this far from 0 and 1, so that a posterior is never certain.
 MARGIN = 1e-3
