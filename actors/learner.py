@@ -38,7 +38,7 @@ class LearnerRank:
 
     def build(self, master_addr: str, master_port: int) -> None:
         """Load the policy and join the other ranks."""
-        from trace_async.learner import Learner
+        from trace_async.learner.learner import Learner
 
         self._learner = Learner(
             self._config,
@@ -63,22 +63,22 @@ class LearnerRank:
         yield count.manifest(policy_version)
 
     def save(self, folder: str) -> None:
-        from trace_async.learner_state import save_learner
+        from trace_async.learner.state import save_learner
 
         save_learner(self._learner, Path(folder))
 
     def load(self, folder: str) -> None:
-        from trace_async.learner_state import load_learner
+        from trace_async.learner.state import load_learner
 
         load_learner(self._learner, Path(folder))
 
     def export(self, target: str) -> None:
-        from trace_async.learner_state import export_learner
+        from trace_async.learner.state import export_learner
 
         export_learner(self._learner, Path(target))
 
     def close(self) -> None:
-        from trace_async.deepspeed_engine import leave_ranks
+        from trace_async.learner.deepspeed import leave_ranks
 
         leave_ranks()
 

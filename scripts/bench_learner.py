@@ -22,8 +22,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trace_async.config import LossConfig
-from trace_async.learner import TokenLogprobs, resolve_device
-from trace_async.loss import LossTerms, normalize_credits, policy_loss
+from trace_async.learner.learner import TokenLogprobs, resolve_device
+from trace_async.learner.loss import LossTerms, normalize_credits, policy_loss
 from trace_async.method.credit import NodeCredit
 from trace_async.packing.attention import attention_for, prepare_model
 from trace_async.packing.layout import PackedBatch, Packing, pack_all

@@ -17,11 +17,11 @@ from tests.live_bytes import LiveBytes
 from tests.random_trees import random_tree
 from trace_async.checkpoint import CheckpointError
 from trace_async.config import Config, ConfigError, LearnerConfig, load_config
-from trace_async.deepspeed_engine import RankAddress
-from trace_async.learner import Learner, LearnerError, schedule
-from trace_async.learner_state import export_checkpoint, export_learner, load_learner, plan_shards, save_learner
+from trace_async.learner.deepspeed import RankAddress
+from trace_async.learner.learner import Learner, LearnerError, schedule
+from trace_async.learner.policy_tensors import full_bytes
+from trace_async.learner.state import export_checkpoint, export_learner, load_learner, plan_shards, save_learner
 from trace_async.policy.load import load_model
-from trace_async.policy_weights import full_bytes
 from trace_async.trees.tree import RolloutTree
 from trace_async.weights import WeightCount, join_buckets, unpack_weights
 
@@ -260,7 +260,9 @@ def test_minibatches_and_corrections(tiny_policy_path, correction):
 
 def test_the_reference_is_loaded_only_when_kl_holds_to_it_on_a_device_of_its_own(tiny_policy_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr("trace_async.learner.load_model", lambda *a, **k: loaded.append(a) or load_model(*a, **k))
+    monkeypatch.setattr(
+        "trace_async.learner.learner.load_model", lambda *a, **k: loaded.append(a) or load_model(*a, **k)
+    )
     with learning(configure("learner.reference_device=cuda"), tiny_policy_path):
         assert len(loaded) == 1  # the reference is absent, so is what is said of it
     with learning(configure("loss.kl_loss_coef=0.1"), tiny_policy_path) as learner:
@@ -271,7 +273,7 @@ def test_the_reference_is_loaded_only_when_kl_holds_to_it_on_a_device_of_its_own
     for device, is_whole in (("cpu", True), ("auto", False)):
         models = []
         monkeypatch.setattr(
-            "trace_async.learner.load_model", lambda *a, into=models, **k: kept(load_model(*a, **k), into)
+            "trace_async.learner.learner.load_model", lambda *a, into=models, **k: kept(load_model(*a, **k), into)
         )
         with learning(
             configure("loss.kl_loss_coef=0.1", f"learner.reference_device={device}", *ZERO_3), tiny_policy_path
@@ -354,8 +356,8 @@ def test_exports_load_in_transformers(tiny_policy_path, tmp_path):
 
 
 def test_large_policies_are_saved_and_exported_in_several_files(tiny_policy_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("trace_async.learner_state.SHARD_BYTES", 150_000)
-    monkeypatch.setattr("trace_async.learner_state.EXPORT_BYTES", 60_000)
+    monkeypatch.setattr("trace_async.learner.state.SHARD_BYTES", 150_000)
+    monkeypatch.setattr("trace_async.learner.state.EXPORT_BYTES", 60_000)
     with learning(configure("learner.lora_rank=2", "learner.weight_bucket_bytes=20000"), tiny_policy_path) as learner:
         learner.update(trees_of(0), VERSION)
         save_learner(learner, tmp_path / "learner")
@@ -372,7 +374,7 @@ def test_large_policies_are_saved_and_exported_in_several_files(tiny_policy_path
 
 
 def test_ranks_share_the_files_of_a_checkpoint_out(monkeypatch):
-    monkeypatch.setattr("trace_async.learner_state.SHARD_BYTES", 100)
+    monkeypatch.setattr("trace_async.learner.state.SHARD_BYTES", 100)
     sizes = {"a": 90, "b": 30, "c": 30, "d": 60, "e": 50, "f": 200}
     # b and c go to rank 1, which has 60 then; d too, 120 against 90: e to rank 0 (140), f to rank 1.
     assert plan_shards(sizes, 2) == [(0, ["a", "e"]), (1, ["b", "c", "d"]), (1, ["f"])]
@@ -427,7 +429,7 @@ def test_the_learner_is_quiet_and_imports_deepspeed_late(tiny_policy_path):
     script = """
 import sys
 from pathlib import Path
-import trace_async.learner, trace_async.learner_state
+import trace_async.learner.learner, trace_async.learner.state
 assert "deepspeed" not in sys.modules
 from tests.test_learner import configure, learning, trees_of
 with learning(configure("learner.zero_stage=2"), Path(sys.argv[1])) as learner:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.random_trees import TASK
 from trace_async.config import LossConfig
-from trace_async.loss import LossMetrics, LossTerms, entry_logprobs, kl_estimate, normalize_credits, policy_loss
+from trace_async.learner.loss import LossMetrics, LossTerms, entry_logprobs, kl_estimate, normalize_credits, policy_loss
 from trace_async.method.credit import NodeCredit
 from trace_async.packing.layout import Entries
 from trace_async.trees.tree import Node, Rollout, RolloutTree

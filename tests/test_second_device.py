@@ -17,7 +17,7 @@ from trace_async.engines import torch_scheduler
 from trace_async.engines.torch_model import TorchModel
 from trace_async.engines.torch_sampling import stream_key
 from trace_async.engines.torch_scheduler import Request, Scheduler
-from trace_async.learner import Learner
+from trace_async.learner.learner import Learner
 from trace_async.packing.attention import block_mask
 from trace_async.packing.layout import pack_values
 from trace_async.predictor.predictor import ValuePredictor
@@ -83,10 +83,12 @@ def learn_on_accel(policy_path: Any, kind: str) -> Any:
     overrides = [*LEARNING, "learner.reference_device=cuda", f"learner.packing={'flat' if kind == 'plain' else 'tree'}"]
     with (
         SecondDevice(),
-        patch("trace_async.learner.join_ranks"),
-        patch("trace_async.learner.make_deepspeed", OneRank),
-        patch("trace_async.learner.attention_for", lambda _device, flat: kind),
-        patch("trace_async.learner.resolve_device", lambda setting, *_: policy if setting == "auto" else reference),
+        patch("trace_async.learner.learner.join_ranks"),
+        patch("trace_async.learner.learner.make_deepspeed", OneRank),
+        patch("trace_async.learner.learner.attention_for", lambda _device, flat: kind),
+        patch(
+            "trace_async.learner.learner.resolve_device", lambda setting, *_: policy if setting == "auto" else reference
+        ),
     ):
         learner = Learner(configure(*overrides), policy_path)
         assert {parameter.device for parameter in learner.policy.parameters()} == {policy}

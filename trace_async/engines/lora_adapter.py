@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from trace_async.policy_weights import LORA_SCALE
+from trace_async.learner.policy_tensors import LORA_SCALE
 from trace_async.weights import WeightUpdate, pack_weights
 
 ADAPTER = "policy"  # its name in the server

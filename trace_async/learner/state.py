@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from trace_async.checkpoint import CheckpointError
-from trace_async.deepspeed_engine import (
+from trace_async.learner.deepspeed import (
     ADAM_STATE,
     read_adam_steps,
     read_training_state,
@@ -27,8 +27,8 @@ from trace_async.deepspeed_engine import (
     write_adam_steps,
     write_training_state,
 )
-from trace_async.learner import Learner
-from trace_async.policy_weights import full_bytes, merged, policy_buckets
+from trace_async.learner.learner import Learner
+from trace_async.learner.policy_tensors import full_bytes, merged, policy_buckets
 
 SHARD_BYTES = 1 << 30
 EXPORT_BYTES = 4 << 30

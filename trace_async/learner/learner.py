@@ -20,13 +20,13 @@ import transformers
 from torch import nn
 
 from trace_async.config import Config, ConfigError, LearnerConfig
-from trace_async.deepspeed_engine import RankAddress, join_ranks, make_deepspeed, make_frozen, partitioned_loading
-from trace_async.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
+from trace_async.learner.deepspeed import RankAddress, join_ranks, make_deepspeed, make_frozen, partitioned_loading
+from trace_async.learner.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
+from trace_async.learner.policy_tensors import add_lora, policy_buckets
 from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.packing.attention import AttentionKind, attention_for, hidden_states, prepare_model
 from trace_async.packing.layout import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
 from trace_async.policy.load import load_model
-from trace_async.policy_weights import add_lora, policy_buckets
 from trace_async.trees.tree import RolloutTree
 from trace_async.weights import WeightBucket, host_bucket
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trace_async.deepspeed_engine import whole_parameters
+from trace_async.learner.deepspeed import whole_parameters
 
 LORA_SCALE = 2
 _LORA_BASE = ".base_layer."
