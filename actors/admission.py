@@ -16,12 +16,12 @@ import numpy as np
 from ray.actor import ActorHandle
 
 from actors.prompt_group import PromptGroup, PromptLostError
-from trace_async.buffer import TreeBuffer
 from trace_async.config import Config
-from trace_async.dataset import TaskIterator
 from trace_async.method.allocation import ESTIMATE_FREE_RULES, is_trained_on, plan_roots
 from trace_async.method.posterior import Estimates
-from trace_async.run_state import PendingPrompt, RunState, SavedTrainer
+from trace_async.run.buffer import TreeBuffer
+from trace_async.run.dataset import TaskIterator
+from trace_async.run.state import PendingPrompt, RunState, SavedTrainer
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Task
 

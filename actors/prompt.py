@@ -15,7 +15,7 @@ from trace_async.metrics import EvalRollout
 from trace_async.policy.load import load_tokenizer
 from trace_async.rollout.prompt_run import Expansion, RolloutLimits, rollout_limits, run_tree
 from trace_async.rollout.renderer import Renderer
-from trace_async.run_state import PendingPrompt
+from trace_async.run.state import PendingPrompt
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery, Task
 

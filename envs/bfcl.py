@@ -20,7 +20,7 @@ from typing import cast
 from envs.actions import ToolCall
 from envs.functions import INSTRUCTIONS, ConversationEnv
 from trace_async.config import ConfigError
-from trace_async.dataset import read_rows
+from trace_async.run.dataset import read_rows
 from trace_async.types import Json, Message, Prompt, Split, Task
 
 _HOW_TO_INSTALL = "install it with: pip install --no-deps bfcl-eval==2026.3.23"

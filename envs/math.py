@@ -15,7 +15,7 @@ from envs.answers import AnswerCheck, AnswerChecker
 from envs.lazy_tasks import check_shares
 from envs.sandbox import Sandbox, SandboxLimits
 from trace_async.config import ConfigError
-from trace_async.dataset import read_rows
+from trace_async.run.dataset import read_rows
 from trace_async.types import Message, Prompt, Split, StepResult, Task
 
 INSTRUCTIONS = (

@@ -7,7 +7,7 @@ from typing import Literal
 
 from envs.multihop import MultiHopEnv, QaSettings
 from envs.retrieval import BM25Retriever, HttpRetriever, Passage, Retriever
-from trace_async.dataset import read_json, read_rows
+from trace_async.run.dataset import read_json, read_rows
 from trace_async.types import Json, Split, Task
 
 Format = Literal["hotpotqa", "2wiki", "musique"]

@@ -13,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from trace_async.checkpoint import check, latest_checkpoint
     from trace_async.learner.state import export_checkpoint
+    from trace_async.run.checkpoint import check, latest_checkpoint
 
     checkpoint = check(args.checkpoint) if args.checkpoint else latest_checkpoint(args.run / "checkpoints")
     if checkpoint is None:

@@ -23,7 +23,6 @@ from envs import load_domain
 from scripts.train import ensure_policy
 from trace_async.comparison import load_comparison
 from trace_async.config import Config, LossConfig
-from trace_async.dataset import TaskIterator
 from trace_async.engine import Engine
 from trace_async.engines import make_engine
 from trace_async.learner.learner import TokenLogprobs
@@ -36,6 +35,7 @@ from trace_async.packing.layout import pack_all
 from trace_async.policy.load import load_model, load_tokenizer
 from trace_async.rollout.prompt_run import Expansion, rollout_limits, run_tree
 from trace_async.rollout.renderer import Renderer
+from trace_async.run.dataset import TaskIterator
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, SamplingParams, Task
 

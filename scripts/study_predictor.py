@@ -19,7 +19,6 @@ import torch
 
 from envs import load_domain
 from trace_async.config import Config, load_config
-from trace_async.dataset import TaskIterator
 from trace_async.env import Demonstrator, Domain
 from trace_async.method.allocation import allocate_roots, plan_roots
 from trace_async.policy.load import load_tokenizer
@@ -27,6 +26,7 @@ from trace_async.policy.warm_start import make_policy
 from trace_async.predictor.metrics import root_outcomes
 from trace_async.predictor.predictor import ValuePredictor
 from trace_async.rollout.renderer import Renderer
+from trace_async.run.dataset import TaskIterator
 from trace_async.trees.tree import ROOT, Node, Rollout, RolloutTree
 from trace_async.types import PrefixQuery, Task, VersionSpan
 

@@ -55,11 +55,11 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
     from actors.learner import LearnerRankError
     from actors.ray_cluster import start_ray
     from actors.trainer import Trainer
-    from trace_async.checkpoint import latest_checkpoint
     from trace_async.engine import EngineError
     from trace_async.metrics_log import read_metrics
     from trace_async.progress import Progress
-    from trace_async.run_state import load_trainer
+    from trace_async.run.checkpoint import latest_checkpoint
+    from trace_async.run.state import load_trainer
     from trace_async.run_summary import summarise
     from trace_async.tracking import RunStatus, Tracker, saved_run_id, ui_command
     from trace_async.trees.io import trees_path, write_trees
@@ -143,7 +143,7 @@ def _free_run_dir(wanted: Path) -> Path:
 def _dry_run(config: Config, run_dir: Path) -> int:
     """Resolved config and plan, with model, data and environment checked."""
     from envs import load_domain
-    from trace_async.plan import plan_run
+    from trace_async.run.plan import plan_run
 
     print(config_to_yaml(config))
     print(plan_run(config))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_async.buffer import Ledger, TreeBuffer
+from trace_async.run.buffer import Ledger, TreeBuffer
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_async.checkpoint import MANIFEST, CheckpointError, CheckpointStore, check, latest_checkpoint
+from trace_async.run.checkpoint import MANIFEST, CheckpointError, CheckpointStore, check, latest_checkpoint
 
 
 async def save(root: Path, version: int, text: str = "", keep: int = 3) -> Path:
@@ -85,7 +85,7 @@ def test_no_checkpoint_yet(tmp_path):
 CHILD = """
     import asyncio, sys, os, resource
     from pathlib import Path
-    from trace_async.checkpoint import CheckpointStore
+    from trace_async.run.checkpoint import CheckpointStore
 
     root, version, megabytes, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     if limit:

@@ -66,7 +66,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path):
 
 def test_importing_the_core_loads_no_ray_no_deepspeed_and_no_engine():
     heavy = "{'ray', 'deepspeed', 'mlflow', 'sglang', 'vllm', 'trace_async.engines'}"
-    modules = "trace_async, trace_async.config, trace_async.rollout.prompt_run, trace_async.method.allocation, trace_async.buffer"
+    modules = "trace_async, trace_async.config, trace_async.rollout.prompt_run, trace_async.method.allocation, trace_async.run.buffer"
     code = (
         f"import sys, {modules}; loaded = {heavy} & set(sys.modules); sys.exit(f'loaded: {{loaded}}' if loaded else 0)"
     )

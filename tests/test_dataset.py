@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_async.dataset import TaskIterator, read_json, read_rows
+from trace_async.run.dataset import TaskIterator, read_json, read_rows
 from trace_async.types import Task
 
 

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.live_bytes import LiveBytes
 from tests.random_trees import random_tree
-from trace_async.checkpoint import CheckpointError
 from trace_async.config import Config, ConfigError, LearnerConfig, load_config
 from trace_async.learner.deepspeed import RankAddress
 from trace_async.learner.learner import Learner, LearnerError, schedule
 from trace_async.learner.policy_tensors import full_bytes
 from trace_async.learner.state import export_checkpoint, export_learner, load_learner, plan_shards, save_learner
 from trace_async.policy.load import load_model
+from trace_async.run.checkpoint import CheckpointError
 from trace_async.trees.tree import RolloutTree
 from trace_async.weights import WeightCount, join_buckets, unpack_weights
 

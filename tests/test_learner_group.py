@@ -25,11 +25,11 @@ from tests.test_learner import (
     trees_of,
     weights_of,
 )
-from trace_async.checkpoint import CheckpointError, CheckpointStore, latest_checkpoint
 from trace_async.learner.deepspeed import RankAddress, join_ranks
 from trace_async.learner.learner import load_policy
 from trace_async.learner.policy_tensors import full_bytes, policy_buckets
 from trace_async.learner.state import load_learner, save_learner
+from trace_async.run.checkpoint import CheckpointError, CheckpointStore, latest_checkpoint
 from trace_async.weights import join_buckets, unpack_weights
 
 COMPARED = ("loss", "grad_norm", "ratio_mean", "clip_fraction", "entropy", "mismatch", "mismatch_max", "trained_tokens")

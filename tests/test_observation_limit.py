@@ -10,7 +10,7 @@ from envs import BUILT_IN
 from envs.functions import write_call
 from trace_async.config import ConfigError, load_config
 from trace_async.policy.small_tokenizer import build_tokenizer
-from trace_async.run_state import PendingPrompt
+from trace_async.run.state import PendingPrompt
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, Json, SamplingParams, Task, VersionSpan
 

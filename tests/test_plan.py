@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trace_async.config import Config, ConfigError, load_config
-from trace_async.plan import GIB, KNOWN_SHAPES, plan_run, shape_from_json, shape_of
+from trace_async.run.plan import GIB, KNOWN_SHAPES, plan_run, shape_from_json, shape_of
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 REAL = sorted([*CONFIGS.glob("gpu_*.yaml"), *CONFIGS.glob("cluster_*.yaml")])

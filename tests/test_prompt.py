@@ -9,7 +9,7 @@ import pytest
 
 from actors.prompt import PromptActor
 from trace_async.config import load_config
-from trace_async.run_state import PendingPrompt
+from trace_async.run.state import PendingPrompt
 from trace_async.types import (
     Completion,
     Message,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.test_buffer import make_tree
-from trace_async.run_state import PendingPrompt, RunState, SavedTrainer, load_trainer, save_trainer
+from trace_async.run.state import PendingPrompt, RunState, SavedTrainer, load_trainer, save_trainer
 
 
 def test_round_trip(tmp_path: Path):

@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from trace_async.checkpoint import CheckpointError
 from trace_async.learner.deepspeed import (
     ADAM_STATE,
     read_adam_steps,
@@ -29,6 +28,7 @@ from trace_async.learner.deepspeed import (
 )
 from trace_async.learner.learner import Learner
 from trace_async.learner.policy_tensors import full_bytes, merged, policy_buckets
+from trace_async.run.checkpoint import CheckpointError
 
 SHARD_BYTES = 1 << 30
 EXPORT_BYTES = 4 << 30

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trace_async.config import PolicyConfig
-from trace_async.dataset import TaskIterator
 from trace_async.env import DemonstrationSource, Demonstrator, Domain
 from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.rollout.renderer import Renderer
+from trace_async.run.dataset import TaskIterator
 from trace_async.types import Task
 
 _CONTEXT_WEIGHT = 0.1
