@@ -7,7 +7,7 @@ from actors.generator_pool import GeneratorPool
 from actors.prompt_group import PromptGroup
 from envs import load_domain
 from trace_async.config import Config
-from trace_async.metrics import eval_metrics
+from trace_async.tracking.metrics import eval_metrics
 from trace_async.types import Task
 
 

@@ -11,11 +11,11 @@ from actors.generator import GeneratorRouter
 from envs import load_domain
 from trace_async.config import Config
 from trace_async.method.allocation import VALUE_FREE_RULES, Anchor, plan_prefixes
-from trace_async.metrics import EvalRollout
 from trace_async.policy.load import load_tokenizer
 from trace_async.rollout.prompt_run import Expansion, RolloutLimits, rollout_limits, run_tree
 from trace_async.rollout.renderer import Renderer
 from trace_async.run.state import PendingPrompt
+from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery, Task
 

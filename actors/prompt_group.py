@@ -16,8 +16,8 @@ from ray.exceptions import RayActorError
 
 from actors.prompt import remote_prompt_actor
 from trace_async.config import Config
-from trace_async.metrics import EvalRollout
 from trace_async.run.state import PendingPrompt
+from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery, Task
 

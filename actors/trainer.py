@@ -31,9 +31,9 @@ from actors.predictor import remote_predictor
 from actors.prompt_group import PromptGroup
 from envs import load_domain
 from trace_async.config import Config
-from trace_async.metrics import tree_metrics
 from trace_async.run.checkpoint import CheckpointStore
 from trace_async.run.state import RunState, load_trainer, save_trainer
+from trace_async.tracking.metrics import tree_metrics
 from trace_async.trees.tree import RolloutTree
 
 log = logging.getLogger(__name__)

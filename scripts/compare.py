@@ -39,9 +39,9 @@ from trace_async.comparison import (
 )
 from trace_async.config import ConfigError
 from trace_async.document import write_document
-from trace_async.metrics_log import read_metrics, write_metrics, write_whole
 from trace_async.report import build_report, compared_budget, cut_curves
-from trace_async.tracking import Tracker, saved_run_id, tracking_uri
+from trace_async.tracking.log import read_metrics, write_metrics, write_whole
+from trace_async.tracking.mlflow import Tracker, saved_run_id, tracking_uri
 
 TRAINER = (sys.executable, "-m", "scripts.cli", "train")
 STOP_LIMIT_S = 60.0

@@ -56,12 +56,12 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
     from actors.ray_cluster import start_ray
     from actors.trainer import Trainer
     from trace_async.engine import EngineError
-    from trace_async.metrics_log import read_metrics
-    from trace_async.progress import Progress
     from trace_async.run.checkpoint import latest_checkpoint
     from trace_async.run.state import load_trainer
-    from trace_async.run_summary import summarise
-    from trace_async.tracking import RunStatus, Tracker, saved_run_id, ui_command
+    from trace_async.tracking.log import read_metrics
+    from trace_async.tracking.mlflow import RunStatus, Tracker, saved_run_id, ui_command
+    from trace_async.tracking.progress import Progress
+    from trace_async.tracking.summary import summarise
     from trace_async.trees.io import trees_path, write_trees
 
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from trace_async.config import Config, config_to_yaml, load_config
-from trace_async.metrics_log import Point, point_line
+from trace_async.tracking.log import Point, point_line
 
 GAIN = {"uniform": 0.2, "beta": 0.4, "point": 0.3}
 

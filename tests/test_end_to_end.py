@@ -22,7 +22,7 @@ from actors.prompt_group import PromptGroup
 from actors.trainer import Trainer
 from envs import load_domain
 from trace_async.config import Config, load_config
-from trace_async.metrics_log import read_metrics
+from trace_async.tracking.log import read_metrics
 from trace_async.trees.tree import RolloutTree
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.test_buffer import make_tree
-from trace_async.metrics import EvalRollout, eval_metrics, tree_metrics
+from trace_async.tracking.metrics import EvalRollout, eval_metrics, tree_metrics
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 

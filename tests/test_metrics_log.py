@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_async.metrics_log import METRICS_FILE, Point, point_line, read_metrics, write_metrics
+from trace_async.tracking.log import METRICS_FILE, Point, point_line, read_metrics, write_metrics
 
 
 def test_a_line_is_flat_json(tmp_path: Path) -> None:

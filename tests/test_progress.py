@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from trace_async.progress import Progress, printable, sparkline
+from trace_async.tracking.progress import Progress, printable, sparkline
 
 
 class Clock:

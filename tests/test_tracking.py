@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from trace_async.config import Config, TrackingConfig, load_config
-from trace_async.metrics_log import METRICS_FILE, read_metrics
-from trace_async.tracking import Tracker, saved_run_id, tracking_uri, ui_command
+from trace_async.tracking.log import METRICS_FILE, read_metrics
+from trace_async.tracking.mlflow import Tracker, saved_run_id, tracking_uri, ui_command
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_process_that_just_ends_loses_nothing(store: Path, tmp_path: Path) -> 
     script = textwrap.dedent("""
         import sys
         from trace_async.config import load_config
-        from trace_async.tracking import Tracker
+        from trace_async.tracking.mlflow import Tracker
         config = load_config(None, [f"output_dir={sys.argv[1]}", "tracking.system_metrics=true"])
         tracker = Tracker.start(config, sys.argv[2])
         for step in range(50):
@@ -190,7 +190,7 @@ def test_the_store_lies_beside_the_runs_and_its_page_is_for_this_machine_only(tm
 
 
 def test_importing_the_tracker_does_not_import_mlflow() -> None:
-    code = "import sys, trace_async.tracking; print('mlflow' in sys.modules)"
+    code = "import sys, trace_async.tracking.mlflow; print('mlflow' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), timeout=60, check=True
     )

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from trace_async.compare import Curve, make_curve
 from trace_async.config import Config, ConfigError, config_from_yaml, config_to_yaml, load_config
-from trace_async.metrics_log import Point, write_whole
+from trace_async.tracking.log import Point, write_whole
 
 TOKENS = "tokens/generated_total"
 SECONDS = "time/elapsed_s"

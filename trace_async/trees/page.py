@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from trace_async.progress import printable
+from trace_async.tracking.progress import printable
 from trace_async.trees.text import Decode, NodeView, facts, node_name, summary, view_nodes
 from trace_async.trees.tree import ROOT, RolloutTree
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from trace_async.progress import printable
+from trace_async.tracking.progress import printable
 from trace_async.trees.tree import ROOT, RolloutTree
 
 Decode = Callable[[Sequence[int]], str]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trace_async.metrics_log import Point
+from trace_async.tracking.log import Point
 
 PHASES = {
     "wait_for_trees": "learner waiting for trees",

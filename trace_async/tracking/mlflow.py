@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 from trace_async.config import Config, config_to_dict, config_to_yaml
-from trace_async.metrics_log import METRICS_FILE, Point, point_line, read_metrics, write_metrics, write_whole
+from trace_async.tracking.log import METRICS_FILE, Point, point_line, read_metrics, write_metrics, write_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
