@@ -25,7 +25,7 @@ from tests.engine_conformance import EngineConformance, Harness
 from trace_async.config import EngineConfig
 from trace_async.engine import EngineDeadError, EngineError, EngineRequestError, EngineTimeoutError, WeightSyncError
 from trace_async.engines import make_engine, torch_scheduler
-from trace_async.engines.torch_scheduler import Scheduler
+from trace_async.engines.embedded.scheduler import Scheduler
 from trace_async.policy.load import load_model
 from trace_async.types import SamplingParams
 from trace_async.weights import pack_weights

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_async.engines.radix_cache import RadixCache
+from trace_async.engines.embedded.radix_cache import RadixCache
 
 
 def ids(*tokens):

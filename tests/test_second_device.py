@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from tests.test_learner import VERSION, assert_close, configure, train, trees_of, weights_of
 from trace_async.config import PredictorConfig
-from trace_async.engines import torch_scheduler
-from trace_async.engines.torch_model import TorchModel
-from trace_async.engines.torch_sampling import stream_key
-from trace_async.engines.torch_scheduler import Request, Scheduler
+from trace_async.engines.embedded import scheduler as torch_scheduler
+from trace_async.engines.embedded.model import TorchModel
+from trace_async.engines.embedded.sampling import stream_key
+from trace_async.engines.embedded.scheduler import Request, Scheduler
 from trace_async.learner.learner import Learner
 from trace_async.packing.attention import block_mask
 from trace_async.packing.layout import pack_values

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from trace_async.engines.torch_sampling import sample_tokens, stream_key, uniforms
+from trace_async.engines.embedded.sampling import sample_tokens, stream_key, uniforms
 
 PROBS = torch.tensor([0.2, 0.5, 0.3])
 

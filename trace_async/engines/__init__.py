@@ -8,7 +8,7 @@ from trace_async.engine import Engine, EngineError
 
 # Every class is called as Class(config, policy_path=…, max_context_tokens=…, seed=…, log_dir=…).
 BACKENDS: dict[str, str] = {
-    "torch": "trace_async.engines.torch:TorchEngine",
+    "torch": "trace_async.engines.embedded.engine:TorchEngine",
     "sglang": "trace_async.engines.sglang:SGLangEngine",
     "vllm": "trace_async.engines.vllm:VLLMEngine",
     "fake": "trace_async.engines.fake:RandomReplyEngine",

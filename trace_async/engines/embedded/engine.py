@@ -25,9 +25,9 @@ from trace_async.engine import (
     EngineTimeoutError,
     WeightSyncError,
 )
-from trace_async.engines.torch_model import TorchModel
-from trace_async.engines.torch_sampling import stream_key
-from trace_async.engines.torch_scheduler import Request, Scheduler
+from trace_async.engines.embedded.model import TorchModel
+from trace_async.engines.embedded.sampling import stream_key
+from trace_async.engines.embedded.scheduler import Request, Scheduler
 from trace_async.policy.load import load_tokenizer
 from trace_async.types import Completion, SamplingParams
 from trace_async.weights import WeightUpdate, read_weights

@@ -15,9 +15,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from trace_async.engines.radix_cache import RadixCache
-from trace_async.engines.torch_model import AttentionGroup, TorchModel
-from trace_async.engines.torch_sampling import sample_tokens, uniforms
+from trace_async.engines.embedded.model import AttentionGroup, TorchModel
+from trace_async.engines.embedded.radix_cache import RadixCache
+from trace_async.engines.embedded.sampling import sample_tokens, uniforms
 from trace_async.types import Completion, FinishReason, SamplingParams, VersionSpan
 
 # New tokens that one step takes in: bounds its time and memory; on the CPU so few that activations stay in the cache.
