@@ -20,8 +20,8 @@ from tests.engine_conformance import MAX_CONTEXT, EngineConformance, Harness
 from trace_async.config import EngineConfig
 from trace_async.engine import EngineDeadError, EngineRequestError, EngineTimeoutError, WeightSyncError
 from trace_async.engines import make_engine
-from trace_async.engines.http_engine import HttpEngine
-from trace_async.engines.server import PROJECT_ROOT
+from trace_async.engines.servers.http_engine import HttpEngine
+from trace_async.engines.servers.server import PROJECT_ROOT
 from trace_async.engines.vllm_worker.weight_group import WeightGroup
 from trace_async.policy.load import load_model
 from trace_async.policy.small_tokenizer import build_tokenizer

@@ -7,8 +7,8 @@ import pytest
 from aiohttp import web
 
 from trace_async.engine import EngineDeadError, EngineError, EngineRequestError, EngineTimeoutError
-from trace_async.engines.http_client import HttpClient
-from trace_async.engines.http_engine import version_spans
+from trace_async.engines.servers.http_client import HttpClient
+from trace_async.engines.servers.http_engine import version_spans
 from trace_async.types import VersionSpan
 
 

@@ -11,9 +11,9 @@ from aiohttp import web
 from trace_async.config import EngineConfig
 from trace_async.engine import EngineTimeoutError, WeightSyncError
 from trace_async.engines import http_engine, make_engine
-from trace_async.engines.http_engine import HttpEngine
-from trace_async.engines.weight_files import load_start_weights
-from trace_async.engines.weight_record import expected_digests
+from trace_async.engines.servers.http_engine import HttpEngine
+from trace_async.engines.servers.weight_files import load_start_weights
+from trace_async.engines.servers.weight_record import expected_digests
 from trace_async.types import SamplingParams
 from trace_async.weights import WeightUpdate, pack_weights, read_weights, unpack_weights
 

@@ -14,7 +14,7 @@ from tests.engine_conformance import LIMIT_S, EngineConformance, Harness
 from tests.test_engine_servers import needs
 from tests.test_learner import VERSION, assert_close, configure, learning, trees_of, weights_of
 from trace_async.config import ConfigError, EngineConfig, load_config
-from trace_async.engines.lora_adapter import start_adapter
+from trace_async.engines.servers.lora_adapter import start_adapter
 from trace_async.learner.policy_tensors import LORA_SCALE
 from trace_async.weights import WeightUpdate, pack_weights, unpack_weights
 

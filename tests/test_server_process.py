@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trace_async.config import ConfigError
-from trace_async.engines.server import ServerProcess, command_line_flags, engine_python, free_port
+from trace_async.engines.servers.server import ServerProcess, command_line_flags, engine_python, free_port
 
 LIMIT_S = 30.0
 
@@ -66,7 +66,7 @@ async def started_stubborn(tmp_path: Path) -> ServerProcess:
 
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch):
-    monkeypatch.setattr("trace_async.engines.server.GRACE_S", 0.3)
+    monkeypatch.setattr("trace_async.engines.servers.server.GRACE_S", 0.3)
 
 
 async def test_stop_ends_the_whole_tree_and_removes_what_it_left(tmp_path):
@@ -117,7 +117,7 @@ async def test_the_server_dies_with_its_owner(tmp_path):
         f"""
         import sys, time
         from pathlib import Path
-        from trace_async.engines.server import ServerProcess
+        from trace_async.engines.servers.server import ServerProcess
         program = Path(sys.argv[1]).read_text()
         log_path = Path({str(tmp_path)!r}, "log")
         process = ServerProcess(lambda scratch: ([sys.executable, "-c", program], {{}}), log_path=log_path)

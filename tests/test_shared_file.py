@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from trace_async.engines import shared_file
-from trace_async.engines.guard import REGISTRY, remove_unused
-from trace_async.engines.shared_file import link_or_write, unlink
+from trace_async.engines.servers import shared_file
+from trace_async.engines.servers.guard import REGISTRY, remove_unused
+from trace_async.engines.servers.shared_file import link_or_write, unlink
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -100,7 +100,7 @@ def test_a_killed_user_holds_nobody_up_and_leaves_nothing_to_those_who_come(tmp_
         f"""
         import time
         from pathlib import Path
-        from trace_async.engines import shared_file
+        from trace_async.engines.servers import shared_file
         shared_file.tempfile.gettempdir = lambda: {str(tmp_path)!r}
 
         def write(path):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trace_async.engine import WeightSyncError
-from trace_async.engines.weight_files import weight_folder
-from trace_async.engines.weight_record import RECEIVED, WeightRecord, expected_digests
+from trace_async.engines.servers.weight_files import weight_folder
+from trace_async.engines.servers.weight_record import RECEIVED, WeightRecord, expected_digests
 from trace_async.weights import WeightUpdate, pack_weights
 
 EMPTY = hashlib.sha256().hexdigest()

@@ -9,8 +9,8 @@ from trace_async.engine import Engine, EngineError
 # Every class is called as Class(config, policy_path=…, max_context_tokens=…, seed=…, log_dir=…).
 BACKENDS: dict[str, str] = {
     "torch": "trace_async.engines.embedded.engine:TorchEngine",
-    "sglang": "trace_async.engines.sglang:SGLangEngine",
-    "vllm": "trace_async.engines.vllm:VLLMEngine",
+    "sglang": "trace_async.engines.servers.sglang:SGLangEngine",
+    "vllm": "trace_async.engines.servers.vllm:VLLMEngine",
     "fake": "trace_async.engines.fake:RandomReplyEngine",
 }
 

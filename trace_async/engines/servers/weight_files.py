@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trace_async.engine import WeightSyncError
-from trace_async.engines.shared_file import link_or_write, unlink
+from trace_async.engines.servers.shared_file import link_or_write, unlink
 from trace_async.weights import WeightUpdate, pack_weights, read_weights
 
 

@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trace_async.engines.guard import REGISTRY, remove_unused
-from trace_async.engines.server import SHARED_MEMORY
+from trace_async.engines.servers.guard import REGISTRY, remove_unused
+from trace_async.engines.servers.server import SHARED_MEMORY
 
 
 def link_or_write(path: Path, key: str, write: Callable[[Path], None]) -> None:

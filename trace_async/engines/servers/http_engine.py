@@ -28,11 +28,11 @@ from trace_async.engine import (
     EngineTimeoutError,
     WeightSyncError,
 )
-from trace_async.engines.broadcast import WeightBroadcast
-from trace_async.engines.http_client import HttpClient, Reply
-from trace_async.engines.server import SHARED_MEMORY, ServerProcess, free_port, has_gpu
-from trace_async.engines.weight_files import checked_tensors, weight_folder
-from trace_async.engines.weight_record import Tensors, WeightRecord
+from trace_async.engines.servers.broadcast import WeightBroadcast
+from trace_async.engines.servers.http_client import HttpClient, Reply
+from trace_async.engines.servers.server import SHARED_MEMORY, ServerProcess, free_port, has_gpu
+from trace_async.engines.servers.weight_files import checked_tensors, weight_folder
+from trace_async.engines.servers.weight_record import Tensors, WeightRecord
 from trace_async.engines.work_clock import WorkClock
 from trace_async.types import Completion, SamplingParams, VersionSpan
 from trace_async.weights import WeightManifest, WeightUpdate

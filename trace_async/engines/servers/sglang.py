@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trace_async.engine import EngineError
-from trace_async.engines.http_client import Reply
-from trace_async.engines.http_engine import HttpEngine, version_spans
-from trace_async.engines.server import command_line_flags, engine_python
-from trace_async.engines.weight_record import Tensors
+from trace_async.engines.servers.http_client import Reply
+from trace_async.engines.servers.http_engine import HttpEngine, version_spans
+from trace_async.engines.servers.server import command_line_flags, engine_python
+from trace_async.engines.servers.weight_record import Tensors
 from trace_async.types import Completion, FinishReason, SamplingParams
 
 MIN_SHARED_TOKENS = 32

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trace_async.engine import EngineError, EngineRequestError
-from trace_async.engines.http_client import Reply
-from trace_async.engines.http_engine import HttpEngine, version_spans
-from trace_async.engines.lora_adapter import ADAPTER, start_adapter, write_adapter
-from trace_async.engines.server import command_line_flags, engine_python
-from trace_async.engines.weight_files import tensors_of
-from trace_async.engines.weight_record import RECEIVED, Tensors
+from trace_async.engines.servers.http_client import Reply
+from trace_async.engines.servers.http_engine import HttpEngine, version_spans
+from trace_async.engines.servers.lora_adapter import ADAPTER, start_adapter, write_adapter
+from trace_async.engines.servers.server import command_line_flags, engine_python
+from trace_async.engines.servers.weight_files import tensors_of
+from trace_async.engines.servers.weight_record import RECEIVED, Tensors
 from trace_async.types import Completion, FinishReason, SamplingParams
 from trace_async.weights import WeightUpdate
 

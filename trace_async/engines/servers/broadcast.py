@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 
 from trace_async.engine import EngineError
-from trace_async.engines.http_client import Reply
-from trace_async.engines.server import free_port
+from trace_async.engines.servers.http_client import Reply
+from trace_async.engines.servers.server import free_port
+from trace_async.engines.servers.weight_record import Tensors
 from trace_async.engines.vllm_worker.weight_group import WeightGroup
-from trace_async.engines.weight_record import Tensors
 
 T = TypeVar("T")
 # Asks the server for its part, which it does while we do ours.

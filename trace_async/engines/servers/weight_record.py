@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from trace_async.engine import WeightSyncError
-from trace_async.engines.weight_files import checked_tensors, load_start_weights
+from trace_async.engines.servers.weight_files import checked_tensors, load_start_weights
 from trace_async.weights import WeightManifest, WeightUpdate
 
 Tensors = Mapping[str, torch.Tensor]
