@@ -24,7 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from trace_async.comparison import (
+from scripts.comparison.document import write_document
+from scripts.comparison.plan import (
     FIGURES_FILE,
     SETTINGS_FILE,
     Comparison,
@@ -37,9 +38,8 @@ from trace_async.comparison import (
     run_figures,
     write_figures,
 )
+from scripts.comparison.report import build_report, compared_budget, cut_curves
 from trace_async.config import ConfigError
-from trace_async.document import write_document
-from trace_async.report import build_report, compared_budget, cut_curves
 from trace_async.tracking.log import read_metrics, write_metrics, write_whole
 from trace_async.tracking.mlflow import Tracker, saved_run_id, tracking_uri
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_async.charts import Axis, Series, line_chart, ticks
-from trace_async.compare import make_curve
+from scripts.comparison.arithmetic import make_curve
+from scripts.comparison.charts import Axis, Series, line_chart, ticks
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trace_async.compare import (
+from scripts.comparison.arithmetic import (
     Curve,
     Interval,
     bootstrap_mean,

@@ -17,9 +17,9 @@ import pytest
 
 from scripts import cli
 from scripts.compare import Plan, keep, report_finished, run_cells, run_cells_on_cluster
-from trace_async.comparison import load_comparison, read_figures, write_figures
+from scripts.comparison.plan import load_comparison, read_figures, write_figures
+from scripts.comparison.report import build_report, compared_budget, cut_curves
 from trace_async.config import ConfigError
-from trace_async.report import build_report, compared_budget, cut_curves
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
 
@@ -300,7 +300,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from scripts.compare import Plan, run_cells
-from trace_async.comparison import load_comparison
+from scripts.comparison.plan import load_comparison
 folder = sys.argv[1]
 comparison = load_comparison(folder + "/compare.yaml", [f"output_dir={folder}", "seeds=[0]"])
 run_cells(Plan(comparison, Path(folder) / "small"), sys.argv[2:], parallel=1, limit_s=60)

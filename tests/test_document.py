@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from trace_async.document import Chart, Details, Heading, Paragraph, Table, to_html, to_markdown, write_document
+from scripts.comparison.document import Chart, Details, Heading, Paragraph, Table, to_html, to_markdown, write_document
 
 BLOCKS = [
     Heading("One <two>"),

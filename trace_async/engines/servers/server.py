@@ -16,7 +16,7 @@ from pathlib import Path
 from trace_async.config import ConfigError
 from trace_async.engine import EngineError
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+PROJECT_ROOT = Path(__file__).resolve().parents[3]
 GUARD = Path(__file__).with_name("guard.py")
 SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 5.0

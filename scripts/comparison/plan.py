@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trace_async.compare import Curve, make_curve
+from scripts.comparison.arithmetic import Curve, make_curve
 from trace_async.config import Config, ConfigError, config_from_yaml, config_to_yaml, load_config
 from trace_async.tracking.log import Point, write_whole
 

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from trace_async.charts import Axis, Series, line_chart
-from trace_async.compare import (
+from scripts.comparison.arithmetic import (
     Curve,
     Interval,
     bootstrap_mean,
@@ -18,8 +17,9 @@ from trace_async.compare import (
     truncated,
     value_at,
 )
-from trace_async.comparison import SECONDS, Figures, RunFigures
-from trace_async.document import Block, Chart, Details, Heading, Paragraph, Table
+from scripts.comparison.charts import Axis, Series, line_chart
+from scripts.comparison.document import Block, Chart, Details, Heading, Paragraph, Table
+from scripts.comparison.plan import SECONDS, Figures, RunFigures
 
 Row = Mapping[str, float]
 DIFFERENCE_COLUMNS = ("pairs", "end [bootstrap] (t)", "area [bootstrap] (t)")

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from trace_async.compare import Curve
+from scripts.comparison.arithmetic import Curve
 
 WIDTH, HEIGHT = 900, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 250, 16, 46
