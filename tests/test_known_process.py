@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from scripts.propositions import (
+from scripts.studies.known_process import KnownProcess, random_process
+from scripts.studies.propositions import (
     bias_of,
     by_contrast,
     by_value,
@@ -11,10 +12,9 @@ from scripts.propositions import (
     mixed_pool,
     squared_gradient_norm,
 )
-from trace_async.known_process import KnownProcess, random_process
+from scripts.studies.selection_bias import expanded_nodes
 from trace_async.method.allocation import allocate_roots
 from trace_async.method.credit import compute_credit
-from trace_async.selection_bias import expanded_nodes
 
 
 def coin():

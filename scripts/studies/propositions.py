@@ -1,6 +1,6 @@
-"""TRACE's three propositions, selection bias and the order of prefixes, in numbers: python -m scripts.propositions
+"""TRACE's three propositions, selection bias and the order of prefixes, in numbers: python -m scripts.studies.propositions
 
-Everything is measured on processes whose success probabilities are known exactly (trace_async/known_process.py).
+Everything is measured on processes whose success probabilities are known exactly (scripts/studies/known_process.py).
 """
 
 import argparse
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from scripts.studies.known_process import ChooseContinuations, KnownProcess, random_process
+from scripts.studies.selection_bias import expanded_nodes
 from trace_async.config import AdvantageName
-from trace_async.known_process import ChooseContinuations, KnownProcess, random_process
 from trace_async.method.allocation import allocate_prefixes, allocate_prefixes_by_value, allocate_roots
 from trace_async.method.credit import compute_credit
 from trace_async.method.marginals import IntArray
-from trace_async.selection_bias import expanded_nodes
 
 
 def by_contrast(values: Sequence[float], rewards: Sequence[float], budget: int) -> IntArray:

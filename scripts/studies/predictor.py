@@ -1,4 +1,4 @@
-"""How fast the predictor learns what Stage 1 should buy: python -m scripts.study_predictor [predictor.…=… budget.…=…]
+"""How fast the predictor learns what Stage 1 should buy: python -m scripts.studies.predictor [predictor.…=… budget.…=…]
 
 A stand-in for the start policy: the demonstrator that taught the policy plays every candidate prompt `--rollouts` times
 beforehand. Then rounds of Stage 1 are played on these rollouts: the predictor estimates a pool, the rule spends its

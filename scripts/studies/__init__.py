@@ -1,0 +1,1 @@
+"""Studies: questions about the method that are answered once, with figures."""
