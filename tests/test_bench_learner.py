@@ -8,7 +8,7 @@ SCRIPT = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({ABSENT}))
 sys.argv = ["bench_learner", "--shapes", "deep", "--repeats", "1", "--device", "cpu"]
-runpy.run_module("scripts.bench_learner", run_name="__main__")
+runpy.run_module("scripts.bench.learner", run_name="__main__")
 """
 
 

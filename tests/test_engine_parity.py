@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.engine_parity import Parting, compare, greedy_trees, main
+from scripts.bench.engine_parity import Parting, compare, greedy_trees, main
 from trace_async.config import load_config
 from trace_async.trees.tree import RolloutTree
 

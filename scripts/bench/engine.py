@@ -1,6 +1,6 @@
 """Engines side by side against static-batch `generate` of transformers, in one run on one model.
 
-    python scripts/bench_engine.py --backends torch,sglang,vllm --requests 1,8,64
+    python scripts/bench/engine.py --backends torch,sglang,vllm --requests 1,8,64
 
 Three loads, each of N requests at once and a fixed answer length (a static batch then wastes nothing on stragglers):
   distinct   a prompt of its own for each request

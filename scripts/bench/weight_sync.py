@@ -1,6 +1,6 @@
 """How long a weight update keeps a generator from decoding, by engine, path and model size.
 
-    python scripts/bench_weight_sync.py --engines torch,sglang,vllm --paths memory,disk,collective --millions 1,20,100
+    python scripts/bench/weight_sync.py --engines torch,sglang,vllm --paths memory,disk,collective --millions 1,20,100
 
 For each it prints the median seconds of an update (checksum on both ends, load, flush, read back) and the bytes that
 travel, next to what moving the same bytes costs by itself: one checksum pass, one write into shared memory.

@@ -1,7 +1,7 @@
 """How much of a tree's shared tokens the learner saves, and what memory it takes.
 
-    python -m scripts.bench_learner             time: flat against packed, per shape of tree
-    python -m scripts.bench_learner --memory    peak memory and tokens/s: plain, chunked, packed, checkpointed
+    python -m scripts.bench.learner             time: flat against packed, per shape of tree
+    python -m scripts.bench.learner --memory    peak memory and tokens/s: plain, chunked, packed, checkpointed
 
 Time is one forward, loss and backward over the same trees (no Ray, no DeepSpeed, no optimizer step); on the CPU that
 of one thread's own work, so that a busy machine matters less. Flat and packed take turns within one run; quote ratios.

@@ -1,0 +1,1 @@
+"""Benchmarks: speed and bytes, as ratios within one run."""
