@@ -10,13 +10,13 @@ import sys
 from trace_async.config import ConfigError
 
 COMMANDS = {
-    "train": ("scripts.train", "train a policy; --dry-run shows the plan, --resume RUN goes on"),
-    "eval": ("scripts.evaluate", "evaluate a policy on held-out tasks"),
-    "compare": ("scripts.compare", "methods × seeds at equal generated tokens, with a report"),
-    "tree": ("scripts.show_tree", "show a rollout tree of a run"),
-    "make-policy": ("scripts.make_policy", "build the small start policy of an environment"),
-    "env": ("scripts.env_check", "check an environment's contract"),
-    "export": ("scripts.export", "write a checkpoint's policy as a Hugging Face directory"),
+    "train": ("scripts.commands.train", "train a policy; --dry-run shows the plan, --resume RUN goes on"),
+    "eval": ("scripts.commands.evaluate", "evaluate a policy on held-out tasks"),
+    "compare": ("scripts.commands.compare", "methods × seeds at equal generated tokens, with a report"),
+    "tree": ("scripts.commands.tree", "show a rollout tree of a run"),
+    "make-policy": ("scripts.commands.make_policy", "build the small start policy of an environment"),
+    "env": ("scripts.commands.env_check", "check an environment's contract"),
+    "export": ("scripts.commands.export", "write a checkpoint's policy as a Hugging Face directory"),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from scripts.train import ensure_policy
+from scripts.commands.train import ensure_policy
 from trace_async.config import Config, ConfigError, load_config
 from trace_async.policy.load import load_tokenizer
 from trace_async.trees.io import read_trees, tree_files

@@ -4,7 +4,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from scripts.train import ensure_policy
+from scripts.commands.train import ensure_policy
 from trace_async.config import ConfigError, load_config
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from scripts.train import ensure_policy
+from scripts.commands.train import ensure_policy
 from trace_async.config import load_config
 
 
