@@ -10,8 +10,8 @@ from trace_async.config import ConfigError, EnvConfig
 from trace_async.env import Domain
 
 BUILT_IN: dict[str, str] = {
-    "multihop": "envs.multihop:MultiHop",
-    "qa_files": "envs.qa_files:QaFiles",
+    "multihop": "envs.multihop.domain:MultiHop",
+    "qa_files": "envs.multihop.qa_files:QaFiles",
     "math": "envs.math:Math",
     "math_files": "envs.math:MathFiles",
     "functions": "envs.functions:Functions",

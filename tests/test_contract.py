@@ -19,8 +19,8 @@ from envs.functions import Functions
 from envs.gymnasium_adapter import Gymnasium
 from envs.math import Math, MathFiles
 from envs.mixed import Mixed
-from envs.multihop import MultiHop
-from envs.qa_files import QaFiles
+from envs.multihop.domain import MultiHop
+from envs.multihop.qa_files import QaFiles
 from scripts.cli import main
 from trace_async.config import ConfigError, EnvConfig
 from trace_async.env import Domain, EnvError

@@ -29,7 +29,7 @@ def test_built_in_and_own_domains_are_built_with_their_args() -> None:
         ("multihopp", {}, "no such environment; did you mean multihop. Built in: multihop, qa_files, math"),
         ("zzz", {}, "no such environment"),
         ("no.such.module:Class", {}, "cannot import no.such.module"),
-        ("envs.multihop:Nothing", {}, "module envs.multihop has no Nothing"),
+        ("envs.multihop.domain:Nothing", {}, "module envs.multihop.domain has no Nothing"),
         ("multihop", {"wordls": 3}, "unexpected keyword argument 'wordls'; MultiHop takes .*num_train_worlds"),
     ],
 )

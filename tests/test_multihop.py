@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.multihop import DEFAULT_MIX, MultiHop, MultiHopEnv, QaSettings
-from envs.multihop_demo import ErrorRates
-from envs.multihop_world import CHAIN_KINDS, KINDS, RELATIONS, World
-from envs.retrieval import BM25Retriever, Passage
+from envs.multihop.demonstrations import ErrorRates
+from envs.multihop.domain import DEFAULT_MIX, MultiHop, MultiHopEnv, QaSettings
+from envs.multihop.retrieval import BM25Retriever, Passage
+from envs.multihop.world import CHAIN_KINDS, KINDS, RELATIONS, World
 from trace_async.env import DemonstrationSource, Demonstrator, EnvError
 from trace_async.types import Message, Prompt, StepResult, Task
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from envs.qa_files import QaFiles, read_corpus
+from envs.multihop.qa_files import QaFiles, read_corpus
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_hotpotqa = pytest.mark.skipif(

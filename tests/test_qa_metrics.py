@@ -2,7 +2,7 @@
 
 import pytest
 
-from envs.qa_metrics import AnswerScore, normalize_answer, score_answer, token_f1
+from envs.multihop.qa_metrics import AnswerScore, normalize_answer, score_answer, token_f1
 
 
 def test_normalisation() -> None:

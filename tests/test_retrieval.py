@@ -12,8 +12,8 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.qa_files import QaFiles
-from envs.retrieval import BM25Retriever, HttpRetriever, Passage
+from envs.multihop.qa_files import QaFiles
+from envs.multihop.retrieval import BM25Retriever, HttpRetriever, Passage
 from trace_async.env import EnvError
 
 PASSAGES = (

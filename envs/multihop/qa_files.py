@@ -5,8 +5,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
-from envs.multihop import MultiHopEnv, QaSettings
-from envs.retrieval import BM25Retriever, HttpRetriever, Passage, Retriever
+from envs.multihop.domain import MultiHopEnv, QaSettings
+from envs.multihop.retrieval import BM25Retriever, HttpRetriever, Passage, Retriever
 from trace_async.run.dataset import read_json, read_rows
 from trace_async.types import Json, Split, Task
 

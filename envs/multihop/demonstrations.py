@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from random import Random
 
-from envs.multihop_world import Question, World
+from envs.multihop.world import Question, World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

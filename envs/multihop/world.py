@@ -9,7 +9,7 @@ from functools import cached_property
 from hashlib import blake2b
 from random import Random
 
-from envs.retrieval import BM25Retriever, Passage
+from envs.multihop.retrieval import BM25Retriever, Passage
 from trace_async.types import Split
 
 

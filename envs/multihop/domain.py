@@ -14,11 +14,11 @@ from typing import Literal
 
 from envs.actions import REASONS, TRUNCATED, Malformed, cut_text
 from envs.lazy_tasks import LazyTasks
-from envs.multihop_demo import ErrorRates, demonstrate
-from envs.multihop_world import KINDS, Question, World, vocabulary
-from envs.qa_metrics import AnswerScore, score_answer
+from envs.multihop.demonstrations import ErrorRates, demonstrate
+from envs.multihop.qa_metrics import AnswerScore, score_answer
+from envs.multihop.retrieval import Retriever
+from envs.multihop.world import KINDS, Question, World, vocabulary
 from envs.react import UNCLOSED_BRACKET, parse_search_action
-from envs.retrieval import Retriever
 from trace_async.types import Json, Message, Prompt, Split, StepResult, Task
 
 LAST_TURN = "last turn ; answer now"

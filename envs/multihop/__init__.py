@@ -1,0 +1,1 @@
+"""Multi-hop question answering with search: generated worlds, and questions from files."""
