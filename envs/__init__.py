@@ -12,8 +12,8 @@ from trace_async.env import Domain
 BUILT_IN: dict[str, str] = {
     "multihop": "envs.multihop.domain:MultiHop",
     "qa_files": "envs.multihop.qa_files:QaFiles",
-    "math": "envs.math:Math",
-    "math_files": "envs.math:MathFiles",
+    "math": "envs.math.domain:Math",
+    "math_files": "envs.math.domain:MathFiles",
     "functions": "envs.functions:Functions",
     "bfcl": "envs.bfcl:Bfcl",
     "mixed": "envs.mixed:Mixed",

@@ -17,7 +17,7 @@ from envs.contract import Finding, check_domain
 from envs.example import GuessEnv, GuessNumber
 from envs.functions import Functions
 from envs.gymnasium_adapter import Gymnasium
-from envs.math import Math, MathFiles
+from envs.math.domain import Math, MathFiles
 from envs.mixed import Mixed
 from envs.multihop.domain import MultiHop
 from envs.multihop.qa_files import QaFiles

@@ -10,9 +10,9 @@ from random import Random
 
 import pytest
 
-from envs.answers import AnswerChecker, parse_number, unbox
-from envs.math import Math, MathFiles, load_problems
-from envs.math_problems import make_problem
+from envs.math.answers import AnswerChecker, parse_number, unbox
+from envs.math.domain import Math, MathFiles, load_problems
+from envs.math.problems import make_problem
 from trace_async.config import ConfigError
 from trace_async.env import Demonstrator, EnvError
 from trace_async.types import Task

@@ -53,7 +53,7 @@ def test_the_vocabulary_is_the_union() -> None:
         ({"maths": {}}, "did you mean math"),
         ({"math": {"weight": 0}}, r"math\.weight=0\.0: must be > 0"),
         ({"math": {"share": 1}}, r"unknown \['share'\]"),
-        ({"math": {}, "envs.math:Math": {}}, "each domain once"),
+        ({"math": {}, "envs.math.domain:Math": {}}, "each domain once"),
         ({"mixed": {}}, "no other mix"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from envs.sandbox import Sandbox, SandboxLimits
+from envs.math.sandbox import Sandbox, SandboxLimits
 from trace_async.config import ConfigError
 from trace_async.env import EnvError
 

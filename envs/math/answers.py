@@ -130,7 +130,7 @@ class AnswerChecker:
 
     async def _start(self) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "envs.answers", str(self._cpu_limit_s)),
+            *(sys.executable, "-m", "envs.math.answers", str(self._cpu_limit_s)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -143,7 +143,7 @@ class AnswerChecker:
             ready = b""
         if ready != b"ready\n":
             await self.close()
-            raise EnvError("math-verify cannot be started; try: python -m envs.answers 10 < /dev/null")
+            raise EnvError("math-verify cannot be started; try: python -m envs.math.answers 10 < /dev/null")
         return process
 
 

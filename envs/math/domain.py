@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from envs import math_problems
 from envs.actions import REASONS, TRUNCATED, Malformed, cut_text, parse_block
-from envs.answers import AnswerCheck, AnswerChecker
 from envs.lazy_tasks import check_shares
-from envs.sandbox import Sandbox, SandboxLimits
+from envs.math import problems as math_problems
+from envs.math.answers import AnswerCheck, AnswerChecker
+from envs.math.sandbox import Sandbox, SandboxLimits
 from trace_async.config import ConfigError
 from trace_async.run.dataset import read_rows
 from trace_async.types import Message, Prompt, Split, StepResult, Task

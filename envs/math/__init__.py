@@ -1,0 +1,1 @@
+"""Mathematics with a Python tool in a sandbox: generated problems, and problems from files."""
