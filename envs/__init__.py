@@ -14,8 +14,8 @@ BUILT_IN: dict[str, str] = {
     "qa_files": "envs.multihop.qa_files:QaFiles",
     "math": "envs.math.domain:Math",
     "math_files": "envs.math.domain:MathFiles",
-    "functions": "envs.functions:Functions",
-    "bfcl": "envs.bfcl:Bfcl",
+    "functions": "envs.functions.domain:Functions",
+    "bfcl": "envs.functions.bfcl:Bfcl",
     "mixed": "envs.mixed:Mixed",
     "gymnasium": "envs.gymnasium_adapter:Gymnasium",
 }

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("bfcl_eval", reason="the package bfcl-eval is not installed")
 
 from envs.actions import ToolCall
-from envs.bfcl import Bfcl, BfclBackend, load_bfcl, parse_python_call
-from envs.functions import write_call
+from envs.functions.bfcl import Bfcl, BfclBackend, load_bfcl, parse_python_call
+from envs.functions.domain import write_call
 from trace_async.types import Task
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "bfcl"

@@ -15,7 +15,7 @@ import pytest
 from envs import contract, load_domain
 from envs.contract import Finding, check_domain
 from envs.example import GuessEnv, GuessNumber
-from envs.functions import Functions
+from envs.functions.domain import Functions
 from envs.gymnasium_adapter import Gymnasium
 from envs.math.domain import Math, MathFiles
 from envs.mixed import Mixed

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.functions import ConversationEnv, Functions, write_call
-from envs.services import TOOLS, ServicesState, ToolError, call_tool
+from envs.functions.domain import ConversationEnv, Functions, write_call
+from envs.functions.services import TOOLS, ServicesState, ToolError, call_tool
 from trace_async.config import ConfigError
 from trace_async.env import Demonstrator
 from trace_async.policy.small_tokenizer import build_tokenizer

@@ -7,7 +7,7 @@ import pytest
 
 from actors.prompt import PromptActor
 from envs import BUILT_IN
-from envs.functions import write_call
+from envs.functions.domain import write_call
 from trace_async.config import ConfigError, load_config
 from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.run.state import PendingPrompt

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, cast, get_args
 
-from envs.services import TOOLS, ServicesState, ToolError, call_tool
+from envs.functions.services import TOOLS, ServicesState, ToolError, call_tool
 from trace_async.types import Json
 
 Level = Literal["easy", "middle", "hard"]

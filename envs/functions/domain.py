@@ -12,11 +12,11 @@ from copy import deepcopy
 from random import Random
 from typing import Protocol, cast
 
-from envs import function_tasks
 from envs.actions import REASONS, TRUNCATED, Malformed, ToolCall, cut_text, parse_tool_calls
-from envs.function_tasks import LEVELS
+from envs.functions import tasks as function_tasks
+from envs.functions.services import ERRORS, TOOLS, ServicesState, ToolError, call_tool
+from envs.functions.tasks import LEVELS
 from envs.lazy_tasks import LazyTasks, check_shares
-from envs.services import ERRORS, TOOLS, ServicesState, ToolError, call_tool
 from trace_async.types import Json, Message, Prompt, Split, StepResult, Task
 
 _REMINDER = 'to act write <tool_call> {"name": "tool", "arguments": {}} </tool_call>'

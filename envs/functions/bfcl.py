@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import cast
 
 from envs.actions import ToolCall
-from envs.functions import INSTRUCTIONS, ConversationEnv
+from envs.functions.domain import INSTRUCTIONS, ConversationEnv
 from trace_async.config import ConfigError
 from trace_async.run.dataset import read_rows
 from trace_async.types import Json, Message, Prompt, Split, Task

@@ -1,0 +1,1 @@
+"""Function calling over stateful services: generated tasks, and BFCL's."""
