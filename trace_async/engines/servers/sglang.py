@@ -16,7 +16,7 @@ from trace_async.engines.servers.weight_record import Tensors
 from trace_async.types import Completion, FinishReason, SamplingParams
 
 MIN_SHARED_TOKENS = 32
-CPU_STAND_INS = Path(__file__).with_name("cpu_stand_ins")
+CPU_STAND_INS = Path(__file__).parents[1] / "cpu_stand_ins"
 
 
 @dataclass(slots=True)

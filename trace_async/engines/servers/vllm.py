@@ -19,7 +19,7 @@ from trace_async.weights import WeightUpdate
 
 BLOCK_TOKENS = 32
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
-WORKER_EXTENSION = Path(__file__).with_name("vllm_worker")
+WORKER_EXTENSION = Path(__file__).parents[1] / "vllm_worker"
 EMPTY_DIGEST = hashlib.sha256().hexdigest()
 
 
