@@ -1,4 +1,6 @@
-"""TRACE's three propositions, selection bias and the order of prefixes, in numbers: python -m scripts.studies.propositions
+"""TRACE's three propositions, selection bias and the order of prefixes, in numbers.
+
+    python -m scripts.studies.propositions
 
 Everything is measured on processes whose success probabilities are known exactly (scripts/studies/known_process.py).
 """

@@ -1,1 +1,4 @@
-"""One DeepSpeed rank: loss, update, its weights and its state on disk. Imports packing, policy, method and trees."""
+"""One DeepSpeed rank: loss, update, its weights, its state on disk.
+
+May import `packing`, `policy`, `method`, `run` and `trees`.
+"""

@@ -1,7 +1,7 @@
 """TRACE's allocation of the rollout budget (arXiv 2606.11119): Stage 1 over prompts, Stage 2 over prefixes.
 
 Both maximise the chance that the descendants of an anchor hold a success and a failure, and are exact: equal to
-exhaustive dynamic programming (tests/test_allocation.py). The rules of the baselines are in `selection_rules.py`.
+exhaustive dynamic programming (see test_allocation.py). The rules of the baselines are in `selection_rules.py`.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,4 @@
-"""Trees as packed sequences in which every shared token stands once, and the attention over them. Imports trees, method and policy."""
+"""Trees as packed rows in which every shared token stands once, and the attention over them.
+
+May import `trees`, `method` and `policy`.
+"""

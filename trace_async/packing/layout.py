@@ -8,7 +8,7 @@
 Row k is seen from row q exactly when `k ≤ q < subtree_end[k]`: its ancestors and itself. A token where branches part
 (b, d) predicts several next tokens, so what is trained are *entries* (source row, label), not shifted labels.
 Several trees share a row without seeing each other. `packing=flat` lays every branch out on its own, as trainers
-without trees do; both give the same gradient to rounding (tests/test_packing.py).
+without trees do; both give the same gradient to rounding (tests/unit/packing/test_packing.py).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,1 +1,1 @@
-"""Models on disk: loading them, and a small start policy taught by demonstrations. Imports the renderer of `rollout`."""
+"""Models on disk: loading them, and a small start policy taught by demonstrations. May import `rollout`."""

@@ -1,1 +1,4 @@
-"""V(H): the value model that steers the allocation, and how good it is. Imports packing, policy, method and trees."""
+"""V(H), the value model that steers the allocation, and how good it is.
+
+May import `packing`, `policy`, `method` and `trees`.
+"""

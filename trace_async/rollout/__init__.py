@@ -1,1 +1,1 @@
-"""One prompt's life: messages to tokens, roots, values, continuations, one tree. Imports trees and method."""
+"""One prompt's life: messages to tokens, roots, values, continuations, one tree. May import `trees` and `method`."""

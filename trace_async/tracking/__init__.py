@@ -1,1 +1,1 @@
-"""Figures by name: computed, written down, shown while the run goes on and at its end. MLflow is imported when it is used."""
+"""Figures by name: computed, written down, shown live and at the end. May import `trees`; MLflow only when used."""

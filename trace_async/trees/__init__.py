@@ -1,1 +1,1 @@
-"""The rollout tree: what it is, how it is stored and shown. Imports the vocabulary only."""
+"""The rollout tree: what it is, how it is stored and shown. May import the vocabulary."""

@@ -1,0 +1,131 @@
+"""A Ray cluster of several nodes, all of them on this machine; what a run asks of it, and where things are placed."""
+
+import asyncio
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+
+from actors.learner import LearnerGroup
+from actors.ray_cluster import asked_of_ray, require_room
+from tests.ray.test_end_to_end import command
+from tests.unit.learner.test_learner import configure
+from trace_async.config import ConfigError, load_config
+
+
+@contextmanager
+def cluster_of(*num_cpus: int) -> Iterator[Cluster]:
+    """A node for each number of CPUs; the first is the head."""
+    head, *others = num_cpus
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": head, "include_dashboard": False})
+    try:
+        for count in others:
+            made.add_node(num_cpus=count)
+        made.wait_for_nodes()
+        yield made
+    finally:
+        made.shutdown()
+
+
+def test_what_a_run_asks_for():
+    overrides = ["actors.num_generators=3", "actors.generator_gpus=1", "actors.learner_gpus=1"]
+    asked = asked_of_ray(load_config(None, [*overrides, "learner.num_ranks=4", "learner.num_threads=2"]))
+    assert sum(asked["CPU"].values()) == 3 * 1 + 4 * 2 + 1
+    assert sum(asked["GPU"].values()) == 3 + 4
+    require_room(asked, {"CPU": 12, "GPU": 7}, "the cluster")
+    with pytest.raises(ConfigError) as raised:
+        require_room(asked, {"CPU": 64, "GPU": 6}, "the cluster")
+    assert str(raised.value) == (
+        "the cluster has 6 GPUs, and 7 are asked for: 3 by actors.num_generators × actors.generator_gpus, "
+        "4 by learner.num_ranks × actors.learner_gpus"
+    )
+    only_generators = asked_of_ray(load_config(None, overrides), only_generators=True)
+    assert {resource: sum(shares.values()) for resource, shares in only_generators.items()} == {"CPU": 3, "GPU": 3}
+
+
+def nodes_of_ranks(address: str, policy_path: Path, num_ranks: int) -> list[str]:
+    """Starts a learner, which takes part in its update, and tells on which node each rank was placed."""
+
+    async def start() -> list[str]:
+        group = LearnerGroup(configure(f"learner.num_ranks={num_ranks}"), policy_path)
+        try:
+            await group.start()
+            assert group._placement is not None
+            return list(placement_group_table(group._placement)["bundles_to_node_id"].values())
+        finally:
+            await group.close()
+
+    ray.init(address=address, log_to_driver=False)
+    try:
+        return asyncio.run(start())
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.timeout(600)
+def test_ranks_share_as_few_nodes_as_hold_them(tiny_policy_path):
+    with cluster_of(2, 2, 2) as cluster, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        for num_ranks, num_nodes in ((2, 1), (3, 2)):
+            nodes = pool.submit(nodes_of_ranks, cluster.address, tiny_policy_path, num_ranks).result()
+            assert len(nodes) == num_ranks
+            assert len(set(nodes)) == num_nodes
+
+
+def train(*overrides: str) -> subprocess.Popen[str]:
+    arguments = command("train", "--config", "configs/quickstart.yaml", *overrides)
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def hosts(node: Any, actor: str) -> bool:
+    """Whether one of the node's processes is this actor, which Ray writes into its title."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return any(actor in " ".join(child.cmdline()) for child in raylet.children(recursive=True))
+
+
+@pytest.mark.timeout(600)
+def test_a_run_on_a_cluster_survives_the_loss_of_a_node(tmp_path):
+    """Two ranks, two generators, the predictor, each on a node of its own; a generator's is killed, another comes."""
+    small = ["budget.root_rollouts=8", "budget.pool_size=12", "eval.num_tasks=8", "policy.warm_start_steps=20"]
+    spread = ["actors.num_generators=2", "actors.num_prompt_actors=2", "learner.num_ranks=2", "learner.zero_stage=3"]
+    with cluster_of(1, 1, 1, 1, 1) as cluster:
+        address = f"actors.ray_address={cluster.address}"
+        too_much = train(address, *small, *spread, "learner.num_threads=7", f"output_dir={tmp_path}/too_much")
+        run = train(
+            *(address, *small, *spread, "num_updates=14"),
+            *(
+                f"output_dir={tmp_path}",
+                f"policy.cache_dir={tmp_path}/policies",
+                f"tracking.uri=sqlite:///{tmp_path}/ml",
+            ),
+        )
+        metrics = tmp_path / "quickstart" / "metrics.jsonl"
+
+        def num_updates() -> int:
+            points = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+            return max([int(point["step"]) for point in points], default=0)
+
+        while num_updates() < 3:
+            assert run.poll() is None, run.stderr and run.stderr.read()
+            time.sleep(0.5)
+        victim = next(node for node in list(cluster.worker_nodes) if hosts(node, "ray::GeneratorActor"))
+        cluster.remove_node(victim, allow_graceful=False)
+        at_loss = num_updates()
+        cluster.add_node(num_cpus=1)
+        _, errors = run.communicate(timeout=400)
+        assert run.returncode == 0, errors
+        assert at_loss < num_updates() == 14
+        assert (tmp_path / "quickstart" / "policy" / "model.safetensors").is_file()
+        _, errors = too_much.communicate()
+        assert too_much.returncode == 2
+        assert f"the Ray cluster at {cluster.address} has 5 CPUs, and 17 are asked for: 2 by actors.num_gen" in errors
