@@ -1,4 +1,9 @@
-"""How good values are: Brier score, AUC and calibration, by depth. Weighted; outcomes may be any number in [0, 1]."""
+"""How good values are: Brier score, AUC and calibration, by depth, within prompts and between them.
+
+Stage 1 chooses between prompts, Stage 2 inside one: a model that only knows which prompts are hard has a good AUC and
+is of no use to Stage 2. So pairs of rollouts of one prompt (`auc_within`) are counted apart from pairs of rollouts of
+two prompts (`auc_between`). Outcomes may be any number in [0, 1].
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +20,22 @@ def brier(values: FloatArray, outcomes: FloatArray) -> float:
 
 
 def auc(values: FloatArray, outcomes: FloatArray) -> float:
-    """Chance that a success was given a higher value than a failure, ties half; nan unless both occur.
+    """Chance that a success was given a higher value than a failure, ties half; nan unless both occur."""
+    won, pairs = _pairs(values, outcomes)
+    return won / pairs if pairs > 0 else float("nan")
+
+
+def _pairs(values: FloatArray, outcomes: FloatArray) -> tuple[float, float]:
+    """(pairs of a success and a failure in which the success has the higher value, ties half; all such pairs).
 
     An outcome r in [0, 1] counts r as a success and 1 − r as a failure.
     """
     levels, level = np.unique(values, return_inverse=True)
     successes = np.bincount(level, weights=outcomes, minlength=len(levels))
     failures = np.bincount(level, weights=1 - outcomes, minlength=len(levels))
-    pairs = successes.sum() * failures.sum()
     failures_below = np.cumsum(failures) - failures
-    return float((successes * (failures_below + failures / 2)).sum() / pairs) if pairs > 0 else float("nan")
+    won = float((successes * (failures_below + failures / 2)).sum())
+    return won, float(successes.sum() * failures.sum())
 
 
 def calibration_error(values: FloatArray, outcomes: FloatArray, *, num_bins: int = 10) -> float:
@@ -38,27 +49,54 @@ def calibration_error(values: FloatArray, outcomes: FloatArray, *, num_bins: int
 
 @dataclass(frozen=True, slots=True)
 class ValuedOutcomes:
-    """Values beside what came of them, in flat arrays; `outcomes` in [0, 1], `depths` in turns (0: the prompt)."""
+    """Values beside what came of them, in flat arrays of one length.
+
+    `outcomes` in [0, 1]; `depths` in turns (0: the prompt); `prompts`: a number per prompt.
+    """
 
     values: FloatArray
     outcomes: FloatArray
     depths: FloatArray
+    prompts: FloatArray
 
     def metrics(self) -> dict[str, float]:
-        """`brier`, `brier_base` (of always saying the mean outcome), `auc`, `calibration`, and Brier, AUC by depth."""
+        """Of all: `brier`, `brier_base` (of always saying the mean outcome), `auc`, `calibration`. The same by depth,
+        as `brier/depth_2`. Of prefixes (depth ≥ 1): `auc_prefix`, and `auc_within`, `auc_between` with the number of
+        their pairs, all pairs being of one depth.
+        """
         if not len(self.values):
             return {}
-        found = {
-            "brier": brier(self.values, self.outcomes),
-            "brier_base": float(np.var(self.outcomes)),
-            "auc": auc(self.values, self.outcomes),
-            "calibration": calibration_error(self.values, self.outcomes),
-        }
+        found = self._scores("")
         for depth in np.unique(self.depths):
-            at = self.depths == depth
-            found[f"brier/depth_{int(depth)}"] = brier(self.values[at], self.outcomes[at])
-            found[f"auc/depth_{int(depth)}"] = auc(self.values[at], self.outcomes[at])
-        return {name: value for name, value in found.items() if not np.isnan(value)}
+            found |= self.where(self.depths == depth)._scores(f"/depth_{int(depth)}")
+        return {name: value for name, value in (found | self._prefix_scores()).items() if not np.isnan(value)}
+
+    def where(self, chosen: np.ndarray) -> "ValuedOutcomes":
+        """The rows for which `chosen` [rows] is true."""
+        return ValuedOutcomes(self.values[chosen], self.outcomes[chosen], self.depths[chosen], self.prompts[chosen])
+
+    def _scores(self, suffix: str) -> dict[str, float]:
+        return {
+            f"brier{suffix}": brier(self.values, self.outcomes),
+            f"brier_base{suffix}": float(np.var(self.outcomes)),
+            f"auc{suffix}": auc(self.values, self.outcomes),
+            f"calibration{suffix}": calibration_error(self.values, self.outcomes),
+        }
+
+    def _prefix_scores(self) -> dict[str, float]:
+        prefixes = self.where(self.depths > 0)
+        within, everywhere = np.zeros(2), np.zeros(2)
+        for depth in np.unique(prefixes.depths):
+            rows = prefixes.where(prefixes.depths == depth)
+            everywhere += _pairs(rows.values, rows.outcomes)
+            for prompt in np.unique(rows.prompts):
+                own = rows.prompts == prompt
+                within += _pairs(rows.values[own], rows.outcomes[own])
+        found = {"auc_prefix": auc(prefixes.values, prefixes.outcomes)}
+        for name, (won, pairs) in (("within", within), ("between", everywhere - within)):
+            if pairs > 0:
+                found |= {f"auc_{name}": won / pairs, f"pairs_{name}": pairs}
+        return found
 
 
 def root_outcomes(trees: Sequence[RolloutTree], values: Sequence[FloatArray]) -> ValuedOutcomes:
@@ -68,12 +106,11 @@ def root_outcomes(trees: Sequence[RolloutTree], values: Sequence[FloatArray]) ->
     outcomes (Stage 2).
     """
     rows = [
-        (tree_values[node], rollout.reward, depth)
-        for tree, tree_values in zip(trees, values, strict=True)
+        (tree_values[node], rollout.reward, depth, prompt)
+        for prompt, (tree, tree_values) in enumerate(zip(trees, values, strict=True))
         for rollout in tree.rollouts
         if rollout.kind == "root"
         for depth, node in enumerate(tree.path(rollout.leaf)[:-1])
         if not np.isnan(tree_values[node])
     ]
-    columns = np.array(rows, dtype=float).reshape(len(rows), 3).T
-    return ValuedOutcomes(*columns)
+    return ValuedOutcomes(*np.array(rows, dtype=float).reshape(len(rows), 4).T)

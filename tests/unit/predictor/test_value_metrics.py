@@ -36,4 +36,35 @@ def test_root_outcomes_leaves_out_last_turns_and_continuations():
     assert metrics["brier/depth_0"] == pytest.approx((0.36 + 0.16) / 2)
     assert metrics["auc/depth_0"] == 0.5
     assert "auc/depth_1" not in metrics
-    assert ValuedOutcomes(*np.zeros((3, 0))).metrics() == {}
+    assert ValuedOutcomes(*np.zeros((4, 0))).metrics() == {}
+
+
+def test_auc_within_prompts_and_between_them_by_hand():
+    # depth, prompt, value, outcome
+    rows = [
+        (0, 0, 0.0, 1.0),  # a prompt's own value says nothing of prefixes
+        (1, 0, 0.9, 1.0),
+        (1, 0, 0.2, 0.0),
+        (1, 1, 0.3, 1.0),
+        (1, 1, 0.6, 0.0),
+        (2, 1, 0.8, 1.0),  # alone at its depth: no pair
+    ]
+    depths, prompts, values, outcomes = np.array(rows).T
+    metrics = ValuedOutcomes(values, outcomes, depths, prompts).metrics()
+    # within: .9 > .2 won, .3 < .6 lost; between: .9 > .6 won, .3 > .2 won
+    assert (metrics["auc_within"], metrics["pairs_within"]) == (0.5, 2)
+    assert (metrics["auc_between"], metrics["pairs_between"]) == (1.0, 2)
+    # all prefixes together: the success of depth 2 meets both failures, so 5 of 6 pairs are won
+    assert metrics["auc_prefix"] == pytest.approx(5 / 6)
+    assert metrics["brier_base/depth_1"] == 0.25
+
+
+def test_a_model_that_only_knows_prompts_is_a_coin_within_them():
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(40.0), 4)
+    chance = np.where(prompts % 2, 0.8, 0.2)
+    outcomes = (rng.random(160) < chance).astype(float)
+    metrics = ValuedOutcomes(chance, outcomes, np.ones(160), prompts).metrics()
+    assert metrics["auc_within"] == 0.5
+    assert metrics["auc_between"] > 0.7
+    assert metrics["auc_prefix"] == metrics["auc/depth_1"]

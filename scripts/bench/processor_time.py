@@ -1,0 +1,127 @@
+"""Measure which part of a run uses the processor, start-up apart.
+
+    python -m scripts.bench.processor_time --config configs/quickstart.yaml [section.name=value …]
+
+Runs `train` as a child and reads, twice a second, the processor time of it and of every process it started. What is
+reported lies between the first and the last update: start-up, the first evaluation and the last one are apart. A
+process that ends between two looks loses at most what it used since the last one.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+from trace_async.config import load_config
+from trace_async.tracking.log import METRICS_FILE
+
+EVERY_S = 0.5
+_ACTOR = re.compile(r"ray::(\w+?)(\.|:|$)")
+
+
+def part_of(title: str, *, is_driver: bool) -> str:
+    """The part that a process belongs to, by its title: an actor's class, the driver, or Ray's own servers."""
+    if is_driver:
+        return "driver"
+    actor = _ACTOR.match(title)
+    return actor[1] if actor and actor[1].endswith(("Actor", "Rank")) else "Ray"
+
+
+class Meter:
+    """Adds up what each process used since it was first seen."""
+
+    def __init__(self, driver: psutil.Process) -> None:
+        self.driver = driver
+        self.used: dict[tuple[int, float], float] = {}
+        self.parts: dict[tuple[int, float], str] = {}
+
+    def look(self) -> Mapping[str, float]:
+        """Processor seconds (user and system) so far, by part."""
+        for process in self._processes():
+            try:
+                key = (process.pid, process.create_time())
+                times = process.cpu_times()
+                title = " ".join(process.cmdline()[:1])
+            except psutil.Error:
+                continue  # it ended meanwhile
+            self.used[key] = times.user + times.system
+            part = part_of(title, is_driver=process.pid == self.driver.pid)
+            if part != "Ray" or key not in self.parts:
+                self.parts[key] = part
+        totals: dict[str, float] = defaultdict(float)
+        for key, seconds in self.used.items():
+            totals[self.parts[key]] += seconds
+        return dict(totals)
+
+    def _processes(self) -> Iterator[psutil.Process]:
+        try:
+            yield self.driver
+            yield from self.driver.children(recursive=True)
+        except psutil.Error:
+            return
+
+
+def training_steps(metrics_file: Path) -> list[int]:
+    """The updates logged so far, and 0 once the start policy has been evaluated."""
+    if not metrics_file.is_file():
+        return []
+    lines = metrics_file.read_bytes().split(b"\n")[:-1]
+    records = [json.loads(line) for line in lines]
+    return [record["step"] for record in records if record["step"] == 0 or "train/reward" in record]
+
+
+def measure(command: list[str], run_dir: Path) -> tuple[dict[str, float], float, int]:
+    """Processor seconds by part between the first evaluation and the last update, the wall seconds, the updates."""
+    metrics_file = run_dir / METRICS_FILE
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    assert child.stdout is not None
+    tail: list[str] = []
+    reader = threading.Thread(target=lambda: tail.extend(child.stdout or ()))
+    reader.start()
+    meter = Meter(psutil.Process(child.pid))
+    first: tuple[float, Mapping[str, float]] | None = None
+    last: tuple[float, Mapping[str, float]] | None = None
+    updates = 0
+    while child.poll() is None:
+        time.sleep(EVERY_S)
+        now, found, steps = time.monotonic(), meter.look(), training_steps(metrics_file)
+        if steps and first is None:
+            first = (now, found)
+        if steps and steps[-1] > updates:
+            updates, last = steps[-1], (now, found)
+    reader.join()
+    sys.stdout.write("".join(tail[-40:]))
+    if child.returncode or first is None or last is None:
+        raise SystemExit(f"the run ended with status {child.returncode} after {updates} updates")
+    used = {part: seconds - first[1].get(part, 0.0) for part, seconds in last[1].items()}
+    return used, last[0] - first[0], updates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    run_dir = Path(config.output_dir) / config.name
+    if run_dir.exists():
+        raise SystemExit(f"{run_dir} exists: choose another name=…")
+    command = [sys.executable, "-m", "scripts.cli", "train", "--config", args.config, *args.overrides]
+    used, wall_s, updates = measure(command, run_dir)
+    total = sum(used.values())
+    print(f"\n{updates} updates in {wall_s:.0f} s of wall time, {total:.0f} s of processor time, start-up apart:")
+    for part, seconds in sorted(used.items(), key=lambda item: -item[1]):
+        print(f"  {part:<20} {seconds:8.1f} s  {seconds / total:6.1%}")
+
+
+if __name__ == "__main__":
+    main()
