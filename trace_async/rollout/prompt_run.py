@@ -87,10 +87,14 @@ class _Turn:
 
 @dataclass(slots=True, eq=False)
 class _Chain:
-    """One rollout under way: its fresh turns below `anchor` (a turn of another chain, or None for the prompt)."""
+    """One rollout under way: its fresh turns below `anchor` (a turn of another chain, or None for the prompt).
+
+    `round`: the round of Stage 2 that bought it, as in `Rollout`.
+    """
 
     kind: RolloutKind
     anchor: "tuple[_Chain, int] | None" = None
+    round: int = 0
     turns: list[_Turn] = field(default_factory=list)
     reward: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -100,7 +104,7 @@ class _Chain:
         above = list(prompt_ids)
         if self.anchor is not None:
             chain, turn = self.anchor
-            above = _Chain(chain.kind, chain.anchor, chain.turns[: turn + 1]).history(prompt_ids)
+            above = _Chain(chain.kind, chain.anchor, turns=chain.turns[: turn + 1]).history(prompt_ids)
         return above + [token for turn in self.turns for token in turn.token_ids]
 
 
@@ -148,7 +152,8 @@ class PromptRun:
             turns = [(chain, turn) for chain in self.finished for turn in range(len(chain.turns))]
             # Node 0 is the prompt; the turns follow in the order in which `tree` lays them out.
             chosen = [turns[a.node - 1] for a, count in zip(anchors, counts, strict=True) for _ in range(int(count))]
-            await _run_all(self._attempt("continuation", anchor) for anchor in chosen)
+            round_number = expansion.rounds - rounds_left
+            await _run_all(self._attempt("continuation", anchor, round_number) for anchor in chosen)
             allocated += len(chosen)
         return allocated
 
@@ -187,9 +192,9 @@ class PromptRun:
         except (EngineError, EnvError) as error:
             log.warning("task %s: a rollout of the oracle failed: %r", self.task.id, error)
 
-    async def _attempt(self, kind: RolloutKind, anchor: tuple[_Chain, int] | None) -> None:
+    async def _attempt(self, kind: RolloutKind, anchor: tuple[_Chain, int] | None, round_number: int = 0) -> None:
         for attempt in range(self.limits.max_retries + 1):
-            chain = _Chain(kind, anchor)
+            chain = _Chain(kind, anchor, round_number)
             self.started.append(chain)
             try:
                 await self._roll(chain)
@@ -280,7 +285,14 @@ class PromptRun:
                 parent = index[chain, position] = len(nodes) - 1
             assert chain.reward is not None
             rollouts.append(
-                Rollout(kind=chain.kind, anchor=anchor, leaf=parent, reward=chain.reward, metrics=chain.metrics)
+                Rollout(
+                    kind=chain.kind,
+                    anchor=anchor,
+                    leaf=parent,
+                    reward=chain.reward,
+                    metrics=chain.metrics,
+                    round=chain.round,
+                )
             )
         return RolloutTree(
             task=self.task,

@@ -14,7 +14,7 @@ from typing import TypeAlias, cast
 from trace_async.trees.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Json, Task, VersionSpan
 
-FORMAT = 1
+FORMAT = 2
 Record: TypeAlias = "dict[str, Json]"
 
 
@@ -63,7 +63,14 @@ def tree_to_json(tree: RolloutTree) -> str:
         "failures": dict(tree.failures),
         "nodes": [_node_record(node) for node in tree.nodes],
         "rollouts": [
-            {"kind": r.kind, "anchor": r.anchor, "leaf": r.leaf, "reward": r.reward, "metrics": dict(r.metrics)}
+            {
+                "kind": r.kind,
+                "anchor": r.anchor,
+                "leaf": r.leaf,
+                "reward": r.reward,
+                "metrics": dict(r.metrics),
+                "round": r.round,
+            }
             for r in tree.rollouts
         ],
     }
@@ -132,6 +139,7 @@ def _read_rollout(record: "_Reader") -> Rollout:
         leaf=record.integer("leaf"),
         reward=record.number("reward"),
         metrics={name: _number(value, f"{record.name}: metrics.{name}") for name, value in metrics.items()},
+        round=record.integer("round"),
     )
 
 

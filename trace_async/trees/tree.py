@@ -53,7 +53,8 @@ class Node:
 class Rollout:
     """A finished rollout: a fresh chain of nodes below `anchor`, ending at `leaf` with the verifier's reward.
 
-    A root rollout is anchored at node 0; a continuation at the turn after which it goes on.
+    A root rollout is anchored at node 0; a continuation at the turn after which it goes on. `round`: the round of
+    Stage 2, from 0, that bought a continuation (0 for a root rollout): what its credit may know.
     """
 
     kind: RolloutKind
@@ -61,6 +62,7 @@ class Rollout:
     leaf: int
     reward: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    round: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,8 @@ class RolloutTree:
                 raise ValueError(f"rollout {r}: exactly root rollouts are anchored at the prompt")
             if self.children[rollout.leaf]:
                 raise ValueError(f"rollout {r}: its last node {rollout.leaf} has children")
+            if rollout.round < 0 or (rollout.kind == "root" and rollout.round):
+                raise ValueError(f"rollout {r}: round {rollout.round} must be ≥ 0, and 0 for a root rollout")
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:

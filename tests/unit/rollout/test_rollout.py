@@ -182,7 +182,7 @@ async def test_several_rounds_spend_the_same_budget_and_may_continue_continuatio
     # Round 1: 2 continuations of the first turn, each with one more non-terminal turn; round 2: 1 more.
     assert seen == [2, 4]
     assert tree.num_continuations_allocated == 3
-    assert len(tree.rollouts) == 4
+    assert [r.round for r in tree.rollouts] == [0, 0, 0, 1]
 
 
 async def test_what_breaks_down_is_tried_again_and_then_counted_but_never_a_reward():

@@ -50,7 +50,10 @@ def trees(draw: st.DrawFn) -> RolloutTree:
             parent = len(grown) - 1
         kind = "continuation" if anchor else "root"
         metrics = draw(st.dictionaries(any_text, finite, max_size=2))
-        rollouts.append(Rollout(kind=kind, anchor=anchor, leaf=parent, reward=draw(finite), metrics=metrics))
+        bought = draw(st.integers(0, 3)) if anchor else 0
+        rollouts.append(
+            Rollout(kind=kind, anchor=anchor, leaf=parent, reward=draw(finite), metrics=metrics, round=bought)
+        )
     return RolloutTree(
         task=Task(
             id=draw(any_text),
@@ -128,7 +131,7 @@ def broken(**changes: object) -> str:
         ("{", "Expecting property name"),
         ("[1]", "tree: expected an object, found list"),
         ("[" * 100_000, "nested too deeply"),
-        (broken(format=2), "format 2 is not 1"),
+        (broken(format=1), "format 1 is not 2"),
         (broken(task=KeyError), "tree: task is missing"),
         (broken(task__id=5), "task: id must be text, not 5"),
         (broken(nodes__1__token_ids=["3", 4, 5]), "node 1: token_ids must be an integer, not '3'"),
