@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import Protocol, runtime_checkable
 
-from trace_async.types import Prompt, Split, StepResult, Task
+from trace_async.types import PolicyTurn, Prompt, Split, StepResult, Task, TurnLimits
 
 CUT_MARK = " [ cut ]"
 """Ends an observation that was cut, in characters by an environment or in tokens by the renderer: the model sees it."""
@@ -17,6 +17,13 @@ class EnvError(Exception):
     """The environment itself broke down (a tool server gone, a sandbox lost): never the model's fault, never a reward.
 
     The rollout is retried elsewhere, then dropped and counted as failed.
+    """
+
+
+class ReplayDivergedError(EnvError):
+    """A fork by replay did not come back to the state that it was made from: something in it is not deterministic.
+
+    Trying again would only do the same, so nothing more is continued from that turn.
     """
 
 
@@ -41,6 +48,20 @@ class Env(Protocol):
 
     async def close(self) -> None:
         """Give back what the state holds; may be called twice."""
+        ...
+
+
+@runtime_checkable
+class AskingEnv(Protocol):
+    """An Env around a program that asks for turns by itself (an agent over HTTP): it says how long the next turn may
+    be, and is told each turn with its tokens and log-probabilities through `answer`, in place of `step`."""
+
+    def next_limits(self) -> TurnLimits:
+        """What the program asks of the turn that comes next."""
+        ...
+
+    async def answer(self, turn: PolicyTurn) -> StepResult:
+        """As `Env.step`."""
         ...
 
 

@@ -1,6 +1,6 @@
 """The carriers: small frozen records that every part passes around. Imports nothing of ours."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -83,6 +83,18 @@ class SamplingParams:
             raise ValueError(f"max_new_tokens must be ≥ 1, not {self.max_new_tokens}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnLimits:
+    """What an environment asks of the policy's next turn; whatever it leaves open the run's settings say.
+
+    `max_new_tokens`: at most so many tokens, and never more than the run allows (None: as the run says). `stop`:
+    strings that end the turn.
+    """
+
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
     """Tokens from `start` (index into the generated tokens) up to the next span were written by `policy_version`."""
@@ -112,6 +124,22 @@ class Completion:
             raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities")
         if self.token_ids and (not self.version_spans or self.version_spans[0].start != 0):
             raise ValueError("version_spans must start at token 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyTurn:
+    """One turn with all that is known of it, for environments that need more than its text.
+
+    `text`: without the token that ends a turn. `truncated`: the turn does not end with that token. `decode` gives the
+    text of any token ids. `message`: the turn as the tokenizer's own response template reads it, in the form of a chat
+    message (None: the tokenizer has none, or cannot read the turn by it).
+    """
+
+    text: str
+    truncated: bool
+    completion: Completion
+    decode: Callable[[Sequence[int]], str]
+    message: Mapping[str, Json] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

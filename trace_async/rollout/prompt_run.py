@@ -18,11 +18,11 @@ import numpy as np
 
 from trace_async.config import Config
 from trace_async.engine import EngineError
-from trace_async.env import Env, EnvError
+from trace_async.env import AskingEnv, Env, EnvError, ReplayDivergedError
 from trace_async.method.allocation import Anchor, find_anchors
 from trace_async.rollout.renderer import Renderer
 from trace_async.trees.tree import ROOT, Node, Rollout, RolloutKind, RolloutTree
-from trace_async.types import Completion, PrefixQuery, SamplingParams, Task
+from trace_async.types import Completion, PolicyTurn, PrefixQuery, SamplingParams, StepResult, Task
 
 log = logging.getLogger(__name__)
 
@@ -144,13 +144,15 @@ class PromptRun:
                 await self._measure_values(expansion.oracle_rollouts)
             elif expansion.value is not None:
                 await self._fill_values(expansion.value)
-            anchors = find_anchors(self.tree())
+            turns = [(chain, turn) for chain in self.finished for turn in range(len(chain.turns))]
+            # Node 0 is the prompt; the turns follow in the order in which `tree` lays them out. A turn without a state
+            # is closed: its replay diverged.
+            states = [None, *(chain.turns[turn].state for chain, turn in turns)]
+            anchors = [anchor for anchor in find_anchors(self.tree()) if states[anchor.node] is not None]
             share = -(-(budget - allocated) // rounds_left)
             if not anchors or share == 0:
                 break
             counts = expansion.plan(anchors, share)
-            turns = [(chain, turn) for chain in self.finished for turn in range(len(chain.turns))]
-            # Node 0 is the prompt; the turns follow in the order in which `tree` lays them out.
             chosen = [turns[a.node - 1] for a, count in zip(anchors, counts, strict=True) for _ in range(int(count))]
             round_number = expansion.rounds - rounds_left
             await _run_all(self._attempt("continuation", anchor, round_number) for anchor in chosen)
@@ -198,6 +200,11 @@ class PromptRun:
             self.started.append(chain)
             try:
                 await self._roll(chain)
+            except ReplayDivergedError as error:
+                log.warning("task %s: nothing more is continued from this turn: %s", self.task.id, error)
+                await _close_state(anchor)
+                failure = "replay_diverged"
+                break
             except (EngineError, EnvError) as error:
                 log.warning("task %s: %s failed, attempt %d: %r", self.task.id, kind, attempt + 1, error)
                 failure = type(error).__name__
@@ -212,15 +219,16 @@ class PromptRun:
             env = self.make_env(self.task)
         else:
             state = chain.anchor[0].turns[chain.anchor[1]].state
-            assert state is not None
+            if state is None:
+                raise ReplayDivergedError("an earlier continuation of the same turn found that it cannot be replayed")
             with _as_env_error("fork"):
                 env = await state.fork()
         try:
             if chain.anchor is None:
                 with _as_env_error("init"):
-                    prompt = await env.init()
-                prompt_ids = self.renderer.render_prompt(prompt)
-                assert not self.prompt_ids or self.prompt_ids == prompt_ids, "a task's prompt must not change"
+                    prompt_ids = self.renderer.render_prompt(await env.init())
+                if self.prompt_ids and self.prompt_ids != prompt_ids:
+                    raise EnvError("the task's prompt is another one than in its first rollout; it must not change")
                 self.prompt_ids = prompt_ids
             history = chain.history(self.prompt_ids)
             while chain.reward is None:
@@ -239,13 +247,10 @@ class PromptRun:
             # The policy filled its context without an answer: its own doing, a reward of 0.
             chain.reward, chain.metrics = 0.0, {"overlong": 1.0}
             return
-        sampling = self.limits.sampling
-        completion = await self.generate(
-            tuple(history), replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        )
+        completion = await self.generate(tuple(history), self._sampling(env, room))
         ended = bool(completion.token_ids) and completion.token_ids[-1] in self.renderer.stop_token_ids
         with _as_env_error("step"):
-            result = await env.step(self.renderer.decode(completion.token_ids), truncated=not ended)
+            result = await self._step(env, completion, ended)
         observed: tuple[int, ...] = ()
         if not result.done:
             observed = self.renderer.render_observation(result.messages, turn_ended=ended)
@@ -257,6 +262,28 @@ class PromptRun:
         elif self.keep_states and len(history) < self.limits.max_context_tokens:
             with _as_env_error("fork"):
                 turn.state = await env.fork()
+
+    def _sampling(self, env: Env, room: int) -> SamplingParams:
+        """The run's sampling within what is left of the context and what the environment asks for."""
+        sampling = self.limits.sampling
+        most, stop = min(sampling.max_new_tokens, room), sampling.stop
+        if isinstance(env, AskingEnv):
+            asked = env.next_limits()
+            most, stop = min(most, asked.max_new_tokens or most), (*stop, *asked.stop)
+        return replace(sampling, max_new_tokens=most, stop=stop)
+
+    async def _step(self, env: Env, completion: Completion, ended: bool) -> StepResult:
+        text = self.renderer.decode(completion.token_ids)
+        if not isinstance(env, AskingEnv):
+            return await env.step(text, truncated=not ended)
+        turn = PolicyTurn(
+            text=text,
+            truncated=not ended,
+            completion=completion,
+            decode=self.renderer.decode,
+            message=self.renderer.read_message(completion.token_ids),
+        )
+        return await env.answer(turn)
 
     async def close(self) -> None:
         for chain in self.started:
@@ -345,6 +372,15 @@ def _node(turn: _Turn, parent: int, rollout: int) -> Node:
         prompt_tokens=completion.prompt_tokens,
         cached_tokens=completion.cached_tokens,
     )
+
+
+async def _close_state(anchor: tuple[_Chain, int] | None) -> None:
+    """Nothing can be continued from this turn any more."""
+    if anchor is not None:
+        turn = anchor[0].turns[anchor[1]]
+        state, turn.state = turn.state, None
+        if state is not None:
+            await state.close()
 
 
 @contextmanager

@@ -81,6 +81,16 @@ class Renderer:
             end -= 1
         return self._tokenizer.decode(list(token_ids[:end]), clean_up_tokenization_spaces=False)
 
+    def read_message(self, token_ids: Sequence[int]) -> dict[str, Json] | None:
+        """A turn as the tokenizer's response template reads it (role, content, tool_calls, …), where it has one."""
+        if getattr(self._tokenizer, "response_template", None) is None:
+            return None
+        try:
+            message = self._tokenizer.parse_response(list(token_ids), prefix="")
+        except ValueError:  # the turn does not keep to the template: the model's doing
+            return None
+        return message if isinstance(message, dict) else None
+
     def encode_data(self, text: str) -> list[int]:
         """Tokens of `text` as data: no id of an added token ever comes out, whatever the text spells."""
         encoding = self._data_core.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)

@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 
 from trace_async.engine import EngineDeadError
-from trace_async.env import EnvError
+from trace_async.env import EnvError, ReplayDivergedError
 from trace_async.method.allocation import Anchor
 from trace_async.rollout.prompt_run import Expansion, RolloutLimits, run_tree
 from trace_async.trees.tree import ROOT
-from trace_async.types import Completion, Message, PrefixQuery, Prompt, SamplingParams, StepResult, Task, VersionSpan
+from trace_async.types import (
+    Completion,
+    Message,
+    PolicyTurn,
+    PrefixQuery,
+    Prompt,
+    SamplingParams,
+    StepResult,
+    Task,
+    TurnLimits,
+    VersionSpan,
+)
 
 TASK = Task(id="t", domain="sum", kind="k", data={})
 STOP = 9
@@ -30,6 +41,9 @@ class NumberRenderer:
     def render_observation(self, messages: Sequence[Message], *, turn_ended: bool) -> tuple[int, ...]:
         digits = tuple(int(digit) for digit in messages[0].content)
         return (*digits, 8) if turn_ended else (STOP, *digits, 8)
+
+    def read_message(self, token_ids: Sequence[int]) -> None:
+        return None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(str(token) for token in token_ids if token != STOP)
@@ -270,3 +284,83 @@ async def test_cancelling_a_prompt_closes_every_environment():
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
+
+
+class DivergingEnv(SumEnv):
+    """A state kept after a turn cannot be brought back: its own fork fails."""
+
+    is_kept = False
+
+    async def fork(self) -> "DivergingEnv":
+        if self.is_kept:
+            raise ReplayDivergedError("call 1 was another one")
+        twin = DivergingEnv(self.said)
+        twin.is_kept = True
+        return twin
+
+
+async def test_a_turn_whose_replay_diverges_is_closed_counted_and_not_tried_again():
+    offered: list[list[int]] = []
+
+    def all_on_the_first(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
+        offered.append([anchor.node for anchor in anchors])
+        return np.array([budget, *[0] * (len(anchors) - 1)])
+
+    generate = Script(1, 2, 4)
+    expansion = Expansion(plan=all_on_the_first, per_root=4, rounds=2)
+    tree = await run_tree(
+        TASK,
+        lambda _: DivergingEnv(),
+        NumberRenderer(),
+        generate,
+        limits(max_retries=3),
+        num_roots=1,
+        expansion=expansion,
+    )
+    # Two continuations of turn 1 in the first round, two of turn 2 in the second: no one generates anything.
+    assert offered == [[1, 2], [2]]
+    assert tree.failures == {"replay_diverged": 4}
+    assert len(generate.prompts) == 3
+
+
+async def test_another_prompt_at_the_second_rollout_costs_that_rollout_and_not_the_run():
+    class NewPromptRenderer(NumberRenderer):
+        prompts = iter([(8, 8), (8, 7)])
+
+        def render_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+            return next(self.prompts)
+
+    tree = await run_tree(
+        TASK, lambda _: SumEnv(), NewPromptRenderer(), Script(1, 2, 4), limits(max_retries=0), num_roots=2
+    )
+    assert [rollout.reward for rollout in tree.rollouts] == [1.0]
+    assert tree.failures == {"EnvError": 1}
+
+
+async def test_a_program_that_asks_for_turns_sets_their_limits_and_sees_their_tokens():
+    seen: list[PolicyTurn] = []
+
+    class AskingSum(SumEnv):
+        def next_limits(self) -> TurnLimits:
+            return TurnLimits(max_new_tokens=(2, 50)[len(self.said) % 2], stop=("stop",))
+
+        async def answer(self, turn: PolicyTurn) -> StepResult:
+            seen.append(turn)
+            return await SumEnv.step(self, turn.text, truncated=turn.truncated)
+
+    asked: list[SamplingParams] = []
+    says = Script(1, 2, 4)
+
+    async def generate(prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        asked.append(params)
+        return await says(prompt_ids, params)
+
+    tree = await run_tree(TASK, lambda _: AskingSum(), NumberRenderer(), generate, limits(), num_roots=1)
+    assert [(params.max_new_tokens, params.stop) for params in asked] == [
+        (2, ("stop",)),
+        (4, ("stop",)),
+        (2, ("stop",)),
+    ]
+    assert [turn.completion.token_ids for turn in seen] == [(1, STOP), (2, STOP), (4, STOP)]
+    assert [(turn.text, turn.truncated) for turn in seen] == [("1", False), ("2", False), ("4", False)]
+    assert tree.rollouts[0].reward == 1.0
