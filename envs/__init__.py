@@ -16,6 +16,7 @@ BUILT_IN: dict[str, str] = {
     "math_files": "envs.math.domain:MathFiles",
     "functions": "envs.functions.domain:Functions",
     "bfcl": "envs.functions.bfcl:Bfcl",
+    "quest": "envs.quest.domain:Quest",
     "mixed": "envs.mixed:Mixed",
     "gymnasium": "envs.gymnasium_adapter:Gymnasium",
 }
