@@ -23,7 +23,7 @@ from trace_async.run.buffer import TreeBuffer
 from trace_async.run.dataset import TaskIterator
 from trace_async.run.state import PendingPrompt, RunState, SavedTrainer
 from trace_async.trees.tree import RolloutTree
-from trace_async.types import Task
+from trace_async.types import LossKind, Task
 
 
 class Admission:
@@ -135,10 +135,13 @@ class Admission:
         except PromptLostError as loss:
             await self._arrive(ticket, prompt, None, loss.kind)
 
-    async def _arrive(self, ticket: int, prompt: PendingPrompt, tree: RolloutTree | None, loss: str = "") -> None:
+    async def _arrive(
+        self, ticket: int, prompt: PendingPrompt, tree: RolloutTree | None, loss: LossKind | None = None
+    ) -> None:
         async with self.changed:
             del self.pending[ticket]
             if tree is None:
+                assert loss is not None
                 self.state.ledger.lose_tree(prompt.num_roots, loss)
             else:
                 self.state.ledger.arrive(tree)

@@ -19,7 +19,7 @@ from trace_async.config import Config
 from trace_async.run.state import PendingPrompt
 from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
-from trace_async.types import PrefixQuery, Task
+from trace_async.types import LossKind, PrefixQuery, Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,7 +28,7 @@ T = TypeVar("T")
 class PromptLostError(Exception):
     """A prompt brought no tree, through no fault of the policy; `kind` is how the ledger counts it."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: LossKind) -> None:
         super().__init__(kind)
         self.kind = kind
 
@@ -69,9 +69,9 @@ class PromptGroup:
             return await self._on(ticket % len(self.actors), grow)
         except TimeoutError:
             log.error("task %s: no tree within actors.tree_timeout_s=%s", task.id, limit_s)
-            raise PromptLostError("tree_timeout") from None
+            raise PromptLostError(LossKind.TREE_TIMEOUT) from None
         except RayActorError:
-            raise PromptLostError("prompt_actor_died") from None
+            raise PromptLostError(LossKind.PROMPT_ACTOR_DIED) from None
 
     async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery]:
         """The predictor's question for every task: V after all tokens of its prompt."""

@@ -2,26 +2,37 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from trace_async.types import Completion, SamplingParams
+from trace_async.types import Completion, LossKind, SamplingParams
 from trace_async.weights import WeightUpdate
 
 
 class EngineError(Exception):
-    """An engine could not do what was asked; never the model's fault, never a reward."""
+    """An engine could not do what was asked; never the model's fault, never a reward.
+
+    `loss`: how the ledger counts a rollout that it ends.
+    """
+
+    loss: ClassVar[LossKind] = LossKind.ENGINE
 
 
 class EngineRequestError(EngineError):
     """The request itself is wrong (too long for the context, ids outside the vocabulary): a retry cannot help."""
 
+    loss = LossKind.ENGINE_REFUSED
+
 
 class EngineDeadError(EngineError):
     """The engine's process is gone or its connection broke: retry on another generator."""
 
+    loss = LossKind.ENGINE_DIED
+
 
 class EngineTimeoutError(EngineError):
     """The engine made no progress within its limit: retry on another generator."""
+
+    loss = LossKind.ENGINE_TIMEOUT
 
 
 class WeightSyncError(EngineError):

@@ -5,9 +5,9 @@ A complete environment of one's own is `envs/example.py`.
 
 from collections.abc import Sequence
 from random import Random
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
-from trace_async.types import PolicyTurn, Prompt, Split, StepResult, Task, TurnLimits
+from trace_async.types import LossKind, PolicyTurn, Prompt, Split, StepResult, Task, TurnLimits
 
 CUT_MARK = " [ cut ]"
 """Ends an observation that was cut, in characters by an environment or in tokens by the renderer: the model sees it."""
@@ -16,8 +16,10 @@ CUT_MARK = " [ cut ]"
 class EnvError(Exception):
     """The environment itself broke down (a tool server gone, a sandbox lost): never the model's fault, never a reward.
 
-    The rollout is retried elsewhere, then dropped and counted as failed.
+    The rollout is tried again, then dropped and counted as failed, under its `loss`.
     """
+
+    loss: ClassVar[LossKind] = LossKind.ENV
 
 
 class ReplayDivergedError(EnvError):
@@ -25,6 +27,8 @@ class ReplayDivergedError(EnvError):
 
     Trying again would only do the same, so nothing more is continued from that turn.
     """
+
+    loss = LossKind.REPLAY_DIVERGED
 
 
 class Env(Protocol):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal, TypeAlias
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -9,6 +10,30 @@ Split = Literal["train", "heldout"]
 FinishReason = Literal["stop", "length", "abort"]
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+class LossKind(StrEnum):
+    """Every way in which a rollout is lost through no fault of the policy, as the ledger and the figures name it.
+
+    A new way gets a member here, and the error that reports it names it as its `loss`.
+    """
+
+    ENGINE = "engine_error"
+    """An engine could not do what was asked, and said no more."""
+    ENGINE_REFUSED = "engine_refused"
+    """The request itself was wrong, for example too long for the engine's context."""
+    ENGINE_DIED = "engine_died"
+    """The engine's process or its connection was gone, on every generator that was tried."""
+    ENGINE_TIMEOUT = "engine_timeout"
+    """No completion within `engine.request_timeout_s` of the engine's own work."""
+    ENV = "env_error"
+    """The environment's own code, a tool or the verifier broke down."""
+    REPLAY_DIVERGED = "replay_diverged"
+    """A fork by replay did not come back to the state that it was made from."""
+    TREE_TIMEOUT = "tree_timeout"
+    """The whole prompt outran `actors.tree_timeout_s`, counted from when it was served."""
+    PROMPT_ACTOR_DIED = "prompt_actor_died"
+    """The process that grew the prompt died, more often than `actors.max_rollout_retries` allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

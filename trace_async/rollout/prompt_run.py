@@ -2,8 +2,9 @@
 
         prompt ──► m root rollouts ──► values of their turns ──► Stage 2: counts per turn ──► continuations ──► tree
 
-Nothing here waits for another prompt. A rollout that breaks down through no fault of the policy is tried again from
-its anchor, then dropped and counted by kind; it never becomes a reward.
+Nothing here waits for another prompt. A rollout whose environment breaks down is tried again from its anchor, then
+dropped and counted by kind; it never becomes a reward. What breaks down in an engine is tried again by the router, one
+request at a time (actors/router.py), and not here.
 """
 
 import asyncio
@@ -203,11 +204,13 @@ class PromptRun:
             except ReplayDivergedError as error:
                 log.warning("task %s: nothing more is continued from this turn: %s", self.task.id, error)
                 await _close_state(anchor)
-                failure = "replay_diverged"
+                failure = error.loss
                 break
             except (EngineError, EnvError) as error:
                 log.warning("task %s: %s failed, attempt %d: %r", self.task.id, kind, attempt + 1, error)
-                failure = type(error).__name__
+                failure = error.loss
+                if isinstance(error, EngineError):
+                    break  # the router has tried this request on other generators already: tries never multiply
             else:
                 self.finished.append(chain)
                 return

@@ -1,4 +1,4 @@
-"""Finished trees waiting for the learner, the staleness bound, and the ledger of the budget.
+"""Finished trees waiting for the learner, and the staleness bound.
 
 The bound: a tree admitted at learner version v is trained at a version ≤ v + max_staleness. It is kept by order: an
 update takes every tree that is due, waiting for those still growing, before it fills up with others, oldest first. No
@@ -6,65 +6,9 @@ tree is ever dropped for being late. Admission keeps the load even: a round of M
 (updates + max_staleness + 1)·M were admitted, so that what is due at an update is about one update's worth.
 """
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from trace_async.trees.tree import RolloutTree
-
-
-@dataclass(slots=True)
-class Ledger:
-    """Where every allocated root rollout and continuation went. Continuations are entered when their tree arrives.
-
-    At any moment allocated = trained + failed + waiting in the buffer + in flight (`check`).
-    """
-
-    allocated: Counter[str] = field(default_factory=Counter)
-    trained: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    filtered: Counter[str] = field(default_factory=Counter)
-
-    def allocate_roots(self, count: int) -> None:
-        self.allocated["root"] += count
-
-    def arrive(self, tree: RolloutTree) -> None:
-        """A prompt has ended: its continuations become known, and what broke down is entered by kind."""
-        self.allocated["continuation"] += tree.num_continuations_allocated
-        lost = sum(tree.failures.values())
-        done = len(tree.rollouts)
-        expected = tree.num_roots_allocated + tree.num_continuations_allocated
-        assert done + lost == expected, f"task {tree.task.id}: {done} finished + {lost} failed of {expected} rollouts"
-        for kind, count in tree.failures.items():
-            self.failed[kind] += count
-
-    def lose_tree(self, num_roots: int, kind: str) -> None:
-        """A whole prompt was lost (its actor died, it outran its limit): its roots failed."""
-        self.failed[kind] += num_roots
-
-    def train(self, tree: RolloutTree) -> None:
-        self.trained.update(rollout.kind for rollout in tree.rollouts)
-
-    def filter(self, tree: RolloutTree) -> None:
-        """The selection rule leaves the tree out (DAPO: its rollouts agree); it was generated and is charged."""
-        self.filtered.update(rollout.kind for rollout in tree.rollouts)
-
-    def check(self, *, waiting: int, in_flight_roots: int) -> None:
-        """The sums must be equal: rollouts waiting in the buffer and roots of prompts under way included."""
-        allocated = sum(self.allocated.values())
-        found = sum(self.trained.values()) + sum(self.failed.values()) + waiting + in_flight_roots
-        found += sum(self.filtered.values())
-        assert allocated == found, (
-            f"ledger: {allocated} rollouts allocated, but {dict(self.trained)} trained + {dict(self.failed)} failed + "
-            f"{dict(self.filtered)} filtered + {waiting} waiting + {in_flight_roots} in flight = {found}"
-        )
-
-    def state(self) -> dict[str, dict[str, int]]:
-        return {name: dict(getattr(self, name)) for name in ("allocated", "trained", "failed", "filtered")}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Mapping[str, int]]) -> "Ledger":
-        return cls(**{name: Counter(counts) for name, counts in state.items()})
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from trace_async.run.buffer import Ledger
+from trace_async.run.ledger import Ledger
 from trace_async.trees.io import read_trees, write_trees
 from trace_async.trees.tree import RolloutTree
 

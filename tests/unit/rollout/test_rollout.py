@@ -14,6 +14,7 @@ from trace_async.rollout.prompt_run import Expansion, RolloutLimits, run_tree
 from trace_async.trees.tree import ROOT
 from trace_async.types import (
     Completion,
+    LossKind,
     Message,
     PolicyTurn,
     PrefixQuery,
@@ -210,22 +211,27 @@ async def test_what_breaks_down_is_tried_again_and_then_counted_but_never_a_rewa
     breaks = Counter(step=2)
     tree = await run_tree(TASK, lambda _: SumEnv(breaks=breaks), NumberRenderer(), Script(1, 1), limits(), num_roots=1)
     assert tree.rollouts == ()
-    assert tree.failures == {"EnvError": 1}
+    assert tree.failures == {LossKind.ENV: 1}
 
 
 async def test_a_bug_in_an_environment_costs_its_rollout_and_not_the_run():
     breaks = Counter(bug=2)
     tree = await run_tree(TASK, lambda _: SumEnv(breaks=breaks), NumberRenderer(), Script(1, 1), limits(), num_roots=1)
-    assert tree.failures == {"EnvError": 1}
+    assert tree.failures == {LossKind.ENV: 1}
 
 
-async def test_a_dead_engine_fails_the_rollout_by_its_own_kind():
+async def test_a_dead_engine_fails_the_rollout_by_its_own_kind_and_is_asked_again_by_the_router_only():
+    asked = 0
+
     async def dead(prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        nonlocal asked
+        asked += 1
         raise EngineDeadError("gone")
 
     tree = await run_tree(TASK, lambda _: SumEnv(), NumberRenderer(), dead, limits(), num_roots=2)
     assert tree.rollouts == ()
-    assert tree.failures == {"EngineDeadError": 2}
+    assert tree.failures == {LossKind.ENGINE_DIED: 2}
+    assert asked == 2
 
 
 async def test_a_full_context_ends_the_rollout_with_reward_zero_and_is_not_continued():
@@ -334,7 +340,7 @@ async def test_another_prompt_at_the_second_rollout_costs_that_rollout_and_not_t
         TASK, lambda _: SumEnv(), NewPromptRenderer(), Script(1, 2, 4), limits(max_retries=0), num_roots=2
     )
     assert [rollout.reward for rollout in tree.rollouts] == [1.0]
-    assert tree.failures == {"EnvError": 1}
+    assert tree.failures == {LossKind.ENV: 1}
 
 
 async def test_a_program_that_asks_for_turns_sets_their_limits_and_sees_their_tokens():

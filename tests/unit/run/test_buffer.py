@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_async.run.buffer import Ledger, TreeBuffer
+from trace_async.run.buffer import TreeBuffer
+from trace_async.run.ledger import Ledger
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
