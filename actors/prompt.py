@@ -1,7 +1,8 @@
 """PromptActor: hosts prompts, each a coroutine that goes from Stage 1 to Stage 2 without waiting for any other."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import ray
@@ -12,12 +13,16 @@ from envs import load_domain
 from trace_async.config import Config
 from trace_async.method.allocation import VALUE_FREE_RULES, Anchor, plan_prefixes
 from trace_async.policy.load import load_tokenizer
-from trace_async.rollout.prompt_run import Expansion, RolloutLimits, rollout_limits, run_tree
+from trace_async.rollout.expansion import Expansion
+from trace_async.rollout.grower import make_grower
+from trace_async.rollout.guard import EnvGuard
 from trace_async.rollout.renderer import Renderer
 from trace_async.run.state import PendingPrompt
 from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
-from trace_async.types import PrefixQuery, Task
+from trace_async.types import Completion, PrefixQuery, SamplingParams, Task
+
+T = TypeVar("T")
 
 
 class PromptActor:
@@ -34,6 +39,7 @@ class PromptActor:
             wait_s=config.engine.start_timeout_s,
             max_retries=config.actors.max_rollout_retries,
         )
+        self.grower = make_grower(config, EnvGuard(self.domain.make_env), self.renderer, self._generate)
         self.slots = asyncio.Semaphore(config.actors.prompts_per_actor)
 
     async def announce(self, generators: Mapping[str, ActorHandle]) -> None:
@@ -48,83 +54,47 @@ class PromptActor:
             return plan_prefixes(settings, anchors, budget, rng)
 
         needs_values = settings.stage2 not in VALUE_FREE_RULES
-        oracle_rollouts = settings.oracle_rollouts if needs_values else 0
         expansion = Expansion(
             plan=plan,
             per_root=settings.continuations_per_root,
             rounds=settings.stage2_rounds,
             value=self._values if needs_values else None,
-            oracle_rollouts=oracle_rollouts,
+            oracle_rollouts=settings.oracle_rollouts if needs_values else 0,
         )
         async with self.slots:
-            return await run_tree(
+            return await self.grower.grow(
                 task,
-                self.domain.make_env,
-                self.renderer,
-                lambda prompt_ids, params: self.router.generate(task.id, prompt_ids, params),
-                self._limits(self.config.sampling.temperature),
-                num_roots=prompt.num_roots,
-                expansion=expansion if settings.stage2 != "none" and settings.continuations_per_root else None,
+                prompt.num_roots,
+                expansion if settings.stage2 != "none" and settings.continuations_per_root else None,
                 policy_version=prompt.policy_version,
                 root_value=prompt.root_value,
             )
 
     async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
         """One rollout per task, all at once within the actor's slots."""
-        return list(await asyncio.gather(*(self._evaluate(task, temperature) for task in tasks)))
+        return await self._at_once(tasks, lambda task: self.grower.evaluate(task, temperature))
 
     async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
         """The rewards of `count` rollouts per task: V(prompt) as the oracle knows it."""
-        return list(await asyncio.gather(*(self._measure(task, count) for task in tasks)))
-
-    async def _measure(self, task: Task, count: int) -> list[float]:
-        tree = await self._roots(task, count, self.config.sampling.temperature)
-        return [rollout.reward for rollout in tree.rollouts]
+        return await self._at_once(tasks, lambda task: self.grower.measure(task, count))
 
     async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery]:
         """The predictor's question for every task's prompt: its tokens, all of them."""
-        return [await self._prompt_query(task) for task in tasks]
+        return await self._at_once(tasks, self.grower.ask)
 
-    async def _prompt_query(self, task: Task) -> PrefixQuery:
-        env = self.domain.make_env(task)
-        try:
-            prompt_ids = self.renderer.render_prompt(await env.init())
-        finally:
-            await env.close()
-        return PrefixQuery(token_ids=prompt_ids, positions=(len(prompt_ids),))
+    async def _at_once(self, tasks: Sequence[Task], call: Callable[[Task], Awaitable[T]]) -> list[T]:
+        async def one(task: Task) -> T:
+            async with self.slots:
+                return await call(task)
 
-    async def _roots(self, task: Task, count: int, temperature: float) -> RolloutTree:
-        """Root rollouts that nobody trains on."""
-        async with self.slots:
-            return await run_tree(
-                task,
-                self.domain.make_env,
-                self.renderer,
-                lambda prompt_ids, params: self.router.generate(task.id, prompt_ids, params),
-                self._limits(temperature),
-                num_roots=count,
-            )
+        return list(await asyncio.gather(*map(one, tasks)))
 
-    async def _evaluate(self, task: Task, temperature: float) -> EvalRollout:
-        tree = await self._roots(task, 1, temperature)
-        rollout = tree.rollouts[0] if tree.rollouts else None
-        return EvalRollout(
-            task_id=task.id,
-            domain=task.domain,
-            kind=task.kind,
-            reward=rollout.reward if rollout else None,
-            metrics=rollout.metrics if rollout else {},
-            generated_tokens=tree.num_generated_tokens,
-            num_turns=len(tree.nodes) - 1,
-            error=", ".join(tree.failures),
-        )
+    async def _generate(self, task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        return await self.router.generate(task.id, prompt_ids, params)
 
     async def _values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
         assert self.predictor is not None
         return await self.predictor.values.remote(list(queries))
-
-    def _limits(self, temperature: float) -> RolloutLimits:
-        return rollout_limits(self.config, self.renderer.stop_token_ids, temperature)
 
 
 def remote_prompt_actor(config: Config, policy_path: str, predictor: ActorHandle | None) -> ActorHandle:

@@ -16,10 +16,33 @@ CUT_MARK = " [ cut ]"
 class EnvError(Exception):
     """The environment itself broke down (a tool server gone, a sandbox lost): never the model's fault, never a reward.
 
-    The rollout is tried again, then dropped and counted as failed, under its `loss`.
+    The rollout is tried again, then dropped and counted as failed, under its `loss`. `method`: of the environment where
+    it happened, filled in by the guard (rollout/guard.py).
     """
 
     loss: ClassVar[LossKind] = LossKind.ENV
+
+    def __init__(self, *args: object, method: str = "") -> None:
+        super().__init__(*args)
+        self.method = method
+
+
+class EnvTimeoutError(EnvError):
+    """A method of the environment did not end within its limit."""
+
+    loss = LossKind.ENV_TIMEOUT
+
+
+class EnvValueError(EnvError):
+    """The environment gave something that has no plain meaning, such as a reward that is no finite number."""
+
+    loss = LossKind.ENV_VALUE
+
+
+class PromptTooLongError(EnvError):
+    """A task's prompt leaves no room in the context; trying again cannot help."""
+
+    loss = LossKind.PROMPT_TOO_LONG
 
 
 class ReplayDivergedError(EnvError):

@@ -21,10 +21,11 @@ from scripts.commands.train import ensure_policy
 from trace_async.config import Config, load_config
 from trace_async.engines import make_engine
 from trace_async.policy.load import load_tokenizer
-from trace_async.rollout.prompt_run import rollout_limits, run_tree
+from trace_async.rollout.grower import make_grower
+from trace_async.rollout.guard import EnvGuard
 from trace_async.rollout.renderer import Renderer
 from trace_async.trees.tree import RolloutTree
-from trace_async.types import Completion, SamplingParams
+from trace_async.types import Completion, SamplingParams, Task
 
 ENDED = (-1, math.nan)  # where one conversation has no more tokens
 
@@ -51,26 +52,26 @@ async def greedy_trees(config: Config, policy_path: Path, log_dir: Path) -> list
     """One rollout for each of `eval.num_tasks` held-out tasks."""
     domain = load_domain(config.env)
     renderer = Renderer(load_tokenizer(policy_path), max_observation_tokens=config.sampling.max_observation_tokens)
-    limits = replace(rollout_limits(config, renderer.stop_token_ids, 0.0), max_retries=0)
     engine = make_engine(
         config.engine,
         policy_path=policy_path,
-        max_context_tokens=limits.max_context_tokens,
+        max_context_tokens=config.sampling.max_context_tokens,
         seed=config.seed,
         log_dir=log_dir,
     )
     slots = asyncio.Semaphore(config.engine.max_running_requests)
 
-    async def generate(prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+    async def generate(task: Task, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         (completion,) = await engine.generate(prompt_ids, params)
         return completion
 
+    grower = make_grower(config, EnvGuard(domain.make_env), renderer, generate, max_retries=0)
     try:
         await engine.start()
 
         async def grow(index: int) -> RolloutTree:
             async with slots:
-                return await run_tree(tasks[index], domain.make_env, renderer, generate, limits, num_roots=1)
+                return await grower.grow(tasks[index], 1, temperature=0.0)
 
         tasks = domain.tasks("heldout")[: config.eval.num_tasks]
         return list(await asyncio.gather(*map(grow, range(len(tasks)))))

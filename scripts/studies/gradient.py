@@ -33,7 +33,9 @@ from trace_async.method.posterior import Estimates
 from trace_async.packing.attention import attention_for, prepare_model
 from trace_async.packing.layout import pack_all
 from trace_async.policy.load import load_model, load_tokenizer
-from trace_async.rollout.prompt_run import Expansion, rollout_limits, run_tree
+from trace_async.rollout.expansion import Expansion
+from trace_async.rollout.grower import make_grower
+from trace_async.rollout.guard import EnvGuard
 from trace_async.rollout.renderer import Renderer
 from trace_async.run.dataset import TaskIterator
 from trace_async.trees.tree import RolloutTree
@@ -75,25 +77,17 @@ class Player:
     def __post_init__(self) -> None:
         self.domain = load_domain(self.config.env)
         self.slots = asyncio.Semaphore(AT_ONCE)
+        self.grower = make_grower(
+            self.config, EnvGuard(self.domain.make_env), self.renderer, self.generate, max_retries=0
+        )
 
-    async def generate(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+    async def generate(self, task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
         (completion,) = await self.engine.generate(prompt_ids, params)
         return completion
 
     async def tree(self, task: Task, num_roots: int, expansion: Expansion | None = None) -> RolloutTree:
-        limits = replace(
-            rollout_limits(self.config, self.renderer.stop_token_ids, self.config.sampling.temperature), max_retries=0
-        )
         async with self.slots:
-            return await run_tree(
-                task,
-                self.domain.make_env,
-                self.renderer,
-                self.generate,
-                limits,
-                num_roots=num_roots,
-                expansion=expansion,
-            )
+            return await self.grower.grow(task, num_roots, expansion)
 
     async def measure(self, tasks: Sequence[Task]) -> Estimates:
         """Beta posteriors from the oracle's rollouts, each task's only once."""

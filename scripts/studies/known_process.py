@@ -12,8 +12,9 @@ import numpy as np
 from trace_async.method.allocation import find_anchors
 from trace_async.method.credit import NodeCredit
 from trace_async.method.marginals import FloatArray, IntArray
-from trace_async.trees.tree import ROOT, Node, Rollout, RolloutKind, RolloutTree
-from trace_async.types import Task, VersionSpan
+from trace_async.trees.builder import Branch, TreeBuilder
+from trace_async.trees.tree import ROOT, Node, RolloutTree
+from trace_async.types import Completion, Task, VersionSpan
 
 # (values of the anchors, outcomes of the rollouts that passed there, budget) → continuations of each anchor.
 ChooseContinuations = Callable[[Sequence[float], Sequence[float], int], IntArray]
@@ -64,42 +65,41 @@ class KnownProcess:
         choose: ChooseContinuations | None = None,
     ) -> RolloutTree:
         """Root rollouts, then continuations where `choose` puts them; a turn's one token is its action."""
-        nodes = [Node(parent=-1, rollout=-1, token_ids=(0,), num_generated=0, value=float(self.values[0][0]))]
-        rollouts: list[Rollout] = []
+        builder = TreeBuilder(
+            Task(id="known", domain="known", kind="known", data={}), root_value=float(self.values[0][0])
+        )
+        builder.set_prompt((0,))
         for _ in range(num_roots):
-            self._roll(nodes, rollouts, ROOT, rng)
+            self._roll(builder, Branch("root", ROOT), rng)
         if choose is not None:
-            anchors = find_anchors(self._tree(nodes, rollouts))
+            anchors = find_anchors(builder)
             counts = choose([a.value for a in anchors], [a.reward for a in anchors], num_continuations)
             for anchor, count in zip(anchors, counts, strict=True):
                 for _ in range(count):
-                    self._roll(nodes, rollouts, anchor.node, rng)
-        return self._tree(nodes, rollouts)
+                    self._roll(builder, Branch("continuation", anchor.node), rng)
+        return builder.tree()
 
-    def _tree(self, nodes: Sequence[Node], rollouts: Sequence[Rollout]) -> RolloutTree:
-        task = Task(id="known", domain="known", kind="known", data={})
-        return RolloutTree(task=task, nodes=tuple(nodes), rollouts=tuple(rollouts))
-
-    def _roll(self, nodes: list[Node], rollouts: list[Rollout], anchor: int, rng: np.random.Generator) -> None:
-        node, actions = anchor, _actions(nodes, anchor)
+    def _roll(self, builder: TreeBuilder, branch: Branch, rng: np.random.Generator) -> None:
+        actions = _actions(builder.nodes, branch.anchor)
+        values = []
         while len(actions) < self.num_turns:
             probabilities = self.policy[len(actions)][self._index(actions)]
             actions.append(int(rng.choice(self.num_actions, p=probabilities)))
-            nodes.append(
-                Node(
-                    parent=node,
-                    rollout=len(rollouts),
+            values.append(float(self.values[len(actions)][self._index(actions)]))
+            branch.append(
+                Completion(
                     token_ids=(actions[-1],),
-                    num_generated=1,
                     logprobs=(float(np.log(probabilities[actions[-1]])),),
                     version_spans=(VersionSpan(0, 0),),
-                    value=float(self.values[len(actions)][self._index(actions)]),
-                )
+                    finish_reason="stop",
+                    prompt_tokens=0,
+                    cached_tokens=0,
+                ),
+                (),
             )
-            node = len(nodes) - 1
         reward = float(rng.random() < self.values[-1][self._index(actions)])
-        kind: RolloutKind = "root" if anchor == ROOT else "continuation"
-        rollouts.append(Rollout(kind=kind, anchor=anchor, leaf=node, reward=reward))
+        for node, value in zip(builder.add(branch, reward, {}), values, strict=True):
+            builder.set_value(node, value)
 
     def _index(self, actions: Sequence[int]) -> int:
         """Where a history stands among those of its length."""

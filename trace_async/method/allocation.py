@@ -19,7 +19,7 @@ from trace_async.method.selection_rules import (
     uniform_roots,
     variance_optimal_roots,
 )
-from trace_async.trees.tree import ROOT, RolloutTree
+from trace_async.trees.tree import ROOT, Grown, RolloutTree
 
 # Rules that need no estimate of a prompt (Stage 1), no value of a prefix (Stage 2).
 ESTIMATE_FREE_RULES = ("uniform", "dapo")
@@ -232,7 +232,7 @@ class Anchor:
     expected_tokens: float
 
 
-def find_anchors(tree: RolloutTree) -> list[Anchor]:
+def find_anchors(tree: Grown) -> list[Anchor]:
     """All anchors of a tree whose nodes carry the predictor's values (a node without one counts as 0.5).
 
     A continuation's expected cost is the mean of what the finished rollouts generated beyond the anchor's depth.
@@ -250,9 +250,9 @@ def find_anchors(tree: RolloutTree) -> list[Anchor]:
     ]
 
 
-def _mean_tokens_after_depth(tree: RolloutTree) -> list[float]:
+def _mean_tokens_after_depth(tree: Grown) -> list[float]:
     """Per depth, generated tokens beyond it, averaged over the rollouts that go on beyond it; at least 1."""
-    paths = [[tree.nodes[index].num_generated for index in path] for _, path in tree.branches()]
+    paths = [[tree.nodes[index].num_generated for index in tree.path(rollout.leaf)] for rollout in tree.rollouts]
     means = []
     for depth in range(max(tree.depths) + 1):
         rests = [sum(path[depth + 1 :]) for path in paths if len(path) > depth + 1]

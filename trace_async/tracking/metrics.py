@@ -23,6 +23,21 @@ class EvalRollout:
     error: str = ""
 
 
+def eval_rollout(tree: RolloutTree) -> EvalRollout:
+    """The one rollout of a tree that was grown for evaluation."""
+    rollout = tree.rollouts[0] if tree.rollouts else None
+    return EvalRollout(
+        task_id=tree.task.id,
+        domain=tree.task.domain,
+        kind=tree.task.kind,
+        reward=rollout.reward if rollout else None,
+        metrics=rollout.metrics if rollout else {},
+        generated_tokens=tree.num_generated_tokens,
+        num_turns=len(tree.nodes) - 1,
+        error=", ".join(tree.failures),
+    )
+
+
 def level_of(kind: str) -> str:
     """Kinds such as "middle-3hop" are grouped by what stands before the first "-"."""
     return kind.partition("-")[0]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from trace_async.trees.tree import Node, Rollout, RolloutKind, RolloutTree
+from trace_async.trees.tree import Fault, Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Json, Task, VersionSpan
 
 FORMAT = 2
@@ -61,6 +61,7 @@ def tree_to_json(tree: RolloutTree) -> str:
         "num_roots_allocated": tree.num_roots_allocated,
         "num_continuations_allocated": tree.num_continuations_allocated,
         "failures": dict(tree.failures),
+        "faults": {name: [fault.count, fault.words] for name, fault in tree.faults.items()},
         "nodes": [_node_record(node) for node in tree.nodes],
         "rollouts": [
             {
@@ -94,7 +95,15 @@ def tree_from_json(line: str) -> RolloutTree:
         num_roots_allocated=record.integer("num_roots_allocated"),
         num_continuations_allocated=record.integer("num_continuations_allocated"),
         failures={kind: _integer(count, f"failures.{kind}") for kind, count in record.mapping("failures").items()},
+        faults={name: _read_fault(value, f"faults.{name}") for name, value in record.mapping("faults").items()},
     )
+
+
+def _read_fault(value: Json, name: str) -> Fault:
+    pair = _list(value, name)
+    if len(pair) != 2 or not isinstance(pair[1], str):
+        raise ValueError(f"{name} must be a pair [count, words]")
+    return Fault(_integer(pair[0], name), pair[1])
 
 
 def _node_record(node: Node) -> Mapping[str, object]:

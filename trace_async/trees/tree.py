@@ -9,10 +9,10 @@ A node's history H is the path from the root up to and including the node; its t
 tokens on that path. Node 0 is the prompt (depth 0); parents come before their children.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 from trace_async.types import Task, VersionSpan
 
@@ -65,12 +65,35 @@ class Rollout:
     round: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """How often something broke down, and what was said of it the first time."""
+
+    count: int
+    words: str
+
+
+class Grown(Protocol):
+    """What can be read off a tree whether it is finished (`RolloutTree`) or still growing (`TreeBuilder`)."""
+
+    @property
+    def nodes(self) -> Sequence[Node]: ...
+    @property
+    def rollouts(self) -> Sequence[Rollout]: ...
+    @property
+    def children(self) -> Sequence[Sequence[int]]: ...
+    @property
+    def depths(self) -> Sequence[int]: ...
+    def path(self, node: int) -> Sequence[int]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutTree:
     """All finished rollouts of one prompt. Immutable; checked when made.
 
     `policy_version_started`: learner version at admission. `num_roots_allocated` and
-    `num_continuations_allocated`: what Stage 1 and Stage 2 gave; `failures`: rollouts lost, by kind.
+    `num_continuations_allocated`: what Stage 1 and Stage 2 gave. `failures`: rollouts lost, by kind. `faults`: all that
+    broke down, tries that were made good by another included, by method and kind (such as `step.env_timeout`).
     """
 
     task: Task
@@ -80,6 +103,7 @@ class RolloutTree:
     num_roots_allocated: int = 0
     num_continuations_allocated: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
+    faults: Mapping[str, Fault] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.nodes or self.nodes[ROOT].parent != -1 or self.nodes[ROOT].num_generated:

@@ -10,8 +10,11 @@ import pytest
 from trace_async.engine import EngineDeadError
 from trace_async.env import EnvError, ReplayDivergedError
 from trace_async.method.allocation import Anchor
-from trace_async.rollout.prompt_run import Expansion, RolloutLimits, run_tree
-from trace_async.trees.tree import ROOT
+from trace_async.rollout.expansion import Expansion
+from trace_async.rollout.grower import Grower
+from trace_async.rollout.guard import EnvGuard
+from trace_async.rollout.limits import RolloutLimits
+from trace_async.trees.tree import ROOT, RolloutTree
 from trace_async.types import (
     Completion,
     LossKind,
@@ -99,6 +102,13 @@ def completion(*tokens: int) -> Completion:
         prompt_tokens=7,
         cached_tokens=5,
     )
+
+
+async def run_tree(task, make_env, renderer, generate, limits, *, num_roots, expansion=None) -> RolloutTree:
+    async def ask(task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        return await generate(prompt_ids, params)
+
+    return await Grower(EnvGuard(make_env), renderer, ask, limits).grow(task, num_roots, expansion)
 
 
 class Script:
@@ -251,9 +261,15 @@ async def test_a_full_context_ends_the_rollout_with_reward_zero_and_is_not_conti
     assert [a.node for a in asked[0]] == [1]
 
 
-async def test_a_prompt_that_fills_the_context_names_the_setting():
-    with pytest.raises(ValueError, match=r"sampling\.max_context_tokens=2"):
-        await run_tree(TASK, lambda _: SumEnv(), NumberRenderer(), Script(), limits(max_context_tokens=2), num_roots=2)
+async def test_a_prompt_that_fills_the_context_is_left_out_in_words_that_name_the_setting():
+    tree = await run_tree(
+        TASK, lambda _: SumEnv(), NumberRenderer(), Script(), limits(max_context_tokens=2), num_roots=2
+    )
+    assert tree.failures == {LossKind.PROMPT_TOO_LONG: 2}
+    fault = tree.faults["init.prompt_too_long"]
+    assert fault.count == 2  # a second try cannot help
+    assert "task t" in fault.words
+    assert "sampling.max_context_tokens=2" in fault.words
 
 
 async def test_a_turn_cut_at_its_limit_ends_with_an_added_end_of_turn():

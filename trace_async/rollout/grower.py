@@ -1,0 +1,87 @@
+"""The grower: everything that is asked of tasks and their environments, for training, evaluation and studies alike.
+
+        grow      prompt ─► m root rollouts ─► values of their turns ─► Stage 2 ─► continuations ─► tree
+        evaluate  one rollout
+        measure   the rewards of some rollouts
+        ask       the prompt alone, as Stage 1 shows it to the predictor
+
+No prompt waits for another. A rollout that breaks down through no fault of the policy is tried again from its anchor,
+then dropped and counted by kind; it never becomes a reward.
+"""
+
+from dataclasses import replace
+
+from trace_async.config import Config
+from trace_async.rollout.expansion import Expansion
+from trace_async.rollout.guard import EnvGuard
+from trace_async.rollout.limits import RolloutLimits, rollout_limits
+from trace_async.rollout.prompt_run import Generate, PromptRun
+from trace_async.rollout.renderer import Renderer
+from trace_async.tracking.metrics import EvalRollout, eval_rollout
+from trace_async.trees.tree import RolloutTree
+from trace_async.types import PrefixQuery, Task
+
+
+class Grower:
+    """Plays tasks of one domain with one policy. `limits`: of rollouts in training."""
+
+    def __init__(self, guard: EnvGuard, renderer: Renderer, generate: Generate, limits: RolloutLimits) -> None:
+        self.guard = guard
+        self.renderer = renderer
+        self.generate = generate
+        self.limits = limits
+
+    async def grow(
+        self,
+        task: Task,
+        num_roots: int,
+        expansion: Expansion | None = None,
+        *,
+        policy_version: int = 0,
+        root_value: float | None = None,
+        temperature: float | None = None,
+    ) -> RolloutTree:
+        """The whole life of one prompt. The tree has no rollouts when all broke down (`failures` says of what)."""
+        run = PromptRun(
+            task,
+            self.guard,
+            self.renderer,
+            self.generate,
+            self.limits if temperature is None else self.limits.at(temperature),
+            keep_states=expansion is not None,
+            root_value=root_value,
+        )
+        try:
+            await run.roots(num_roots)
+            num_continuations = await run.expand(expansion) if expansion is not None else 0
+            return run.tree(policy_version, num_roots, num_continuations)
+        finally:
+            await run.close()
+
+    async def evaluate(self, task: Task, temperature: float) -> EvalRollout:
+        """One rollout that nobody trains on."""
+        return eval_rollout(await self.grow(task, 1, temperature=temperature))
+
+    async def measure(self, task: Task, count: int) -> list[float]:
+        """The rewards of `count` rollouts, fewer where some broke down: V(prompt) as an oracle knows it."""
+        tree = await self.grow(task, count)
+        return [rollout.reward for rollout in tree.rollouts]
+
+    async def ask(self, task: Task) -> PrefixQuery:
+        """The predictor's question about the task's prompt: its tokens, all of them."""
+        env = await self.guard.make(task)
+        try:
+            prompt_ids = self.renderer.render_prompt(await env.init())
+        finally:
+            await env.close()
+        return PrefixQuery(token_ids=prompt_ids, positions=(len(prompt_ids),))
+
+
+def make_grower(
+    config: Config, guard: EnvGuard, renderer: Renderer, generate: Generate, *, max_retries: int | None = None
+) -> Grower:
+    """With the limits that the config sets; `max_retries` in place of `actors.max_rollout_retries`."""
+    limits = rollout_limits(config, renderer.stop_token_ids)
+    if max_retries is not None:
+        limits = replace(limits, max_retries=max_retries)
+    return Grower(guard, renderer, generate, limits)
