@@ -19,6 +19,7 @@ BUILT_IN: dict[str, str] = {
     "quest": "envs.quest.domain:Quest",
     "mixed": "envs.mixed:Mixed",
     "gymnasium": "envs.gymnasium_adapter:Gymnasium",
+    "agent": "envs.agent.domain:Agent",
 }
 
 

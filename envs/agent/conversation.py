@@ -1,0 +1,76 @@
+"""Where a request goes on: which of the policy's turns it follows, and what is new in it.
+
+    request 0   system, user                                   → turn 0
+    request 1   system, user, assistant, tool                  → follows turn 0; new: tool      → turn 1
+    request 2   system, "summary of the above"                 → follows no turn: a conversation of its own
+
+What the policy wrote is known by its place: the assistant's message that stands where turn k was given *is* turn k,
+whatever the client did to its text. Several turns given at one place are told apart by text and calls.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+
+from envs.agent.messages import Answer, ChatMessage, ModelRequest
+
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """`key` names all that a request says (a digest). `after`: the turn whose answer it goes on from (None: it begins a
+    conversation); `new`: the messages that follow there, or all of them."""
+
+    key: bytes
+    after: int | None
+    new: tuple[ChatMessage, ...]
+
+
+@dataclass(slots=True)
+class Conversation:
+    """The turns that were given so far, by the digest of what stood before them."""
+
+    _given_at: dict[bytes, int] = field(default_factory=dict)
+    _by_text: dict[tuple[bytes, str], int] = field(default_factory=dict)
+    _after: dict[int, bytes] = field(default_factory=dict)
+
+    def place(self, request: ModelRequest) -> Place:
+        """Cheap: one short digest a message."""
+        digest = _digest(b"", json.dumps(request.tools, sort_keys=True))
+        after, start, in_echo = None, 0, False
+        for number, message in enumerate(request.messages):
+            turn = self._turn_at(digest, message) if message.role == "assistant" else None
+            if turn is not None:
+                digest, after, start, in_echo = self._after[turn], turn, number + 1, True
+            elif in_echo and message.role == "assistant":
+                start = number + 1  # a client that splits a turn into several messages: still the same turn
+            else:
+                digest, in_echo = _digest(digest, _normal(message)), False
+        return Place(digest, after, request.messages[start:])
+
+    def add(self, key: bytes, answer: Answer) -> None:
+        """From now on `answer` is known as what follows the request `key`."""
+        turn = answer.number
+        self._given_at[key] = turn
+        self._after[turn] = _digest(key, f"turn {turn}")
+        said = ChatMessage("assistant", answer.content, answer.calls)
+        for form in (said, ChatMessage("assistant", "", answer.calls)):
+            self._by_text[key, _normal(form)] = turn
+
+    def _turn_at(self, digest: bytes, message: ChatMessage) -> int | None:
+        turn = self._by_text.get((digest, _normal(message)))
+        return self._given_at.get(digest) if turn is None else turn
+
+
+def _normal(message: ChatMessage) -> str:
+    """A message in one spelling. Only of the assistant's own text may white space and thoughts come and go."""
+    content = message.content
+    if message.role == "assistant":
+        content = " ".join(_THOUGHT.sub("", content).split())
+    return json.dumps([message.role, content, [call.normal() for call in message.calls]])
+
+
+def _digest(before: bytes, text: str) -> bytes:
+    return hashlib.blake2b(before + text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -1,0 +1,192 @@
+"""An agent as an environment: control turned round.
+
+    init    starts the agent and waits for its first request
+    step    answers the request with the policy's turn, and waits for the next one or the agent's end
+    fork    hands on the record: a fork is a fresh run of the agent, replayed to the same turn
+
+A fork costs nothing until it is used: then its agent starts, its first calls are answered from the record, and its
+next call is live (`session.py`).
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from envs.agent.messages import ModelRequest
+from envs.agent.session import Ended, Goal, Pending, Session
+from envs.agent.tool_calls import read_turn
+from envs.agent.verifier import CommandVerifier, FunctionVerifier, Outcome
+from trace_async.env import EnvError
+from trace_async.types import Completion, Message, PolicyTurn, Prompt, StepResult, Task, TurnLimits, VersionSpan
+
+_KEPT_PROMPTS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettings:
+    """`max_turns`: of the model in a rollout; an agent that asks for more ends with reward 0. `model_errors`: names of
+    exceptions that are the policy's own doing (reward 0); any other error of an agent is a break-down."""
+
+    max_turns: int
+    model_errors: frozenset[str]
+
+
+@dataclass(slots=True, eq=False)
+class FirstRequests:
+    """The first request of tasks that were started before, the latest ones.
+
+    The predictor looks at the prompts of many tasks that then get no rollout; without this each would cost a start.
+    """
+
+    kept: "OrderedDict[str, ModelRequest]" = field(default_factory=OrderedDict)
+
+    def get(self, task_id: str) -> ModelRequest | None:
+        return self.kept.get(task_id)
+
+    def put(self, task_id: str, request: ModelRequest) -> None:
+        self.kept[task_id] = request
+        if len(self.kept) > _KEPT_PROMPTS:
+            self.kept.popitem(last=False)
+
+
+class AgentEnv:
+    """One rollout of an agent, or the frozen state of one (`goal`), which starts when it is used."""
+
+    def __init__(
+        self,
+        task: Task,
+        make_session: Callable[[], Session],
+        verifier: FunctionVerifier | CommandVerifier,
+        settings: AgentSettings,
+        first_requests: FirstRequests,
+        goal: Goal | None = None,
+    ) -> None:
+        self._task = task
+        self._make_session = make_session
+        self._verifier = verifier
+        self._settings = settings
+        self._first_requests = first_requests
+        self._goal = goal
+        self._session: Session | None = None
+        self._pending: Pending | None = None
+        self._limits = goal.pending.request.limits if goal is not None else TurnLimits()
+        self._said = ""
+
+    async def init(self) -> Prompt:
+        """The agent's first request. What it was is known when the task was started before; then the agent itself
+        starts with its first turn."""
+        known = self._first_requests.get(self._task.id)
+        if known is None:
+            known = (await self._start()).request
+            self._first_requests.put(self._task.id, known)
+        self._limits = known.limits
+        return Prompt(messages=_messages(known), tools=known.tools)
+
+    def next_limits(self) -> TurnLimits:
+        return self._limits
+
+    async def step(self, action: str, *, truncated: bool = False) -> StepResult:
+        """A turn of which only the text is known, as in demonstrations."""
+        nothing = Completion(
+            token_ids=(),
+            logprobs=(),
+            version_spans=(VersionSpan(0, 0),),
+            finish_reason="length" if truncated else "stop",
+            prompt_tokens=0,
+            cached_tokens=0,
+        )
+        return await self.answer(PolicyTurn(text=action, truncated=truncated, completion=nothing, decode=lambda _: ""))
+
+    async def answer(self, turn: PolicyTurn) -> StepResult:
+        pending = await self._live()
+        assert self._session is not None
+        number = len(self._session.record)
+        answer = read_turn(turn, pending.request, number=number, created=int(time.time()))
+        self._said = answer.content
+        self._session.give(pending, answer)
+        self._pending = None
+        event = await self._session.next_event()
+        if isinstance(event, Ended):
+            return await self._judged(event, number + 1)
+        if number + 1 >= self._settings.max_turns:
+            return self._end(0.0, number + 1, {"max_turns_reached": 1.0})
+        if event.place.after != number:
+            raise EnvError(
+                "the agent's request does not go on from its last one: histories that an agent rewrites cannot be "
+                "trained on yet"
+            )
+        self._pending, self._limits = event, event.request.limits
+        return StepResult(messages=_messages(event.request))
+
+    async def fork(self) -> "AgentEnv":
+        """Of a running agent: its state, frozen. Of a frozen one: the agent run again up to there.
+
+        Raises ReplayDivergedError when it does not come back to the same request.
+        """
+        if self._session is not None and self._pending is not None:
+            goal = Goal(record=self._session.record, length=len(self._session.record), pending=self._pending)
+            return self._twin(goal)
+        twin = self._twin(self._goal)
+        if self._goal is not None:
+            try:
+                await twin._live()
+            except BaseException:
+                await twin.close()
+                raise
+        return twin
+
+    def _twin(self, goal: Goal | None) -> "AgentEnv":
+        twin = AgentEnv(self._task, self._make_session, self._verifier, self._settings, self._first_requests, goal)
+        twin._limits = self._limits
+        return twin
+
+    async def _live(self) -> Pending:
+        """The request that waits for this turn; the agent is started, or replayed, when it does not run yet."""
+        if self._pending is not None:
+            return self._pending
+        assert self._session is None, "init comes first, and nothing after the end"
+        if self._goal is not None:
+            self._session = self._make_session()
+            self._pending = await self._session.replay(self._goal)
+            return self._pending
+        known = self._first_requests.get(self._task.id)
+        pending = await self._start()
+        if known is not None and known != pending.request:
+            raise EnvError(
+                "the agent's first request is another one than in an earlier rollout of the same task: it must depend "
+                "on the task alone (`trace-async env check agent` shows where it parts)"
+            )
+        return pending
+
+    async def _start(self) -> Pending:
+        self._session = self._make_session()
+        await self._session.start()
+        event = await self._session.next_event()
+        if isinstance(event, Ended):
+            how = f"failed: {event.failure}" if event.failure is not None else f"returned {str(event.result)[:200]!r}"
+            raise EnvError(f"the agent never asked for a turn; it {how}")
+        self._pending = event
+        return event
+
+    async def _judged(self, end: Ended, num_turns: int) -> StepResult:
+        if end.failure is not None:
+            if self._settings.model_errors.isdisjoint(end.failure.names):
+                raise EnvError(
+                    f"the agent failed: {end.failure} (when this is the model's doing, name the exception in "
+                    "env.args.model_errors)"
+                )
+            return self._end(0.0, num_turns, {"agent_error": 1.0})
+        outcome = Outcome(result=end.result, error="", answer=self._said, num_turns=num_turns)
+        return self._end(await self._verifier.reward(self._task.data, outcome), num_turns, {})
+
+    def _end(self, reward: float, num_turns: int, metrics: Mapping[str, float]) -> StepResult:
+        return StepResult(done=True, reward=reward, metrics={"turns": float(num_turns), **metrics})
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+
+def _messages(request: ModelRequest) -> tuple[Message, ...]:
+    return tuple(message.as_text() for message in request.messages)

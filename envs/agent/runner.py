@@ -1,0 +1,216 @@
+"""Runs an agent: a coroutine, a plain function, or a command. It knows its task and where its model is, nothing else.
+
+Coroutines of all rollouts share one event loop in a thread of its own, so that an agent that blocks its loop stops
+neither the endpoint nor the engine; plain functions get a thread each; commands a process group each.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trace_async.env import EnvError
+from trace_async.types import Json
+
+_KEPT_OUTPUT = 1_000_000
+_KILL_AFTER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Where an agent finds its model: `base_url` ends with /v1."""
+
+    base_url: str
+    api_key: str
+
+
+class AgentFailed(Exception):
+    """The agent ended with an error. `names`: the classes of the exception, the most special one first."""
+
+    def __init__(self, names: Sequence[str], text: str) -> None:
+        super().__init__(text)
+        self.names = tuple(names)
+
+
+class Running(Protocol):
+    """An agent under way."""
+
+    async def result(self) -> Json:
+        """Waits for the end and gives what the agent returned; raises AgentFailed."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends it; may be called twice."""
+        ...
+
+
+class Runner(Protocol):
+    async def start(self, task: Mapping[str, Json], access: Access) -> Running: ...
+
+    async def close(self) -> None: ...
+
+
+def _failed(error: BaseException) -> AgentFailed:
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return AgentFailed(names, f"{type(error).__name__}: {error}")
+
+
+class FunctionRunner:
+    """For `agent: package.module:function`, called with `task`, `base_url` and `api_key`, as many as it takes."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        parameters = inspect.signature(function).parameters.values()
+        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        known = {parameter.name for parameter in parameters}
+        self._names = [name for name in ("task", "base_url", "api_key") if takes_all or name in known]
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def start(self, task: Mapping[str, Json], access: Access) -> Running:
+        values = {"task": task, "base_url": access.base_url, "api_key": access.api_key}
+        arguments = {name: values[name] for name in self._names}
+        future: Future[Json] = Future()
+        if not inspect.iscoroutinefunction(self._function):
+            threading.Thread(target=self._in_thread, args=(future, arguments), daemon=True, name="agent").start()
+            return _RunningFunction(future)
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, daemon=True, name="agents").start()
+        return _RunningFunction(asyncio.run_coroutine_threadsafe(self._function(**arguments), self._loop))
+
+    def _in_thread(self, future: "Future[Json]", arguments: Mapping[str, Any]) -> None:
+        try:
+            result = self._function(**arguments)
+        except BaseException as error:  # noqa: BLE001 somebody else's code; what it raises is told to who waits
+            with contextlib.suppress(asyncio.InvalidStateError):
+                future.set_exception(error)
+        else:
+            with contextlib.suppress(asyncio.InvalidStateError):
+                future.set_result(result)
+
+    async def close(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+
+class _RunningFunction:
+    def __init__(self, future: "Future[Json]") -> None:
+        self._future = future
+
+    async def result(self) -> Json:
+        try:
+            return await asyncio.shield(asyncio.wrap_future(self._future))
+        except asyncio.CancelledError:
+            if self._future.cancelled():
+                raise AgentFailed(["CancelledError"], "the agent cancelled itself") from None
+            raise
+        except BaseException as error:
+            raise _failed(error) from error
+
+    async def stop(self) -> None:
+        # A coroutine is cancelled where it waits. A thread cannot be ended from outside: its next request is refused,
+        # which ends it, and until then it is a daemon that holds nothing of ours.
+        self._future.cancel()
+
+
+class CommandRunner:
+    """For `command: [python, my_agent.py]`: the task as JSON on standard input and in TRACE_TASK, the model in
+    OPENAI_BASE_URL, OPENAI_API_KEY, ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY. What it prints is its result."""
+
+    def __init__(self, command: Sequence[str], cwd: str, max_running: int) -> None:
+        self._command = tuple(command)
+        self._cwd = cwd or None
+        self._slots = asyncio.Semaphore(max_running)
+
+    async def start(self, task: Mapping[str, Json], access: Access) -> Running:
+        text = json.dumps(task)
+        added = {
+            "OPENAI_BASE_URL": access.base_url,
+            "OPENAI_API_KEY": access.api_key,
+            "ANTHROPIC_BASE_URL": access.base_url.removesuffix("/v1"),
+            "ANTHROPIC_API_KEY": access.api_key,
+            # The limit of Linux is 128 KiB for one variable; a longer task is on standard input alone.
+            "TRACE_TASK": text if len(text) < 100_000 else "",
+        }
+        await self._slots.acquire()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env={**os.environ, **added},
+                cwd=self._cwd,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._slots.release()
+            raise EnvError(f"env.args.command={list(self._command)} cannot be started: {error}") from error
+        except BaseException:
+            self._slots.release()
+            raise
+        return _RunningCommand(process, text.encode(), self._slots)
+
+    async def close(self) -> None:
+        return None
+
+
+class _RunningCommand:
+    def __init__(self, process: asyncio.subprocess.Process, task: bytes, slots: asyncio.Semaphore) -> None:
+        self._process = process
+        self._slots: asyncio.Semaphore | None = slots
+        self._work = asyncio.create_task(self._run(task))
+
+    async def _run(self, task: bytes) -> tuple[int, str, str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not read its task
+            self._process.stdin.write(task)
+            await self._process.stdin.drain()
+            self._process.stdin.close()
+        out, err = await asyncio.gather(_read_tail(self._process.stdout), _read_tail(self._process.stderr))
+        return await self._process.wait(), out, err
+
+    async def result(self) -> Json:
+        code, out, err = await asyncio.shield(self._work)
+        self._release()
+        if code:
+            last = err.strip().splitlines()[-1:] or ["no word on standard error"]
+            # The last line of a Python traceback is `package.Kind: message`.
+            name = last[0].partition(":")[0].rpartition(".")[2]
+            raise AgentFailed([name, f"exit_{code}"], f"exit code {code}: {last[0][:500]}")
+        return out.strip()
+
+    async def stop(self) -> None:
+        if not self._work.done():  # also children that it left behind with its pipes
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, number)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_KILL_AFTER_S):
+                        await asyncio.shield(self._work)
+                        break
+        self._work.cancel()
+        self._release()
+
+    def _release(self) -> None:
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.release()
+
+
+async def _read_tail(stream: asyncio.StreamReader) -> str:
+    """All that comes, of which the last part is kept: a chatty agent must not fill the memory."""
+    kept = b""
+    while block := await stream.read(65536):
+        kept = (kept + block)[-_KEPT_OUTPUT:]
+    return kept.decode("utf-8", "replace")
