@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 from envs.agent.conversation import Conversation, Place
 from envs.agent.messages import Answer, ChatMessage, ModelRequest
 from envs.agent.runner import Access, AgentFailed, Runner, Running
-from trace_async.env import EnvError, ReplayDivergedError
+from trace_async.env import EnvTimeoutError, ReplayDivergedError
 from trace_async.types import Json
 
 _SHOWN_CHARS = 120
@@ -156,7 +156,7 @@ class Session:
                     await self._changed.wait()
                 return found
         except TimeoutError:
-            raise EnvError(
+            raise EnvTimeoutError(
                 f"the agent neither asked for a turn nor ended within env.args.turn_timeout_s={self.timeout_s:g}"
             ) from None
 

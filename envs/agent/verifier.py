@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trace_async.env import EnvError
+from trace_async.env import EnvError, EnvTimeoutError, EnvValueError
 from trace_async.types import Json
 
 
@@ -40,7 +40,9 @@ class FunctionVerifier:
                 else:
                     found = await asyncio.to_thread(self._function, task, outcome)
         except TimeoutError:
-            raise EnvError(f"the verifier took longer than env.args.verifier_timeout_s={self._timeout_s:g}") from None
+            raise EnvTimeoutError(
+                f"the verifier took longer than env.args.verifier_timeout_s={self._timeout_s:g}"
+            ) from None
         except Exception as error:  # somebody else's code
             raise EnvError(f"the verifier raised {type(error).__name__}: {error}") from error
         return _checked(found)
@@ -70,7 +72,9 @@ class CommandVerifier:
             async with asyncio.timeout(self._timeout_s):
                 out, err = await process.communicate(asked)
         except TimeoutError:
-            raise EnvError(f"the verifier took longer than env.args.verifier_timeout_s={self._timeout_s:g}") from None
+            raise EnvTimeoutError(
+                f"the verifier took longer than env.args.verifier_timeout_s={self._timeout_s:g}"
+            ) from None
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -87,11 +91,11 @@ class CommandVerifier:
         try:
             return _checked(float(lines[-1]))
         except ValueError:
-            raise EnvError(f"the verifier's last line is no number: {lines[-1][:200]!r}") from None
+            raise EnvValueError(f"the verifier's last line is no number: {lines[-1][:200]!r}") from None
 
 
 def _checked(reward: object) -> float:
     """A reward in [0, 1]; anything else is the verifier's fault and no one's reward."""
     if not isinstance(reward, bool | int | float) or not 0 <= reward <= 1:
-        raise EnvError(f"the verifier gave {reward!r}; a reward is a number from 0 to 1")
+        raise EnvValueError(f"the verifier gave {reward!r}; a reward is a number from 0 to 1")
     return float(reward)

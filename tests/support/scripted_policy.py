@@ -3,9 +3,14 @@
 from collections.abc import Callable
 
 from tests.unit.rollout.test_renderer import make_tokenizer
-from trace_async.rollout.prompt_run import RolloutLimits
+from trace_async.env import Domain
+from trace_async.rollout.expansion import Expansion
+from trace_async.rollout.grower import Grower
+from trace_async.rollout.guard import EnvGuard
+from trace_async.rollout.limits import RolloutLimits
 from trace_async.rollout.renderer import Renderer
-from trace_async.types import Completion, SamplingParams, VersionSpan
+from trace_async.trees.tree import RolloutTree
+from trace_async.types import Completion, SamplingParams, Task, VersionSpan
 
 TOKENIZER = make_tokenizer()
 RENDERER = Renderer(TOKENIZER)
@@ -28,7 +33,7 @@ class ScriptedPolicy:
         self.prompts: list[tuple[int, ...]] = []
         self.params: list[SamplingParams] = []
 
-    async def __call__(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+    async def __call__(self, task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
         self.prompts.append(prompt_ids)
         self.params.append(params)
         text = self.say(TOKENIZER.decode(list(prompt_ids)))
@@ -49,3 +54,11 @@ def says(*turns: str) -> ScriptedPolicy:
     """The turns in order, whoever asks."""
     left = list(turns)
     return ScriptedPolicy(lambda _: left.pop(0))
+
+
+async def grow_tree(
+    domain: Domain, policy: ScriptedPolicy, expansion: Expansion | None = None, *, num_roots: int = 1, **changes
+) -> RolloutTree:
+    """The tree of the domain's first task."""
+    grower = Grower(EnvGuard(domain.make_env), RENDERER, policy, limits(**changes))
+    return await grower.grow(domain.tasks("train")[0], num_roots, expansion)

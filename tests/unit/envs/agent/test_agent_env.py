@@ -10,10 +10,10 @@ import pytest
 
 from envs.agent.domain import Agent
 from tests.support.paths import ROOT
-from tests.support.scripted_policy import RENDERER, TOKENIZER, ScriptedPolicy, call, limits, says
+from tests.support.scripted_policy import TOKENIZER, ScriptedPolicy, call, grow_tree, says
 from trace_async.config import ConfigError
 from trace_async.method.allocation import Anchor
-from trace_async.rollout.prompt_run import Expansion, run_tree
+from trace_async.rollout.expansion import Expansion
 from trace_async.trees.tree import ROOT as PROMPT
 from trace_async.trees.tree import RolloutTree
 
@@ -47,8 +47,7 @@ def two_after(node: int):
 
 
 async def grow(domain: Agent, policy: ScriptedPolicy, expansion: Expansion | None = None, **changes) -> RolloutTree:
-    task = domain.tasks("train")[0]
-    return await run_tree(task, domain.make_env, RENDERER, policy, limits(**changes), num_roots=1, expansion=expansion)
+    return await grow_tree(domain, policy, expansion, **changes)
 
 
 def text(tree: RolloutTree, node: int) -> str:
@@ -119,7 +118,7 @@ async def test_an_agent_that_goes_on_for_ever_ends_without_reward(make_domain):
 
 async def test_an_agent_that_does_not_answer_is_a_failure_and_names_the_setting(make_domain, caplog):
     tree = await grow(make_domain("sleeper", turn_timeout_s=0.2), says())
-    assert tree.failures == {"EnvError": 1}
+    assert tree.failures == {"env_timeout": 1}
     assert "env.args.turn_timeout_s=0.2" in caplog.text
 
 
