@@ -12,11 +12,10 @@ from actors.generator import GeneratorRouter
 from envs import load_domain
 from trace_async.config import Config
 from trace_async.method.allocation import VALUE_FREE_RULES, Anchor, plan_prefixes
-from trace_async.policy.load import load_tokenizer
+from trace_async.policy.load import load_renderer
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import make_grower
 from trace_async.rollout.guard import EnvGuard
-from trace_async.rollout.renderer import Renderer
 from trace_async.run.state import PendingPrompt
 from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
@@ -31,8 +30,11 @@ class PromptActor:
     def __init__(self, config: Config, policy_path: str, predictor: ActorHandle | None) -> None:
         self.config = config
         self.domain = load_domain(config.env)
-        limit = config.sampling.max_observation_tokens
-        self.renderer = Renderer(load_tokenizer(policy_path), max_observation_tokens=limit)
+        self.renderer = load_renderer(
+            policy_path,
+            max_observation_tokens=config.sampling.max_observation_tokens,
+            template_kwargs=config.policy.chat_template_kwargs,
+        )
         self.predictor = predictor
         self.router = GeneratorRouter(
             spill_requests=config.actors.spill_requests,

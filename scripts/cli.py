@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": ("scripts.commands.evaluate", "evaluate a policy on held-out tasks"),
     "compare": ("scripts.commands.compare", "methods × seeds at equal generated tokens, with a report"),
     "tree": ("scripts.commands.tree", "show a rollout tree of a run"),
+    "get-policy": ("scripts.commands.get_policy", "bring a pretrained policy here, converted and checked"),
     "make-policy": ("scripts.commands.make_policy", "build the small start policy of an environment"),
     "env": ("scripts.commands.env_check", "check an environment's contract"),
     "export": ("scripts.commands.export", "write a checkpoint's policy as a Hugging Face directory"),

@@ -15,7 +15,7 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 echo "Installing into $PWD/.venv (a few minutes, once) ..."
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 log=$(mktemp)
-if ! .venv/bin/python -m pip install --disable-pip-version-check -e ".[dev,lora]" >"$log" 2>&1; then
+if ! .venv/bin/python -m pip install --disable-pip-version-check -e ".[dev,lora,models]" >"$log" 2>&1; then
   tail -n 30 "$log"
   echo "The installation failed; its whole output is in $log" >&2
   exit 1

@@ -67,6 +67,15 @@ def tiny_policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct as `trace-async get-policy smollm2` makes it: once a machine, then from the cache."""
+    from tests.support.paths import ROOT
+    from trace_async.policy.get_policy import get_policy
+
+    return get_policy("smollm2", ROOT / ".cache" / "policies")
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One local Ray for all tests of a session; its actors load this project from the working directory."""
     import ray

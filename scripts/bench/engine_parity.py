@@ -20,10 +20,9 @@ from envs import load_domain
 from scripts.commands.train import ensure_policy
 from trace_async.config import Config, load_config
 from trace_async.engines import make_engine
-from trace_async.policy.load import load_tokenizer
+from trace_async.policy.load import load_renderer
 from trace_async.rollout.grower import make_grower
 from trace_async.rollout.guard import EnvGuard
-from trace_async.rollout.renderer import Renderer
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, SamplingParams, Task
 
@@ -51,7 +50,7 @@ class Parity:
 async def greedy_trees(config: Config, policy_path: Path, log_dir: Path) -> list[RolloutTree]:
     """One rollout for each of `eval.num_tasks` held-out tasks."""
     domain = load_domain(config.env)
-    renderer = Renderer(load_tokenizer(policy_path), max_observation_tokens=config.sampling.max_observation_tokens)
+    renderer = load_renderer(policy_path, max_observation_tokens=config.sampling.max_observation_tokens)
     engine = make_engine(
         config.engine,
         policy_path=policy_path,

@@ -155,10 +155,9 @@ def _dry_run(config: Config, run_dir: Path) -> int:
         if not tasks:
             raise ConfigError(f"env.name={config.env.name}: there are no {split} tasks")
     if config.policy.path:
-        from trace_async.policy.load import load_tokenizer
-        from trace_async.rollout.renderer import Renderer
+        from trace_async.policy.load import load_renderer
 
-        renderer = Renderer(load_tokenizer(config.policy.path))
+        renderer = load_renderer(config.policy.path, template_kwargs=config.policy.chat_template_kwargs)
         print(f"policy           {config.policy.path}, {renderer.vocab_size} tokens")
     else:
         print(f"policy           a small one will be built for {domain.name} under {config.policy.cache_dir}")

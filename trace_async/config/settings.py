@@ -17,6 +17,21 @@ Stage2Rule = Literal["none", "random", "contrast", "contrast_per_token", "contra
 AdvantageName = Literal["trace", "tree_grpo", "tree_rpo", "treepo", "grpo"]
 
 
+# What `apply_chat_template` is given by the renderer, or what would change the kind of its answer.
+TEMPLATE_ARGUMENTS = (
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+    "return_tensors",
+)
+
+
 class ConfigError(ValueError):
     """A setting is unknown, ill-typed or impossible; the message names it and says what to do."""
 
@@ -42,12 +57,14 @@ class PolicyConfig:
     """`path`: a local Hugging Face causal LM directory with tokenizer and chat template.
 
     Empty: `make-policy` builds a small Qwen3 for the environment and caches it under `cache_dir`, from `seed`.
+    `chat_template_kwargs`: variables for the chat template, for example {enable_thinking: false} with Qwen3.
     """
 
     path: str = ""
     cache_dir: str = ".cache/policies"
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     hidden_size: int = 128
     num_layers: int = 3
     warm_start_steps: int = 300
@@ -56,6 +73,9 @@ class PolicyConfig:
         _require(self.hidden_size % 32 == 0, "policy.hidden_size", self.hidden_size, "must be a multiple of 32")
         _require(self.num_layers >= 1, "policy.num_layers", self.num_layers, "must be ≥ 1")
         _require(self.warm_start_steps >= 1, "policy.warm_start_steps", self.warm_start_steps, "must be ≥ 1")
+        for name in self.chat_template_kwargs:
+            setting = f"policy.chat_template_kwargs.{name}"
+            _require(name not in TEMPLATE_ARGUMENTS, setting, self.chat_template_kwargs[name], "is set by the trainer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

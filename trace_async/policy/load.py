@@ -1,10 +1,14 @@
 """A policy on disk: a local Hugging Face causal LM directory with tokenizer and chat template."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from trace_async.policy.cpu_linear import accelerate_linears
+from trace_async.rollout.renderer import Renderer
+from trace_async.types import Json
 
 
 def _directory(path: str | Path) -> Path:
@@ -23,6 +27,38 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"policy.path={path}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer)}")
     return tokenizer
+
+
+def load_renderer(
+    path: str | Path, *, max_observation_tokens: int = 0, template_kwargs: Mapping[str, Json] | None = None
+) -> Renderer:
+    """The renderer of a local policy: its tokenizer, its template, and every end token that its folder names.
+
+    `template_kwargs` are `policy.chat_template_kwargs`. Raises ValueError as Renderer does.
+    """
+    return Renderer(
+        load_tokenizer(path),
+        max_observation_tokens=max_observation_tokens,
+        end_token_ids=end_token_ids(path),
+        template_kwargs=template_kwargs or {},
+    )
+
+
+def end_token_ids(path: str | Path) -> tuple[int, ...]:
+    """What generation_config.json and config.json name as `eos_token_id`, one number or a list, in that order.
+
+    Models with several ways to end an answer, such as Llama 3, list them only there: the tokenizer knows one.
+    """
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        file = _directory(path) / name
+        ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        ends = ends if isinstance(ends, list) else [ends]
+        for end in ends:
+            if end is not None and (isinstance(end, bool) or not isinstance(end, int) or end < 0):
+                raise ValueError(f"{file}: eos_token_id={end}: must be a token's number or a list of them")
+            found += [end] if end is not None else []
+    return tuple(dict.fromkeys(found))
 
 
 def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:

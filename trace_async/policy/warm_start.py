@@ -7,21 +7,19 @@ Supervised training: every token of a demonstration's turns counts 1, all others
 
 import asyncio
 import hashlib
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trace_async.config import PolicyConfig
 from trace_async.env import DemonstrationSource, Demonstrator, Domain
+from trace_async.policy.save import save_policy
 from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.rollout.renderer import Renderer
 from trace_async.run.dataset import TaskIterator
@@ -66,7 +64,7 @@ def make_policy(domain: Domain, config: PolicyConfig, *, log: Callable[[str], No
         model = _train(domain, tokenizer, config, log)
     finally:
         torch.set_num_threads(num_threads)
-    _save_at_once(model, tokenizer, directory)
+    save_policy(model, tokenizer, directory)
     log(f"policy: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, saved in {directory}")
     return directory
 
@@ -215,7 +213,7 @@ def _loss(model: Qwen3ForCausalLM, token_ids: torch.Tensor, weights: torch.Tenso
 
 
 def _fingerprint(domain: Domain, tokenizer: PreTrainedTokenizerFast, config: PolicyConfig) -> str:
-    settings = {k: v for k, v in asdict(config).items() if k not in ("path", "cache_dir", "dtype")}
+    settings = {name: getattr(config, name) for name in ("seed", "hidden_size", "num_layers", "warm_start_steps")}
     digest = hashlib.blake2b(digest_size=8)
     for source in ("warm_start.py", "small_tokenizer.py"):
         digest.update((Path(__file__).parent / source).read_bytes())
@@ -233,22 +231,3 @@ def _check_known(token_ids: np.ndarray, tokenizer: PreTrainedTokenizerFast, doma
     if (token_ids == tokenizer.unk_token_id).any():
         text = tokenizer.decode(token_ids.tolist())
         raise ValueError(f"domain {domain.name}: vocabulary() lacks characters that its demonstrations use: {text}")
-
-
-def _save_at_once(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Whoever finds `directory` finds it whole: it is written beside and then renamed."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".partial-{directory.name}-{os.getpid()}")
-    try:
-        partial.mkdir()
-        # Not save_pretrained: it loads DeepSpeed where that is installed and draws a progress bar of its own.
-        tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(directory)
-    except OSError:
-        if not directory.is_dir():  # else another process was first, with the same policy
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

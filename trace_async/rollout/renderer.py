@@ -23,16 +23,25 @@ class Renderer:
     """Renders with `tokenizer`'s chat template; raises ValueError where the template cannot be used.
 
     `max_observation_tokens` (0: no limit): the content of each message of an observation is cut to so many tokens, of
-    which the last ones say so (`CUT_MARK`).
+    which the last ones say so (`CUT_MARK`). `end_token_ids`: tokens that end a turn besides the tokenizer's own.
+    `template_kwargs`: variables for the template, such as `enable_thinking`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, max_observation_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_observation_tokens: int = 0,
+        end_token_ids: Sequence[int] = (),
+        template_kwargs: Mapping[str, Json] | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer {_name(tokenizer)} has no chat template")
         if not tokenizer.is_fast:
             raise ValueError(f"the tokenizer {_name(tokenizer)} is not a fast tokenizer (tokenizer.json is missing)")
         self._tokenizer = tokenizer
         self._max_observation_tokens = max_observation_tokens
+        self._template_kwargs = dict(template_kwargs or {})
         added = dict(tokenizer.added_tokens_decoder)
         self._added_texts = tuple(token.content for token in added.values())
         # The unknown token stands for any odd word, so it is no control token although it is listed as added.
@@ -52,14 +61,21 @@ class Renderer:
         self._template_pieces = lru_cache(maxsize=512)(self._make_template_pieces)
         self._end_of_turn_id = self._find_end_of_turn()
         eos = tokenizer.eos_token_id
-        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys([self._end_of_turn_id, *_as_ids(eos)]))
+        ends = [self._end_of_turn_id, *_as_ids(eos), *end_token_ids]
+        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         self.vocab_size: int = len(tokenizer)
 
     def render_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of the prompt up to and including the generation prompt."""
         self._check_tools(prompt.tools)
         tools = json.dumps([dict(tool) for tool in prompt.tools])
-        return self._encode(self._template_pieces(_roles(prompt.messages), tools), prompt.messages)
+        pieces = self._template_pieces(_roles(prompt.messages), tools)
+        if prompt.tools and pieces == self._template_pieces(_roles(prompt.messages), "[]"):
+            raise self._template_error(
+                f"it does not show tools, so the model would never see the environment's {len(prompt.tools)}; let the "
+                "environment describe them in its messages, or use a model whose template has them"
+            )
+        return self._encode(pieces, prompt.messages)
 
     def render_observation(self, messages: Sequence[Message], *, turn_ended: bool) -> tuple[int, ...]:
         """The tokens between the model's turn and its next one, next generation prompt included.
@@ -133,7 +149,11 @@ class Renderer:
         chat = [{"role": role, "content": mark} for role, mark in zip(roles, sentinels, strict=True)]
         try:
             text = self._tokenizer.apply_chat_template(
-                chat, tools=json.loads(tools) or None, tokenize=False, add_generation_prompt=True
+                chat,
+                tools=json.loads(tools) or None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._template_kwargs,
             )
         except TemplateError as error:
             raise self._template_error(f"it refuses messages of the roles {', '.join(roles)}: {error}") from error

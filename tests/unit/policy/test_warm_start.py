@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import trace_async.policy.save as save
 import trace_async.policy.warm_start as warm_start
 from trace_async.config import PolicyConfig
 from trace_async.policy.load import load_model, load_tokenizer
@@ -135,7 +136,7 @@ def test_the_key_covers_settings_and_demonstrations(tmp_path: Path) -> None:
 
 def test_a_kill_midway_leaves_no_half_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(tmp_path, warm_start_steps=1)
-    monkeypatch.setattr(warm_start, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(save, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make_policy(Echo(), config, log=lambda line: None)
     assert not list((tmp_path / "policies").iterdir())
