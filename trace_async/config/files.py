@@ -1,0 +1,106 @@
+"""Read settings from YAML and the command line, and write them. From `load_config` on there are frozen dataclasses.
+
+A file holds only what differs from the defaults; overrides are `section.name=value` and win over it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, get_origin
+
+from yaml import YAMLError
+
+from trace_async.config.run import Config
+from trace_async.config.section import ConfigError, Interpolated, checked, require, subsections
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, then the YAML file, then `section.name=value` overrides, checked. Raises ConfigError."""
+    if path is None:
+        return config_from_yaml("", overrides)
+    if not Path(path).is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        return config_from_yaml(Path(path).read_text(encoding="utf-8"), overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def config_from_yaml(text: str, overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`, from the file's text."""
+    # Imported here, so that what needs no file runs where OmegaConf is not installed.
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        given = [OmegaConf.create(text), OmegaConf.from_dotlist(list(overrides))]
+        for settings in given:
+            if not isinstance(settings, DictConfig):
+                raise ConfigError("settings are a mapping {section: {setting: value}}")
+            _require_mappings(OmegaConf.to_container(settings))
+        # The defaults are merged too, so that an expression can name a setting that was not given.
+        merged = OmegaConf.merge(OmegaConf.create(config_to_dict(Config())), *given)
+        raw = OmegaConf.to_container(merged, resolve=False)
+        resolved = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(_in_words(error)) from error
+    except TypeError as error:
+        # OmegaConf's words where one text has a list and another a mapping, deep inside env.args or the like.
+        raise ConfigError(f"one setting is given a list here and a mapping there ({error})") from error
+    return checked(Config, _remember_expressions(raw, resolved))
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, for YAML and MLflow. What `${…}` brought is written as that expression, never its value."""
+    return _forget_values(asdict(config))
+
+
+def config_to_yaml(config: Config) -> str:
+    """All settings as YAML that `load_config` reads back."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+
+
+def _require_mappings(settings: Any, cls: type = Config, section: str = "") -> None:
+    """OmegaConf would merge a number or a list into a section without a word, or raise TypeError."""
+    for field in (field for field in fields(cls) if field.name in settings):
+        setting, value = section + field.name, settings[field.name]
+        if inner := subsections(cls).get(field.name):
+            require(isinstance(value, dict), setting, value, "a section of settings, {setting: value}")
+            _require_mappings(value, inner, f"{setting}.")
+        elif get_origin(field.type) is dict:
+            require(isinstance(value, dict), setting, value, "must be a mapping {name: value}")
+
+
+def _remember_expressions(raw: Any, resolved: Any) -> Any:
+    """`resolved` with every text that an interpolation of `raw` brought as Interpolated."""
+    if isinstance(raw, dict):
+        return {key: _remember_expressions(raw[key], value) for key, value in resolved.items()}
+    if isinstance(raw, list):
+        return [_remember_expressions(*pair) for pair in zip(raw, resolved, strict=True)]
+    if not isinstance(raw, str) or "${" not in raw:
+        return resolved
+    if isinstance(resolved, dict | list):
+        # Its texts would be written down with their values, and one of them may be a secret.
+        raise ConfigError(f"{raw} stands for a whole section or list; only single values can be interpolated")
+    return Interpolated(resolved, raw) if isinstance(resolved, str) else resolved
+
+
+def _forget_values(value: Any) -> Any:
+    if isinstance(value, Interpolated):
+        return value.expression
+    if isinstance(value, dict):
+        return {key: _forget_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_forget_values(item) for item in value]
+    return value
+
+
+def _in_words(error: Exception) -> str:
+    """What OmegaConf or the YAML parser found, without their internals; the setting comes first where it is known."""
+    setting = getattr(error, "full_key", None)
+    if not setting:
+        return str(error).strip()
+    found = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+    return f"{setting}: {found}"

@@ -1,0 +1,141 @@
+"""How the sampling budget is spent and what is learnt from it: TRACE, its baselines and the value predictor."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trace_async.config.section import require, section
+
+Stage1Rule = Literal["uniform", "point", "beta", "thompson", "pcl", "vip", "dapo"]
+Stage2Rule = Literal["none", "random", "contrast", "contrast_per_token", "contrast_value_only"]
+AdvantageName = Literal["trace", "tree_grpo", "tree_rpo", "treepo", "grpo"]
+
+
+@section("budget")
+class BudgetConfig:
+    """The sampling budget of one update and how it is spent (docs/METHOD.md).
+
+    A round spends M root rollouts over a pool of candidate prompts (Stage 1), and then, inside each prompt that got m
+    of them, N·m continuations of prefixes (Stage 2). It costs M·(1 + N/2) trajectory equivalents.
+    """
+
+    root_rollouts: Annotated[int, Field(ge=2)] = 64
+    """M: root rollouts of a round (alias train_batch_size × n)."""
+    continuations_per_root: Annotated[int, Field(ge=0)] = 2
+    """N: continuations per root rollout of a prompt. 0: none."""
+    pool_size: Annotated[int, Field(ge=1)] = 192
+    """Candidate prompts of a round, among which Stage 1 chooses."""
+    min_rollouts: Annotated[int, Field(ge=0)] = 0
+    """The fewest root rollouts that a candidate prompt gets."""
+    max_rollouts: Annotated[int, Field(ge=2)] = 8
+    """The most root rollouts that a prompt gets. At least 2: one rollout cannot disagree."""
+    uniform_rollouts: Annotated[int, Field(ge=2)] = 8
+    """Root rollouts of every prompt under stage1=uniform and its relatives (alias n, group size, num_generations)."""
+    max_per_prefix: Annotated[int, Field(ge=1)] | None = None
+    """The most continuations that one prefix gets. null: as many as the prompt has."""
+    stage1: Stage1Rule = "beta"
+    """How root rollouts are shared among prompts: uniform (every prompt the same) | point and beta (TRACE, from a point
+    estimate or a posterior of the success rate) | thompson (MoPPS) | pcl | vip | dapo (dynamic sampling)."""
+    stage2: Stage2Rule = "contrast"
+    """Which prefixes are continued: none | random | contrast (TRACE) | contrast_per_token (its value per generated
+    token) | contrast_value_only."""
+    stage2_rounds: Annotated[int, Field(ge=1)] = 1
+    """The continuations of a prompt are spent in so many rounds, later ones also from prefixes of earlier ones
+    (Tree-GRPO's L)."""
+    warmup_rounds: Annotated[int, Field(ge=0)] = 2
+    """The first so many rounds use stage1=uniform. They are charged like all others."""
+    warmup_rollouts: Annotated[int, Field(ge=2)] = 2
+    """Root rollouts of a prompt in those rounds; small groups show the predictor more prompts."""
+    oracle_rollouts: Annotated[int, Field(ge=0)] = 0
+    """For understanding only: where rules ask for a value, so many rollouts of the current policy measure it for every
+    prompt and prefix, uncharged, in place of the predictor. 0: off."""
+    explore_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the root rollouts (stage1=point and beta) that goes to pairs on candidates drawn at random, whatever is
+    believed of them: only so is it seen what the policy forgets."""
+
+    def __post_init__(self) -> None:
+        require(self.min_rollouts <= self.max_rollouts, "budget.min_rollouts", self.min_rollouts, "≤ max_rollouts")
+        require(
+            self.pool_size * self.min_rollouts <= self.root_rollouts,
+            "budget.min_rollouts",
+            self.min_rollouts,
+            f"pool_size·min_rollouts must not exceed root_rollouts={self.root_rollouts}",
+        )
+        require(
+            self.pool_size * self.max_rollouts >= self.root_rollouts,
+            "budget.pool_size",
+            self.pool_size,
+            f"pool_size·max_rollouts must reach root_rollouts={self.root_rollouts}",
+        )
+
+
+@section("predictor")
+class PredictorConfig:
+    """The value model that estimates V(H). It steers the allocation and never enters the policy's gradient.
+
+    After every update it learns on whole finished trees, then in cheap steps on prompts alone.
+    """
+
+    path: str = ""
+    """A Hugging Face directory to start from. Empty: the first layers of the start policy itself."""
+    num_layers: Annotated[int, Field(ge=0)] = 2
+    """With an empty `path`: how many of the policy's layers. 0: all."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of its trunk."""
+    head_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Its head learns so many times as fast as its trunk."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay of AdamW."""
+    loss: Literal["mse", "bce"] = "bce"
+    """bce (cross entropy of the reward, between 0 and 1) | mse (the paper's)."""
+    prompt_steps_per_update: Annotated[int, Field(ge=0)] = 2
+    """Steps on prompts alone after every update."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 16
+    """So many more steps on prompts after the first update, and half as many again after each that follows."""
+    prompt_tokens_per_step: Annotated[int, Field(ge=1)] = 1024
+    """Tokens of prompts in one of those steps."""
+    steps_per_update: Annotated[int, Field(ge=0)] = 2
+    """Steps on whole trees after every update. 0: the predictor never learns."""
+    trees_per_step: Annotated[int, Field(ge=1)] = 8
+    """Trees in one of those steps."""
+    max_tokens_per_forward: Annotated[int, Field(ge=1)] = 8192
+    """Tokens that it takes at once; bounds its memory. A single longer tree is still taken whole."""
+    replay_trees: Annotated[int, Field(ge=1)] = 512
+    """It learns from so many of the last finished trees."""
+    prior_strength: Annotated[float, Field(gt=0)] = 4.0
+    """How many pseudo rollouts its estimate is worth beside a prompt's own counts (stage1=beta)."""
+    fit_prior_strength: bool = True
+    """`prior_strength` holds only at first and is then fitted to what came out."""
+    count_half_life: Annotated[float, Field(ge=0)] = 8.0
+    """A prompt's counts lose half their weight in so many policy versions. 0: never."""
+    num_threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads of its process, which Ray also reserves for it."""
+
+
+@section("loss")
+class LossConfig:
+    """The policy-gradient loss. Clipping is on the ratio learner / generator at the sampling temperature."""
+
+    advantage: AdvantageName = "trace"
+    """Credit of a token: trace | tree_grpo | tree_rpo | treepo | grpo (alias adv_estimator)."""
+    normalize_std: bool = False
+    """Divide a group's advantages by their standard deviation, as GRPO does (alias norm_adv_by_std_in_grpo)."""
+    eps_clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The ratio is clipped below 1 − this (alias clip_ratio_low, epsilon)."""
+    eps_clip_high: Annotated[float, Field(gt=0)] = 0.28
+    """The ratio is clipped above 1 + this (alias clip_ratio_high, epsilon_high)."""
+    dual_clip: Literal[0] | Annotated[float, Field(gt=1)] = 0.0
+    """Bound on the ratio where the advantage is negative (alias clip_ratio_c; usual: 3). 0: off."""
+    kl_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL divergence to the start policy (alias kl_coef, beta). 0: no reference policy is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that divergence (Schulman, "Approximating KL divergence"); alias kl_loss_type."""
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus (alias entropy_coeff)."""
+    correction: Literal["none", "decoupled", "tis"] = "none"
+    """Of the difference between generator and learner: none | decoupled (AReaL, arXiv 2505.24298) | tis (truncated
+    importance weights)."""
+    tis_cap: Annotated[float, Field(ge=1)] = 2.0
+    """Where correction=tis truncates its weights (alias tis_imp_ratio_cap)."""
+    aggregation: Literal["token", "sequence", "prompt"] = "prompt"
+    """Over what the loss is averaged: token | sequence | prompt (alias loss_agg_mode)."""

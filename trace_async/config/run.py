@@ -1,0 +1,85 @@
+"""A whole run, and what is kept of it: evaluations, figures and checkpoints."""
+
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import Field
+
+from trace_async.config.method import BudgetConfig, LossConfig, PredictorConfig
+from trace_async.config.processes import ActorsConfig, EngineConfig, LearnerConfig
+from trace_async.config.section import require, section
+from trace_async.config.task import EnvConfig, PolicyConfig, SamplingConfig
+
+
+@section("eval")
+class EvalConfig:
+    """Evaluation on held-out tasks, always before the first update and after the last."""
+
+    num_tasks: Annotated[int, Field(ge=1)] = 600
+    """Held-out tasks of an evaluation, each rolled out once per temperature."""
+    every_updates: Annotated[int, Field(ge=0)] = 0
+    """Also after every so many updates (alias test_freq). 0: only before and after."""
+    temperatures: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (1.0, 0.0)
+    """Sampling temperatures, one evaluation each. 0: greedy."""
+
+
+@section("tracking")
+class TrackingConfig:
+    """What MLflow records."""
+
+    uri: str = ""
+    """Tracking server. Empty: a sqlite store under `output_dir`."""
+    experiment: Annotated[str, Field(min_length=1)] = "trace_async"
+    """MLflow's experiment."""
+    system_metrics: bool = True
+    """Also record load and memory of the machine."""
+    trees_per_artifact: Annotated[int, Field(ge=0)] = 4
+    """Rollout trees of every update that are kept to be looked at (`trace-async tree`). 0: none."""
+
+
+@section("checkpoint")
+class CheckpointConfig:
+    """What `trace-async train --resume` goes on from."""
+
+    every_updates: Annotated[int, Field(ge=0)] = 10
+    """A checkpoint after every so many updates (alias save_freq). 0: only at the end."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """The newest so many checkpoints are kept."""
+
+
+@section("")
+class Config:
+    """A run. It ends after `num_updates` updates or after `max_generated_tokens` generated tokens."""
+
+    name: Annotated[str, Field(min_length=1)] = "run"
+    """The run's name, a plain one without '/'; its directory is `output_dir/name`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random in the run."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs"
+    """Where runs lie."""
+    num_updates: Annotated[int, Field(ge=1)] = 40
+    """Updates of the policy after which the run ends (alias total_training_steps)."""
+    max_generated_tokens: Annotated[int, Field(ge=0)] = 0
+    """Generated tokens after which the run ends. 0: no such limit."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    actors: ActorsConfig = field(default_factory=ActorsConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        plain = "/" not in self.name and self.name.isprintable() and bool(self.name.strip(". "))
+        require(plain, "name", ascii(self.name)[1:-1], "a plain name without '/'")
+        require(
+            self.engine.lora_rank in (0, self.learner.lora_rank),
+            "engine.lora_rank",
+            self.engine.lora_rank,
+            f"0 (merged weights) or that of the learner, learner.lora_rank={self.learner.lora_rank}",
+        )

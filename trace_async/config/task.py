@@ -1,0 +1,90 @@
+"""What is trained on what: the environment, the start policy and how rollouts are sampled."""
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from trace_async.config.section import require, section
+
+Dtype = Literal["float32", "bfloat16"]
+
+# What `apply_chat_template` is given by the renderer, or what would change the kind of its answer.
+TEMPLATE_ARGUMENTS = (
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+    "return_tensors",
+)
+
+
+@section("env")
+class EnvConfig:
+    """The environment that the policy acts in."""
+
+    name: Annotated[str, Field(min_length=1)] = "multihop"
+    """A built-in domain (`multihop`, `math`, `functions`, `mixed`, `qa_files`, `math_files`, `bfcl`), or
+    `package.module:Class` of your own; `trace-async env check NAME` tries one."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """What the domain's constructor is called with. The domain's own documentation names them (docs/domains.md)."""
+
+
+@section("policy")
+class PolicyConfig:
+    """The policy that training starts from."""
+
+    path: str = ""
+    """A local Hugging Face directory of a causal language model with tokenizer and chat template. Empty: a small Qwen3
+    is built for the environment from its demonstrations (`trace-async make-policy`)."""
+    cache_dir: Annotated[str, Field(min_length=1)] = ".cache/policies"
+    """Where policies built for an environment are kept."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the small policy that is built when `path` is empty."""
+    dtype: Dtype = "float32"
+    """Number format in which the policy is loaded from disk."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, for example {enable_thinking: false} with Qwen3."""
+    hidden_size: Annotated[int, Field(ge=32, multiple_of=32)] = 128
+    """Width of the small policy that is built when `path` is empty."""
+    num_layers: Annotated[int, Field(ge=1)] = 3
+    """Layers of the small policy that is built when `path` is empty."""
+    warm_start_steps: Annotated[int, Field(ge=1)] = 300
+    """Steps of supervised learning on demonstrations with which the small policy is built."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.chat_template_kwargs.items():
+            setting = f"policy.chat_template_kwargs.{name}"
+            require(name not in TEMPLATE_ARGUMENTS, setting, value, "is set by the trainer")
+
+
+@section("sampling")
+class SamplingConfig:
+    """How rollouts are sampled. A rollout whose context is full ends with reward 0: that is the policy's own doing."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature in training, where 0 (greedy) would leave nothing to compare. Evaluations have their own."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: only the likeliest tokens that together have this probability. 1: all."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Only so many of the likeliest tokens are sampled from. 0: all."""
+    max_turn_tokens: Annotated[int, Field(ge=1)] = 24
+    """Tokens that the policy may write in one turn (alias max_new_tokens, max_response_length of a turn)."""
+    max_context_tokens: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a whole rollout, prompt and observations included (alias max_model_len)."""
+    max_observation_tokens: Literal[0] | Annotated[int, Field(ge=16)] = 512
+    """Tokens of every message that an environment answers with; what is longer is cut and ends with `[ cut ]`. 0: no
+    limit. Environments cut by characters before that, at a limit of their own."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_context_tokens > self.max_turn_tokens,
+            "sampling.max_context_tokens",
+            self.max_context_tokens,
+            f"must be greater than sampling.max_turn_tokens={self.max_turn_tokens}",
+        )
