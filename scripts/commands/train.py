@@ -8,10 +8,14 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trace_async.config import Config, ConfigError, config_to_yaml, load_config
 from trace_async.env import Demonstrator
 from trace_async.trees.tree import RolloutTree
+
+if TYPE_CHECKING:
+    from trace_async.tracking.mlflow import Tracker
 
 log = logging.getLogger("trace_async")
 
@@ -110,13 +114,27 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
         )
         return 1
     finally:
+        _log_page(run_dir, tracker)
         tracker.finish(status)
         ray.shutdown()
     print(summarise(read_metrics(run_dir)))
     print(f"\nPolicy (Hugging Face):  {run_dir / 'policy'}")
-    print(f"A rollout tree:         trace-async tree {run_dir}")
+    print(f"Its rollout trees:      trace-async view {run_dir}")
     print(f"All figures:            {ui_command(config)}")
     return 0
+
+
+def _log_page(run_dir: Path, tracker: "Tracker") -> None:
+    """Keep the viewer's page of the run's trees and curves, in its directory and as an artifact."""
+    from scripts.viewer.source import RunSource
+    from trace_async.tracking.log import write_whole
+    from trace_async.trees.io import tree_files
+
+    if not tree_files(run_dir):
+        return
+    page = run_dir / "trees.html"
+    write_whole(page, RunSource(run_dir).page())
+    tracker.log_artifact(page)
 
 
 def _config_and_run_dir(args: argparse.Namespace) -> tuple[Config, Path]:

@@ -108,6 +108,7 @@ def check_mlflow(output_dir: Path, run_dir: Path, steps: Sequence[int]) -> None:
     assert [metric.step for metric in client.get_metric_history(run_id, "train/reward")] == list(steps)
     assert client.get_run(run_id).data.params["budget.root_rollouts"] == "32"
     assert client.list_artifacts(run_id, "trees")
+    assert "trees.html" in [artifact.path for artifact in client.list_artifacts(run_id)]
 
 
 class Recorder:

@@ -1,8 +1,11 @@
 """`trace-async tree` on a run directory as training leaves it."""
 
+import json
+import re
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,8 +77,19 @@ def test_all_trees_are_listed_and_made_a_page(run_dir: Path, capsys: pytest.Capt
     ]
     page = run_dir / "trees.html"
     assert cli.main(["tree", str(run_dir), "--html", str(page)]) == 0
-    assert page.read_text().count("<svg") == 2
-    assert "answer ada" in page.read_text()
+    assert [(update, len(trees)) for update, trees in _embedded(page)] == [(1, 1), (2, 2)]
+    assert cli.main(["tree", str(run_dir), "--update", "2", "--html", str(page)]) == 0
+    [(update, trees)] = _embedded(page)
+    assert update == 2
+    assert ["".join(node["tokens"]) for node in trees[1]["nodes"]] == ["", "answer ada", "answer bob"]
+    assert [node["credit"] for node in trees[1]["nodes"]] == [None, 0.5, -0.5]
+
+
+def _embedded(page: Path) -> list[tuple[int, list[dict[str, Any]]]]:
+    """(update, trees) as a page holds them."""
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert data is not None
+    return [(entry["update"], entry["trees"]) for entry in json.loads(data[1])["updates"]]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,7 @@
-import re
-import shutil
-import subprocess
 from collections.abc import Sequence
-from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from trace_async.trees.page import TreeSection, trees_page
 from trace_async.trees.text import tree_text, view_nodes
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
@@ -102,74 +94,3 @@ def test_what_is_known_of_a_node() -> None:
     assert (view.versions, view.cached_share, view.mean_logprob, view.credit) == ((7,), 0.8, -0.5, None)
     with pytest.raises(ValueError, match="2 credits for 6 nodes"):
         view_nodes(make_tree(words), words.decode, [1.0, 2.0])
-
-
-class Reader(HTMLParser):
-    """The text and the elements of a page, as a browser would see them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text = ""
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-@given(st.text(max_size=40))
-@settings(deadline=None, max_examples=50)
-def test_no_text_adds_an_element_to_the_page(text: str) -> None:
-    harmless, given_text = Words(), Words()
-    expected, found = Reader(), Reader()
-    expected.feed(trees_page("t", [TreeSection("s", make_tree(harmless, "answer b"))], harmless.decode))
-    section = TreeSection(f"s{text}", make_tree(given_text, f"answer {text}"))
-    found.feed(trees_page(f"t{text}", [section], given_text.decode))
-    skip = {"details", "summary"}
-    assert [tag for tag, _ in found.elements if tag not in skip] == [
-        tag for tag, _ in expected.elements if tag not in skip
-    ]
-
-
-def test_the_page_loads_nothing_and_says_so() -> None:
-    words = Words()
-    page = trees_page("Run", [TreeSection("one", make_tree(words, HOSTILE), CREDIT)] * 2, words.decode)
-    reader = Reader()
-    reader.feed(page)
-    assert not {tag for tag, _ in reader.elements} & {"script", "link", "img", "iframe", "object"}
-    for _, attributes in reader.elements:
-        assert not {name for name in attributes if name.startswith("on") or name == "src"}
-        assert attributes.get("href", "#").startswith("#")
-    assert not re.search(r"https?://|url\(", page)
-    assert "default-src 'none'" in page
-    assert "\x1b" not in page
-    ids = [attributes["id"] for _, attributes in reader.elements if "id" in attributes]
-    assert len(ids) == len(set(ids)) == 12
-    assert {a["href"] for _, a in reader.elements if "href" in a} == {f"#{name}" for name in ids}
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
-def test_a_browser_shows_hostile_text_and_does_not_obey_it(tmp_path: Path) -> None:
-    words = Words()
-    path = tmp_path / "tree.html"
-    path.write_text(trees_page("Trees", [TreeSection("one", make_tree(words, HOSTILE), CREDIT)], words.decode))
-    assert CHROMIUM is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
-    done = subprocess.run(
-        [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    reader = Reader()
-    reader.feed(done.stdout)
-    assert "<title>Trees</title>" in done.stdout
-    assert not {tag for tag, _ in reader.elements} & {"script", "img"}
-    assert "document.title='taken'" in reader.text
-    assert "\\x1b]0;taken\\x07\\u202e" in reader.text
