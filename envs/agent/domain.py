@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from envs.agent.check import check_replay
 from envs.agent.endpoint import HttpEndpoint
 from envs.agent.env import AgentEnv, AgentSettings, FirstRequests
 from envs.agent.runner import CommandRunner, FunctionRunner, Runner
 from envs.agent.session import Session
 from envs.agent.verifier import CommandVerifier, FunctionVerifier
+from envs.contract import Finding
 from trace_async.config import ConfigError
 from trace_async.run.dataset import read_rows
 from trace_async.types import Split, Task
@@ -86,6 +88,10 @@ class Agent:
             return Session(self._endpoint, self._runner, task.data, self._timeout_s)
 
         return AgentEnv(task, make_session, self._verifier, self._settings, self._first_requests)
+
+    async def check(self, tasks: Sequence[Task]) -> list[Finding]:
+        """What `trace-async env check agent` looks at beside the contract of all environments."""
+        return await check_replay(self, tasks)
 
     async def close(self) -> None:
         """Stop the endpoint and the agents' loop."""

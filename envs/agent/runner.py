@@ -8,16 +8,20 @@ import asyncio
 import contextlib
 import inspect
 import json
+import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from trace_async.env import EnvError
 from trace_async.types import Json
+
+log = logging.getLogger(__name__)
 
 _KEPT_OUTPUT = 1_000_000
 _KILL_AFTER_S = 5.0
@@ -75,25 +79,13 @@ class FunctionRunner:
 
     async def start(self, task: Mapping[str, Json], access: Access) -> Running:
         values = {"task": task, "base_url": access.base_url, "api_key": access.api_key}
-        arguments = {name: values[name] for name in self._names}
-        future: Future[Json] = Future()
+        call = partial(self._function, **{name: values[name] for name in self._names})
         if not inspect.iscoroutinefunction(self._function):
-            threading.Thread(target=self._in_thread, args=(future, arguments), daemon=True, name="agent").start()
-            return _RunningFunction(future)
+            return _RunningThread(call)
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, daemon=True, name="agents").start()
-        return _RunningFunction(asyncio.run_coroutine_threadsafe(self._function(**arguments), self._loop))
-
-    def _in_thread(self, future: "Future[Json]", arguments: Mapping[str, Any]) -> None:
-        try:
-            result = self._function(**arguments)
-        except BaseException as error:  # noqa: BLE001 somebody else's code; what it raises is told to who waits
-            with contextlib.suppress(asyncio.InvalidStateError):
-                future.set_exception(error)
-        else:
-            with contextlib.suppress(asyncio.InvalidStateError):
-                future.set_result(result)
+        return _RunningCoroutine(call, self._loop)
 
     async def close(self) -> None:
         if self._loop is not None:
@@ -102,23 +94,72 @@ class FunctionRunner:
 
 
 class _RunningFunction:
-    def __init__(self, future: "Future[Json]") -> None:
-        self._future = future
+    """What a coroutine and a thread have in common: their end comes from another thread."""
+
+    def __init__(self) -> None:
+        self._ended: Future[Json] = Future()
+
+    def _end(self, result: Json = None, error: BaseException | None = None) -> None:
+        if error is not None:
+            self._ended.set_exception(_failed(error))
+        else:
+            self._ended.set_result(result)
 
     async def result(self) -> Json:
-        try:
-            return await asyncio.shield(asyncio.wrap_future(self._future))
-        except asyncio.CancelledError:
-            if self._future.cancelled():
-                raise AgentFailed(["CancelledError"], "the agent cancelled itself") from None
-            raise
-        except BaseException as error:
-            raise _failed(error) from error
+        return await asyncio.shield(asyncio.wrap_future(self._ended))
+
+    async def _wait_until_ended(self) -> None:
+        await asyncio.wait([asyncio.wrap_future(self._ended)], timeout=_KILL_AFTER_S)
+        if not self._ended.done():
+            log.warning("an agent still runs %g s after its rollout was closed; it is left to itself", _KILL_AFTER_S)
+
+
+class _RunningCoroutine(_RunningFunction):
+    def __init__(self, call: Callable[[], Coroutine[Any, Any, Json]], loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._loop = loop
+        self._task: asyncio.Task[Json] | None = None
+        loop.call_soon_threadsafe(self._start, call)
+
+    def _start(self, call: Callable[[], Coroutine[Any, Any, Json]]) -> None:
+        self._task = self._loop.create_task(call())
+        self._task.add_done_callback(self._note_end)
+
+    def _note_end(self, task: "asyncio.Task[Json]") -> None:
+        if task.cancelled():
+            self._end(error=asyncio.CancelledError("the agent was cancelled"))
+        elif (error := task.exception()) is not None:
+            self._end(error=error)
+        else:
+            self._end(task.result())
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
     async def stop(self) -> None:
-        # A coroutine is cancelled where it waits. A thread cannot be ended from outside: its next request is refused,
-        # which ends it, and until then it is a daemon that holds nothing of ours.
-        self._future.cancel()
+        if not self._ended.done():
+            self._loop.call_soon_threadsafe(self._cancel)
+            await self._wait_until_ended()
+
+
+class _RunningThread(_RunningFunction):
+    def __init__(self, call: Callable[[], Json]) -> None:
+        super().__init__()
+        threading.Thread(target=self._run, args=(call,), daemon=True, name="agent").start()
+
+    def _run(self, call: Callable[[], Json]) -> None:
+        try:
+            result = call()
+        except BaseException as error:  # noqa: BLE001 somebody else's code, SystemExit of a script too
+            self._end(error=error)
+        else:
+            self._end(result)
+
+    async def stop(self) -> None:
+        # A thread cannot be ended from outside: its next request is refused, which ends it.
+        if not self._ended.done():
+            await self._wait_until_ended()
 
 
 class CommandRunner:

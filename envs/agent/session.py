@@ -231,6 +231,7 @@ class Session:
             await self._running.stop()
         if self._end is not None:
             self._end.cancel()
+            await asyncio.wait([self._end])
 
 
 def _how(end: Ended) -> str:
