@@ -11,7 +11,15 @@ from typing import Any, get_origin
 from yaml import YAMLError
 
 from trace_async.config.run import Config
-from trace_async.config.section import ConfigError, Interpolated, checked, require, subsections
+from trace_async.config.section import (
+    ConfigError,
+    Interpolated,
+    checked,
+    described,
+    field_schemas,
+    require,
+    subsections,
+)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -71,6 +79,8 @@ def _require_mappings(settings: Any, cls: type = Config, section: str = "") -> N
             _require_mappings(value, inner, f"{setting}.")
         elif get_origin(field.type) is dict:
             require(isinstance(value, dict), setting, value, "must be a mapping {name: value}")
+        elif isinstance(value, dict):
+            require(False, setting, value, f"must be {described(field_schemas(cls)[field.name])}")
 
 
 def _remember_expressions(raw: Any, resolved: Any) -> Any:
