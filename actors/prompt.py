@@ -15,13 +15,15 @@ from trace_async.method.allocation import VALUE_FREE_RULES, Anchor, plan_prefixe
 from trace_async.policy.load import load_renderer
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import make_grower
-from trace_async.rollout.guard import EnvGuard
 from trace_async.run.state import PendingPrompt
 from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, PrefixQuery, SamplingParams, Task
 
 T = TypeVar("T")
+
+MAX_QUESTIONS = 64
+"""Candidates whose environments are started at a time, to render their prompts for Stage 1."""
 
 
 class PromptActor:
@@ -41,8 +43,10 @@ class PromptActor:
             wait_s=config.engine.start_timeout_s,
             max_retries=config.actors.max_rollout_retries,
         )
-        self.grower = make_grower(config, EnvGuard(self.domain.make_env), self.renderer, self._generate)
+        self.grower = make_grower(config, self.domain, self.renderer, self._generate)
         self.slots = asyncio.Semaphore(config.actors.prompts_per_actor)
+        # Of their own: Stage 1 goes on while every slot holds a prompt that grows.
+        self.questions = asyncio.Semaphore(MAX_QUESTIONS)
 
     async def announce(self, generators: Mapping[str, ActorHandle]) -> None:
         self.router.announce(generators)
@@ -74,22 +78,15 @@ class PromptActor:
 
     async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
         """One rollout per task, all at once within the actor's slots."""
-        return await self._at_once(tasks, lambda task: self.grower.evaluate(task, temperature))
+        return await _at_once(tasks, lambda task: self.grower.evaluate(task, temperature), self.slots)
 
     async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
         """The rewards of `count` rollouts per task: V(prompt) as the oracle knows it."""
-        return await self._at_once(tasks, lambda task: self.grower.measure(task, count))
+        return await _at_once(tasks, lambda task: self.grower.measure(task, count), self.slots)
 
     async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery]:
         """The predictor's question for every task's prompt: its tokens, all of them."""
-        return await self._at_once(tasks, self.grower.ask)
-
-    async def _at_once(self, tasks: Sequence[Task], call: Callable[[Task], Awaitable[T]]) -> list[T]:
-        async def one(task: Task) -> T:
-            async with self.slots:
-                return await call(task)
-
-        return list(await asyncio.gather(*map(one, tasks)))
+        return await _at_once(tasks, self.grower.ask, self.questions)
 
     async def _generate(self, task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
         return await self.router.generate(task.id, prompt_ids, params)
@@ -97,6 +94,14 @@ class PromptActor:
     async def _values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
         assert self.predictor is not None
         return await self.predictor.values.remote(list(queries))
+
+
+async def _at_once(tasks: Sequence[Task], call: Callable[[Task], Awaitable[T]], slots: asyncio.Semaphore) -> list[T]:
+    async def one(task: Task) -> T:
+        async with slots:
+            return await call(task)
+
+    return list(await asyncio.gather(*map(one, tasks)))
 
 
 def remote_prompt_actor(config: Config, policy_path: str, predictor: ActorHandle | None) -> ActorHandle:

@@ -22,7 +22,6 @@ from trace_async.config import Config, load_config
 from trace_async.engines import make_engine
 from trace_async.policy.load import load_renderer
 from trace_async.rollout.grower import make_grower
-from trace_async.rollout.guard import EnvGuard
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, SamplingParams, Task
 
@@ -64,7 +63,7 @@ async def greedy_trees(config: Config, policy_path: Path, log_dir: Path) -> list
         (completion,) = await engine.generate(prompt_ids, params)
         return completion
 
-    grower = make_grower(config, EnvGuard(domain.make_env), renderer, generate, max_retries=0)
+    grower = make_grower(config, domain, renderer, generate, max_retries=0)
     try:
         await engine.start()
 

@@ -35,7 +35,6 @@ from trace_async.packing.layout import pack_all
 from trace_async.policy.load import load_model, load_tokenizer
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import make_grower
-from trace_async.rollout.guard import EnvGuard
 from trace_async.rollout.renderer import Renderer
 from trace_async.run.dataset import TaskIterator
 from trace_async.trees.tree import RolloutTree
@@ -77,9 +76,7 @@ class Player:
     def __post_init__(self) -> None:
         self.domain = load_domain(self.config.env)
         self.slots = asyncio.Semaphore(AT_ONCE)
-        self.grower = make_grower(
-            self.config, EnvGuard(self.domain.make_env), self.renderer, self.generate, max_retries=0
-        )
+        self.grower = make_grower(self.config, self.domain, self.renderer, self.generate, max_retries=0)
 
     async def generate(self, task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
         (completion,) = await self.engine.generate(prompt_ids, params)

@@ -33,6 +33,24 @@ class EnvConfig:
     `package.module:Class` of your own; `trace-async env check NAME` tries one."""
     args: dict[str, Any] = field(default_factory=dict)
     """What the domain's constructor is called with. The domain's own documentation names them (docs/domains.md)."""
+    init_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that `make_env` and `init` may take, each. What does not end is cancelled and tried again, then counted
+    as lost; the other rollouts go on. So it is with the three limits below."""
+    step_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that one `step` may take, the verifier included."""
+    fork_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that one `fork` may take."""
+    close_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that one `close` may take. A rollout whose environment does not close keeps its reward."""
+    blocking: bool = False
+    """Run each method of the environment in a thread of its own: for tools that wait without `await` (`time.sleep`,
+    `requests`), which would hold up every other prompt. A domain may ask for it with an attribute `blocking = True`."""
+    reward_range: Annotated[tuple[float, ...], Field(min_length=2, max_length=2)] = (0.0, 1.0)
+    """Lowest and highest reward of the verifier, mapped to 0 and 1, such as [-1, 1] or [0, 100]."""
+
+    def __post_init__(self) -> None:
+        low, high = self.reward_range
+        require(low < high, "env.reward_range", self.reward_range, "the lowest reward, then the highest")
 
 
 @section("policy")

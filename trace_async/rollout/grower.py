@@ -9,13 +9,15 @@ No prompt waits for another. A rollout that breaks down through no fault of the 
 then dropped and counted by kind; it never becomes a reward.
 """
 
+from collections import OrderedDict
 from dataclasses import replace
 
 from trace_async.config import Config
+from trace_async.env import Domain, EnvError, PromptTooLongError
 from trace_async.rollout.expansion import Expansion
-from trace_async.rollout.guard import EnvGuard
+from trace_async.rollout.guard import EnvGuard, make_guard
 from trace_async.rollout.limits import RolloutLimits, rollout_limits
-from trace_async.rollout.prompt_run import Generate, PromptRun
+from trace_async.rollout.prompt_run import Generate, PromptRun, start_prompt
 from trace_async.rollout.renderer import Renderer
 from trace_async.tracking.metrics import EvalRollout, eval_rollout
 from trace_async.trees.tree import RolloutTree
@@ -30,6 +32,7 @@ class Grower:
         self.renderer = renderer
         self.generate = generate
         self.limits = limits
+        self._prompts = _Prompts()
 
     async def grow(
         self,
@@ -68,20 +71,52 @@ class Grower:
         return [rollout.reward for rollout in tree.rollouts]
 
     async def ask(self, task: Task) -> PrefixQuery:
-        """The predictor's question about the task's prompt: its tokens, all of them."""
-        env = await self.guard.make(task)
-        try:
-            prompt_ids = self.renderer.render_prompt(await env.init())
-        finally:
-            await env.close()
+        """The predictor's question about the task's prompt: its tokens, all of them. Raises EnvError."""
+        prompt_ids = self._prompts.get(task.id)
+        if prompt_ids is None:
+            prompt_ids = await self._render(task)
+            self._prompts.put(task.id, prompt_ids)
         return PrefixQuery(token_ids=prompt_ids, positions=(len(prompt_ids),))
+
+    async def _render(self, task: Task) -> tuple[int, ...]:
+        for attempt in range(self.limits.max_retries + 1):
+            try:
+                env = await self.guard.make(task)
+                try:
+                    return start_prompt(task, await env.init(), self.renderer, self.limits)
+                finally:
+                    await env.close()
+            except EnvError as error:
+                if isinstance(error, PromptTooLongError) or attempt == self.limits.max_retries:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+
+class _Prompts:
+    """The prompts that were rendered last, by task, up to so many tokens in all: rounds come back to the same tasks."""
+
+    def __init__(self, max_tokens: int = 1_000_000) -> None:
+        self._max_tokens = max_tokens
+        self._num_tokens = 0
+        self._known: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+
+    def get(self, task_id: str) -> tuple[int, ...] | None:
+        if task_id in self._known:
+            self._known.move_to_end(task_id)
+        return self._known.get(task_id)
+
+    def put(self, task_id: str, prompt_ids: tuple[int, ...]) -> None:
+        self._num_tokens += len(prompt_ids) - len(self._known.get(task_id, ()))
+        self._known[task_id] = prompt_ids
+        while self._num_tokens > self._max_tokens:
+            self._num_tokens -= len(self._known.popitem(last=False)[1])
 
 
 def make_grower(
-    config: Config, guard: EnvGuard, renderer: Renderer, generate: Generate, *, max_retries: int | None = None
+    config: Config, domain: Domain, renderer: Renderer, generate: Generate, *, max_retries: int | None = None
 ) -> Grower:
-    """With the limits that the config sets; `max_retries` in place of `actors.max_rollout_retries`."""
+    """A grower of a domain's tasks as the config says; `max_retries` in place of `actors.max_rollout_retries`."""
     limits = rollout_limits(config, renderer.stop_token_ids)
     if max_retries is not None:
         limits = replace(limits, max_retries=max_retries)
-    return Grower(guard, renderer, generate, limits)
+    return Grower(make_guard(config.env, domain), renderer, generate, limits)

@@ -1,14 +1,25 @@
 """A guard around every method of an environment: what somebody else's code does is an EnvError with words, or plain.
 
-Whatever an environment raises costs one rollout and never the run.
+| an environment may  | then                                                                                   |
+|---------------------|----------------------------------------------------------------------------------------|
+| raise anything      | EnvError, naming environment, task and method                                          |
+| hang                | cancelled at the method's limit, EnvTimeoutError; the others go on                     |
+| give odd values     | converted where the meaning is plain (rollout/values.py), else EnvValueError           |
+| block the loop      | told once; with `env.blocking` every call gets a thread of its own                     |
+| fail to close       | counted; the rollout keeps its reward                                                  |
 """
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from trace_async.config import EnvConfig
 from trace_async.env import (
     AskingEnv,
+    Domain,
     Env,
     EnvError,
     EnvTimeoutError,
@@ -16,8 +27,13 @@ from trace_async.env import (
     PromptTooLongError,
     ReplayDivergedError,
 )
+from trace_async.rollout.call_threads import STOP_GRACE_S, CallThreads, OutranLimitError
+from trace_async.rollout.loop_watch import LoopWatch
+from trace_async.rollout.values import ConvertedTask, RewardRange, checked_prompt, checked_result, checked_task
+from trace_async.trees.tree import Fault
 from trace_async.types import LossKind, PolicyTurn, Prompt, StepResult, Task, TurnLimits
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # What an environment raises may be of a class of its own; of ours is the class that counts in the same way.
@@ -26,27 +42,106 @@ _OURS: dict[LossKind, type[EnvError]] = {
 }
 
 
-class EnvGuard:
-    """Makes guarded environments. Every error names the environment, the task and the method."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvLimits:
+    """What is asked of an environment, as the settings of `env` say it: seconds that each method may take.
 
-    def __init__(self, make_env: Callable[[Task], Env]) -> None:
+    `init_s` holds for `make_env` too, `step_s` for `answer` and `next_limits`.
+    """
+
+    init_s: float = 120.0
+    step_s: float = 120.0
+    fork_s: float = 60.0
+    close_s: float = 30.0
+    blocking: bool = False
+    reward_range: RewardRange = (0.0, 1.0)
+
+    def of(self, method: str) -> tuple[str, float]:
+        """The setting that bounds a method, and the seconds."""
+        setting = {"make_env": "init", "answer": "step", "next_limits": "step"}.get(method, method)
+        return f"env.{setting}_timeout_s", getattr(self, f"{setting}_s")
+
+
+def make_guard(settings: EnvConfig, domain: Domain) -> "EnvGuard":
+    """The guard of a domain, as the settings of `env` and the domain itself ask for it."""
+    low, high = settings.reward_range
+    limits = EnvLimits(
+        init_s=settings.init_timeout_s,
+        step_s=settings.step_timeout_s,
+        fork_s=settings.fork_timeout_s,
+        close_s=settings.close_timeout_s,
+        blocking=settings.blocking or bool(getattr(domain, "blocking", False)),
+        reward_range=(low, high),
+    )
+    return EnvGuard(domain.make_env, limits)
+
+
+class EnvGuard:
+    """Makes guarded environments of one domain."""
+
+    def __init__(self, make_env: Callable[[Task], Env], limits: EnvLimits | None = None) -> None:
+        self.limits = limits or EnvLimits()
+        self.watch = LoopWatch(self._holds_loop)
         self._make_env = make_env
+        self._threads = CallThreads() if self.limits.blocking else None
+        self._notes: dict[str, Fault] = {}
 
     async def make(self, task: Task) -> "GuardedEnv":
-        async def make() -> Env:
-            return self._make_env(task)
+        """A fresh environment. Raises EnvError."""
+        original = task.original if isinstance(task, ConvertedTask) else task
+        env = await self.call(task, "make_env", partial(self._make_env, original), partial(self._checked_env, task))
+        return GuardedEnv(self, task, env)
 
-        return GuardedEnv(self, task, await self.call(task, "make_env", make))
+    def _checked_env(self, task: Task, env: Env) -> Env:
+        checked_task(task)
+        lacks = [name for name in ("init", "step", "fork", "close") if not callable(getattr(env, name, None))]
+        if lacks:
+            raise EnvValueError(f"gives a {type(env).__name__} without {', '.join(lacks)}")
+        return env
 
-    async def call(self, task: Task, method: str, call: Callable[[], Awaitable[T]]) -> T:
-        """The answer of one method. Raises EnvError."""
+    async def call(
+        self, task: Task, method: str, call: Callable[[], Awaitable[Any] | Any], check: Callable[[Any], T]
+    ) -> T:
+        """The checked answer of one method. Raises EnvError."""
         where = f"environment {task.domain}, task {task.id}: {method}()"
+        setting, limit_s = self.limits.of(method)
         try:
-            return await call()
+            if self._threads is not None:
+                answer = await self._threads.run(call, limit_s)
+            else:
+                answer = await _within(limit_s, self.watch.drive(where, _invoked(call)))
+            return check(answer)
+        except OutranLimitError:
+            raise EnvTimeoutError(f"{where} did not end within {setting}={limit_s:g}", method=method) from None
         except EnvError as error:
-            raise _OURS.get(error.loss, EnvError)(f"{where} broke down: {error}", method=method) from error
-        except Exception as error:  # somebody else's code: it may raise anything
-            raise EnvError(f"{where} raised {error!r}", method=method) from error
+            raise _OURS.get(error.loss, EnvError)(f"{where}: {error}", method=method) from error
+        except BaseException as error:
+            # Somebody else's code: it may raise anything, sys.exit() and a panic in Rust included.
+            if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
+                raise
+            raise EnvError(f"{where} raised {_words(error)}", method=method) from error
+
+    def note(self, what: str, words: str) -> None:
+        """Count something that costs no rollout; the words of the first time are kept and logged."""
+        before = self._notes.get(what)
+        if before is None:
+            log.warning("%s", words)
+            before = Fault(0, words)
+        self._notes[what] = replace(before, count=before.count + 1)
+
+    def take_notes(self) -> dict[str, Fault]:
+        """What was noted since this was last asked."""
+        notes, self._notes = self._notes, {}
+        return notes
+
+    def _holds_loop(self, where: str, seconds: float) -> None:
+        method = where.rpartition(" ")[2].removesuffix("()")
+        self.note(
+            f"{method}.holds_loop",
+            f"{where} kept all other prompts of its process waiting for {seconds:.1f} s: it waits without await "
+            "(time.sleep, requests, a long computation). Make it asynchronous, or set env.blocking=true, which runs "
+            "this environment's methods in threads",
+        )
 
 
 class GuardedEnv:
@@ -59,28 +154,78 @@ class GuardedEnv:
         self._asking = env if isinstance(env, AskingEnv) else None
 
     async def init(self) -> Prompt:
-        return await self._guard.call(self._task, "init", self._env.init)
+        return await self._guard.call(self._task, "init", self._env.init, checked_prompt)
 
     async def next_limits(self) -> TurnLimits:
         """What the environment asks of the next turn; nothing where it leaves all to the run."""
-        asking = self._asking
-        if asking is None:
+        if self._asking is None:
             return TurnLimits()
-
-        async def ask() -> TurnLimits:
-            return asking.next_limits()
-
-        return await self._guard.call(self._task, "next_limits", ask)
+        return await self._guard.call(self._task, "next_limits", self._asking.next_limits, _checked_limits)
 
     async def step(self, turn: PolicyTurn) -> StepResult:
-        """Carry out one turn of the policy."""
+        """Carry out one turn of the policy. The reward is in [0, 1], whatever `env.reward_range` is."""
+        check = partial(checked_result, reward_range=self._guard.limits.reward_range)
         if self._asking is not None:
-            return await self._guard.call(self._task, "answer", partial(self._asking.answer, turn))
+            return await self._guard.call(self._task, "answer", partial(self._asking.answer, turn), check)
         step = partial(self._env.step, turn.text, truncated=turn.truncated)
-        return await self._guard.call(self._task, "step", step)
+        return await self._guard.call(self._task, "step", step, check)
 
     async def fork(self) -> "GuardedEnv":
-        return GuardedEnv(self._guard, self._task, await self._guard.call(self._task, "fork", self._env.fork))
+        env = await self._guard.call(self._task, "fork", self._env.fork, lambda env: env)
+        return GuardedEnv(self._guard, self._task, env)
 
     async def close(self) -> None:
-        await self._guard.call(self._task, "close", self._env.close)
+        """Never raises: a reward that the verifier gave stays, whatever becomes of the state afterwards."""
+        try:
+            await self._guard.call(self._task, "close", self._env.close, lambda _: None)
+        except EnvError as error:
+            self._guard.note(f"close.{error.loss}", str(error))
+
+
+async def _invoked(call: Callable[[], Awaitable[T] | T]) -> T:
+    """`call()`, awaited where it is a coroutine; both what it does at once and what it awaits."""
+    try:
+        answer = call()
+        return await answer if isinstance(answer, Awaitable) else answer
+    except (SystemExit, BaseExceptionGroup) as error:
+        # Either would end the event loop, and with it every prompt.
+        raise EnvError(f"raised {_words(error)}") from error
+
+
+async def _within(limit_s: float, work: Coroutine[Any, Any, T]) -> T:
+    """As asyncio.wait_for, but also where the work does not let itself be cancelled."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=limit_s)
+    finally:
+        ended = task.done()
+        if not ended:
+            await _cancel(task)
+    if not ended:
+        raise OutranLimitError
+    if task.cancelled():
+        raise EnvError("cancelled itself")
+    return task.result()
+
+
+async def _cancel(task: "asyncio.Task[Any]") -> None:
+    task.cancel()
+    await asyncio.wait({task}, timeout=STOP_GRACE_S)
+    if not task.done():
+        log.error("a call of an environment swallows its cancellation, and is left behind")
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+
+def _checked_limits(limits: object) -> TurnLimits:
+    if not isinstance(limits, TurnLimits):
+        raise EnvValueError(f"gives a {type(limits).__name__} instead of TurnLimits")
+    return limits
+
+
+def _words(error: BaseException) -> str:
+    """What was raised, whatever its own words do."""
+    try:
+        text = str(error)
+    except Exception as inner:  # noqa: BLE001 - somebody else's __str__
+        text = f"(its text raises {type(inner).__name__})"
+    return f"{type(error).__name__}: {text[:2000]}" if text else type(error).__name__

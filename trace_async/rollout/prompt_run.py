@@ -11,21 +11,23 @@ one request at a time (actors/router.py), and not here.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from trace_async.engine import EngineError
-from trace_async.env import EnvError, PromptTooLongError, ReplayDivergedError
+from trace_async.env import EnvError, EnvValueError, PromptTooLongError, ReplayDivergedError
 from trace_async.method.allocation import find_anchors
 from trace_async.rollout.expansion import Expansion, Value
 from trace_async.rollout.guard import EnvGuard, GuardedEnv
 from trace_async.rollout.limits import RolloutLimits
-from trace_async.rollout.renderer import Renderer
+from trace_async.rollout.renderer import MAX_CHARS_PER_TOKEN, Renderer
+from trace_async.rollout.values import shown_task
 from trace_async.trees.builder import Branch, TreeBuilder
 from trace_async.trees.tree import ROOT, Fault, RolloutKind, RolloutTree
-from trace_async.types import Completion, LossKind, PolicyTurn, PrefixQuery, SamplingParams, Task
+from trace_async.types import Completion, LossKind, PolicyTurn, PrefixQuery, Prompt, SamplingParams, Task
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class PromptRun:
         self._generate = generate
         self._limits = limits
         self._keep_states = keep_states
-        self._builder = TreeBuilder(task, root_value=root_value)
+        self._builder = TreeBuilder(shown_task(task), root_value=root_value)
         self._states: dict[int, GuardedEnv] = {}
         self._failures: Counter[LossKind] = Counter()
         self._faults: dict[str, Fault] = {}
@@ -94,7 +96,7 @@ class PromptRun:
             num_roots=num_roots,
             num_continuations=num_continuations,
             failures={str(kind): count for kind, count in self._failures.items()},
-            faults=self._faults,
+            faults=self._faults | self._guard.take_notes(),
         )
 
     async def close(self) -> None:
@@ -199,14 +201,7 @@ class PromptRun:
 
     async def _start(self, env: GuardedEnv) -> None:
         """Take the task's prompt from `env`, or hold what it says against what was taken before."""
-        prompt_ids = self._renderer.render_prompt(await env.init())
-        room = self._limits.max_context_tokens - len(prompt_ids)
-        if room < 1:
-            raise PromptTooLongError(
-                f"task {self._task.id}: its prompt of {len(prompt_ids)} tokens leaves no room in "
-                f"sampling.max_context_tokens={self._limits.max_context_tokens}; raise it, or leave the task out",
-                method="init",
-            )
+        prompt_ids = start_prompt(self._task, await env.init(), self._renderer, self._limits)
         if self._builder.prompt_ids and self._builder.prompt_ids != prompt_ids:
             raise EnvError(
                 f"environment {self._task.domain}, task {self._task.id}: init() gives another prompt than before; a "
@@ -233,7 +228,11 @@ class PromptRun:
         result = await env.step(turn)
         observed: tuple[int, ...] = ()
         if not result.done:
-            observed = self._renderer.render_observation(result.messages, turn_ended=ended)
+            # Beyond the context nothing is read, so of a text of many megabytes only its beginning is tokenised.
+            most = self._limits.max_context_tokens * MAX_CHARS_PER_TOKEN
+            messages = [replace(message, content=message.content[:most]) for message in result.messages]
+            with _template_errors(self._task, "step"):
+                observed = self._renderer.render_observation(messages, turn_ended=ended)
         branch.append(completion, observed)
         history.extend((*completion.token_ids, *observed))
         if result.reward is None:
@@ -248,6 +247,34 @@ class PromptRun:
         return replace(
             sampling, max_new_tokens=min(most, asked.max_new_tokens or most), stop=(*sampling.stop, *asked.stop)
         )
+
+
+def start_prompt(task: Task, prompt: Prompt, renderer: Renderer, limits: RolloutLimits) -> tuple[int, ...]:
+    """The prompt's tokens. Raises PromptTooLongError where they leave no room for a turn, EnvValueError where the chat
+    template refuses them."""
+    num_chars = sum(len(message.content) for message in prompt.messages)
+    most = limits.max_context_tokens * MAX_CHARS_PER_TOKEN
+    length = f"{num_chars} characters"
+    if num_chars <= most:
+        with _template_errors(task, "init"):
+            prompt_ids = renderer.render_prompt(prompt)
+        if len(prompt_ids) < limits.max_context_tokens:
+            return prompt_ids
+        length = f"{len(prompt_ids)} tokens"
+    raise PromptTooLongError(
+        f"environment {task.domain}, task {task.id}: its prompt of {length} leaves no room in "
+        f"sampling.max_context_tokens={limits.max_context_tokens}; raise it, or leave the task out",
+        method="init",
+    )
+
+
+@contextmanager
+def _template_errors(task: Task, method: str) -> Iterator[None]:
+    """What the chat template refuses (a role, a tool's schema) is told as the environment's, which gave it."""
+    try:
+        yield
+    except ValueError as error:
+        raise EnvValueError(f"environment {task.domain}, task {task.id}: {method}(): {error}", method=method) from error
 
 
 async def _run_all(attempts: Iterable[Coroutine[None, None, None]]) -> None:

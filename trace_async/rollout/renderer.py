@@ -18,6 +18,10 @@ from trace_async.types import Json, Message, Prompt, Role
 
 _REPLACEMENT = "\ufffd"
 
+MAX_CHARS_PER_TOKEN = 64
+"""Texts are cut by characters before they are tokenised, at so many for each token that is kept of them: tokenising 28
+MB takes half a minute, and no text of use has longer tokens on average."""
+
 
 class Renderer:
     """Renders with `tokenizer`'s chat template; raises ValueError where the template cannot be used.
@@ -134,11 +138,18 @@ class Renderer:
             if text:
                 token_ids += self._encode_template(text)
             if index is not None:
-                content = self.encode_data(messages[index].content)
-                if 0 < max_content_tokens < len(content):
-                    content = [*content[: max_content_tokens - len(self._cut_mark)], *self._cut_mark]
-                token_ids += content
+                token_ids += self._encode_content(messages[index].content, max_content_tokens)
         return tuple(token_ids)
+
+    def _encode_content(self, text: str, max_tokens: int) -> list[int]:
+        """Tokens of a text, at most `max_tokens` (0: no limit); what was cut ends with the mark."""
+        if not max_tokens:
+            return self.encode_data(text)
+        most_chars = max_tokens * MAX_CHARS_PER_TOKEN
+        content = self.encode_data(text[:most_chars])
+        if len(content) <= max_tokens and len(text) <= most_chars:
+            return content
+        return [*content[: max_tokens - len(self._cut_mark)], *self._cut_mark]
 
     def _encode_template_text(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])

@@ -176,16 +176,18 @@ async def test_the_oracle_measures_prefixes_by_rollouts_that_do_not_enter_the_tr
         asked.append(anchors)
         return np.zeros(len(anchors), dtype=int)
 
-    said = {0: iter((1,)), 1: iter((2, 2, 2)), 2: iter((4, 4, 4, 5, 6))}  # by number of turns before
+    # By what was said before; the root rollout comes first everywhere.
+    said = {(): iter((1,)), (1,): iter((2, 3, 3)), (1, 2): iter((4, 5, 6)), (1, 3): iter((1, 1))}
 
     async def generate(prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
-        return completion(next(said[prompt_ids.count(STOP)]), STOP)
+        before = tuple(prompt_ids[at - 1] for at, token in enumerate(prompt_ids) if token == STOP)
+        return completion(next(said[before]), STOP)
 
     expansion = Expansion(plan=nothing, per_root=1, oracle_rollouts=2)
     tree = await run_tree(
         TASK, lambda _: SumEnv(), NumberRenderer(), generate, limits(), num_roots=1, expansion=expansion
     )
-    # Turn 1 goes on with 2, 4 twice: 1 + 2 + 4 is odd. Turn 2 (sum 3) with 5 and 6: 3 + 5 is even, 3 + 6 odd.
+    # Turn 1 goes on with 3, 1 twice: 1 + 3 + 1 is odd. Turn 2 (sum 3) with 5 and 6: 3 + 5 is even, 3 + 6 odd.
     assert [(anchor.node, anchor.value) for anchor in asked[0]] == [(1, 1.0), (2, 0.5)]
     assert (len(tree.rollouts), len(tree.nodes)) == (1, 4)
 

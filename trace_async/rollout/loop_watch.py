@@ -1,0 +1,83 @@
+"""Which environment holds up the event loop that all prompts of a process share.
+
+A method that waits with `await` lets the others go on. One that calls `time.sleep` or `requests.get` lets nobody: all
+prompts of the process, its heartbeats and its limits stand still until it returns, and no time-out can end it.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SLOW_S = 0.5
+"""A method that holds the loop for so long is told about. Building a small index takes less, a request more."""
+
+
+class LoopWatch:
+    """Measures every stretch that environments keep the loop to themselves.
+
+    `on_slow(where, seconds)` is called in the loop after a stretch of at least `slow_s`. `patrol` also looks from
+    outside, since a stretch that never ends is never measured.
+    """
+
+    def __init__(self, on_slow: Callable[[str, float], None], *, slow_s: float = SLOW_S) -> None:
+        self._on_slow = on_slow
+        self._slow_s = slow_s
+        self._held: tuple[str, float] | None = None
+
+    async def drive(self, where: str, awaitable: Awaitable[T]) -> T:
+        """The answer of `awaitable`, every stretch of it measured."""
+        return await _Driven(self, where, awaitable)
+
+    def enter(self, where: str) -> None:
+        self._held = (where, time.monotonic())
+
+    def leave(self) -> None:
+        held, self._held = self._held, None
+        if held is not None and (held_s := time.monotonic() - held[1]) >= self._slow_s:
+            self._on_slow(held[0], held_s)
+
+    def patrol(self, stuck_s: float, on_stuck: Callable[[str, float], None]) -> None:
+        """From a thread of its own, call `on_stuck(where, seconds)` once for each stretch longer than `stuck_s`."""
+        told: tuple[str, float] | None = None
+
+        def look() -> None:
+            nonlocal told
+            while True:
+                time.sleep(min(1.0, stuck_s / 4))
+                held = self._held
+                if held is not None and held is not told and time.monotonic() - held[1] > stuck_s:
+                    told = held
+                    on_stuck(held[0], time.monotonic() - held[1])
+
+        threading.Thread(target=look, name="loop-watch", daemon=True).start()
+
+
+class _Driven(Awaitable[T]):
+    """Hands everything on between a coroutine and the loop, and measures what lies between two waits."""
+
+    def __init__(self, watch: LoopWatch, where: str, awaitable: Awaitable[T]) -> None:
+        self._watch = watch
+        self._where = where
+        self._awaitable = awaitable
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        inner: Any = self._awaitable.__await__()
+        resume, value = inner.send, None
+        while True:
+            self._watch.enter(self._where)
+            try:
+                waits_for = resume(value)
+            except StopIteration as end:
+                answer: T = end.value
+                return answer
+            finally:
+                self._watch.leave()
+            try:
+                value = yield waits_for
+                resume = inner.send
+            except (Exception, asyncio.CancelledError, GeneratorExit) as error:  # noqa: BLE001 - handed on as it is
+                resume, value = inner.throw, error
