@@ -10,9 +10,11 @@ from ray.actor import ActorHandle
 
 from trace_async.config import Config
 from trace_async.method.posterior import Estimates
+from trace_async.predictor.policy_trunk import PolicyTrunkPredictor
 from trace_async.predictor.predictor import ValuePredictor
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery
+from trace_async.weights import WeightBucket, WeightManifest
 
 
 class PredictorActor:
@@ -21,7 +23,11 @@ class PredictorActor:
     def __init__(self, config: Config, policy_path: str) -> None:
         torch.set_num_threads(config.predictor.num_threads)
         device = "cuda" if config.actors.predictor_gpus > 0 else "cpu"
-        self.predictor = ValuePredictor(config.predictor, policy_path, seed=config.seed, device=device)
+        self.predictor: ValuePredictor | PolicyTrunkPredictor
+        if config.predictor.trunk == "policy":
+            self.predictor = PolicyTrunkPredictor(config.predictor, policy_path, device=device)
+        else:
+            self.predictor = ValuePredictor(config.predictor, policy_path, seed=config.seed, device=device)
         self.waiting: list[PrefixQuery] = []
         self.forward: asyncio.Task[list[np.ndarray]] | None = None
         self.training = asyncio.Lock()
@@ -57,6 +63,14 @@ class PredictorActor:
                 metrics["loss"] = step()
             metrics["busy_s"], self.predictor.busy_s = self.predictor.busy_s, 0.0
             return {f"predictor/{name}": value for name, value in metrics.items()}
+
+    async def receive_weights(self, *parts: WeightBucket | WeightManifest) -> int:
+        """With trunk=policy: read with the policy's new weights from now on. `parts` as the learner sends them to the
+        generators, buckets and last their manifest. Returns the version that values are of from now on."""
+        *buckets, manifest = parts
+        assert isinstance(self.predictor, PolicyTrunkPredictor), "a trunk of its own takes no weights"
+        assert isinstance(manifest, WeightManifest)
+        return self.predictor.receive_weights([part for part in buckets if isinstance(part, WeightBucket)], manifest)
 
     async def save(self, directory: str) -> None:
         async with self.training:

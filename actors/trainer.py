@@ -149,7 +149,7 @@ class Trainer:
         updated = bool(learned["learner/updated"])
         if updated:
             weights = await self.clock.time("gather", self.learner.weights(version + 1))
-            await self.clock.time("sync", self.pool.update_weights(weights, version + 1))
+            await self.clock.time("sync", self._sync(weights, version + 1))
         await self.admission.account(trees, updated=updated)
         step_s = time.monotonic() - started
         self.state.elapsed_s += step_s
@@ -160,6 +160,15 @@ class Trainer:
                 f"in {MAX_UPDATES_WITHOUT_CREDIT} updates in a row no prompt had both outcomes: nothing can be learnt "
                 "from these tasks with this policy; see train/reward, and choose easier or harder tasks (env.args)"
             )
+
+    async def _sync(self, weights: Sequence[ray.ObjectRef], version: int) -> None:
+        """Generators and the predictor that reads the policy's states: nothing goes on with older weights."""
+        await asyncio.gather(self.pool.update_weights(weights, version), self._sync_predictor(weights, version))
+
+    async def _sync_predictor(self, weights: Sequence[ray.ObjectRef], version: int) -> None:
+        if self.config.predictor.trunk == "policy":
+            serves = await self.predictor.receive_weights.remote(*weights)
+            assert serves == version, f"the predictor reads with version {serves}, not {version}"
 
     async def _train_predictor(self, trees: list[RolloutTree], version: int) -> dict[str, float]:
         return await self.predictor.train.remote(trees, version)
@@ -209,7 +218,7 @@ class Trainer:
         )
         version = saved.state.policy_version
         if version > 0:
-            await self.pool.update_weights(await self.learner.weights(version), version)
+            await self._sync(await self.learner.weights(version), version)
         self.admission.restore(saved)
 
 

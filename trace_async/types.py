@@ -175,7 +175,12 @@ class PolicyTurn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixQuery:
-    """Asks for V(H) after `positions[k]` tokens of `token_ids`, for each k (ascending, each in 1..len(token_ids))."""
+    """Asks for V(H) after `positions[k]` tokens of `token_ids`, for each k (ascending, each in 1..len(token_ids)).
+
+    `turn_logprobs`: of every turn of the history the log-probabilities of what was generated in it. The positions are
+    the ends of its last turns; a prompt has one position and no turn.
+    """
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
+    turn_logprobs: tuple[tuple[float, ...], ...] = ()

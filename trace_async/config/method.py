@@ -73,13 +73,23 @@ class BudgetConfig:
 class PredictorConfig:
     """The value model that estimates V(H). It steers the allocation and never enters the policy's gradient.
 
-    After every update it learns on whole finished trees, then in cheap steps on prompts alone.
+    With trunk=own it learns, after every update, on whole finished trees and then in cheap steps on prompts alone. With
+    trunk=policy only a small head learns, and `learning_rate` to `replay_trees` say nothing.
     """
 
+    trunk: Literal["own", "policy"] = "own"
+    """own (the paper's: a model of its own) | policy (the policy's first layers, at the weights that are served, under
+    a small head that is refitted at every update)."""
     path: str = ""
-    """A Hugging Face directory to start from. Empty: the first layers of the start policy itself."""
+    """A Hugging Face directory to start from (trunk=own). Empty: the first layers of the start policy itself."""
     num_layers: Annotated[int, Field(ge=0)] = 2
     """With an empty `path`: how many of the policy's layers. 0: all."""
+    pooled_tokens: Annotated[int, Field(ge=1)] = 10
+    """trunk=policy: a history's state is the mean over so many of its last tokens."""
+    window_versions: Annotated[int, Field(ge=1)] = 32
+    """trunk=policy: the head is fitted to what was read under the last so many policy versions."""
+    head_l2: Annotated[float, Field(ge=0)] = 0.003
+    """trunk=policy: L2 penalty on the head's weights, in units of the states' standard deviations."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate of its trunk."""
     head_lr_scale: Annotated[float, Field(gt=0)] = 1.0
@@ -95,7 +105,7 @@ class PredictorConfig:
     prompt_tokens_per_step: Annotated[int, Field(ge=1)] = 1024
     """Tokens of prompts in one of those steps."""
     steps_per_update: Annotated[int, Field(ge=0)] = 2
-    """Steps on whole trees after every update. 0: the predictor never learns."""
+    """Steps on whole trees after every update. 0: the predictor never learns, whatever its trunk."""
     trees_per_step: Annotated[int, Field(ge=1)] = 8
     """Trees in one of those steps."""
     max_tokens_per_forward: Annotated[int, Field(ge=1)] = 8192
@@ -110,6 +120,12 @@ class PredictorConfig:
     """A prompt's counts lose half their weight in so many policy versions. 0: never."""
     num_threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads of its process, which Ray also reserves for it."""
+
+    def __post_init__(self) -> None:
+        alone = self.trunk == "own" or not self.path
+        require(
+            alone, "predictor.path", self.path, "trunk=policy reads the policy itself; leave it empty, or trunk=own"
+        )
 
 
 @section("loss")

@@ -83,3 +83,10 @@ class Config:
             self.engine.lora_rank,
             f"0 (merged weights) or that of the learner, learner.lora_rank={self.learner.lora_rank}",
         )
+        require(
+            self.predictor.trunk == "own" or not self.engine.lora_rank,
+            "predictor.trunk",
+            self.predictor.trunk,
+            f"needs whole weights, and with engine.lora_rank={self.engine.lora_rank} only adapters are sent; set own, "
+            "or engine.lora_rank=0",
+        )

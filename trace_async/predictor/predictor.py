@@ -6,13 +6,13 @@ value at the end of every turn: of a rollout (`predict`), or of whole trees with
 """
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,29 +26,14 @@ from trace_async.packing.attention import attention_for, hidden_states, prepare_
 from trace_async.packing.layout import Layout, concatenate, lay_out_tree, round_rows
 from trace_async.policy.load import load_model
 from trace_async.predictor.metrics import root_outcomes
+from trace_async.predictor.questions import portions
+from trace_async.predictor.targets import backed_up_targets, learnable
 from trace_async.trees.io import read_trees, write_trees
 from trace_async.trees.tree import ROOT, RolloutTree
 from trace_async.types import PrefixQuery
 
 # Values stay this far from 0 and 1, so that a posterior is never certain.
 MARGIN = 1e-3
-
-T = TypeVar("T")
-
-
-def backed_up_targets(tree: RolloutTree) -> tuple[FloatArray, FloatArray]:
-    """Targets V^ and weights n_y, both [nodes]: V^(leaf) = r, V^(y) = Σ_c n_c·V^(c) / n_y (TRACE, METHOD section 2).
-
-    That is the mean reward of the leaves below y; n_y counts them. A node without leaves (all its rollouts broke down)
-    has weight 0.
-    """
-    weights = np.array(tree.num_leaves, dtype=float)
-    totals = np.zeros(len(tree.nodes))
-    for leaf, reward in tree.leaf_rewards.items():
-        totals[leaf] = reward
-    for index in range(len(tree.nodes) - 1, 0, -1):
-        totals[tree.nodes[index].parent] += totals[index]
-    return totals / np.maximum(weights, 1), weights
 
 
 class ValueModel(nn.Module):
@@ -106,6 +91,7 @@ class ValuePredictor:
         )
         self.version = 0
         self.num_updates = 0
+        self.num_skipped = 0
         self.busy_s = 0.0
 
     # ── values ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -115,7 +101,7 @@ class ValuePredictor:
         """V at each position of each query, one causal forward for all: arrays [len(query.positions)]."""
         started = time.monotonic()
         found: list[FloatArray] = []
-        for some in self._portions(queries, [len(query.token_ids) for query in queries]):
+        for some in portions(queries, [len(query.token_ids) for query in queries], self.config.max_tokens_per_forward):
             starts = np.cumsum([0, *(len(query.token_ids) for query in some)])
             rows = [start + np.array(query.positions) - 1 for start, query in zip(starts, some, strict=False)]
             values = self._values(concatenate([_lay_out_query(query) for query in some]), np.concatenate(rows))
@@ -128,23 +114,12 @@ class ValuePredictor:
         """V at every node that something follows: arrays [nodes], nan at leaves. One forward for all."""
         values = [np.full(len(tree.nodes), np.nan) for tree in trees]
         place = iter(values)
-        for some in self._portions(trees, [tree.num_unique_tokens for tree in trees]):
+        for some in portions(trees, [tree.num_unique_tokens for tree in trees], self.config.max_tokens_per_forward):
             layout, rows, inner = _lay_out_inner(some)
             found = np.split(self._values(layout, rows), np.cumsum([len(nodes) for nodes in inner])[:-1])
             for nodes, own in zip(inner, found, strict=True):
                 next(place)[nodes] = own
         return values
-
-    def _portions(self, items: Sequence[T], num_tokens: Sequence[int]) -> Iterator[Sequence[T]]:
-        """`items` in order, cut so that each portion has at most `max_tokens_per_forward` tokens (or one item)."""
-        start = total = 0
-        for index, tokens in enumerate(num_tokens):
-            if index > start and total + tokens > self.config.max_tokens_per_forward:
-                yield items[start:index]
-                start, total = index, 0
-            total += tokens
-        if start < len(items):
-            yield items[start:]
 
     def _values(self, layout: Layout, rows: np.ndarray) -> FloatArray:
         self.model.eval()
@@ -163,7 +138,8 @@ class ValuePredictor:
 
         For the prompts the model is asked again; for turns, what it said when Stage 2 asked (`Node.value`).
         """
-        trees = [tree for tree in trees if tree.rollouts]
+        self.num_skipped += sum(bool(tree.rollouts) for tree in trees) - len(learnable(trees))
+        trees = learnable(trees)
         self.version = policy_version
         prompts = [tree.nodes[ROOT].token_ids for tree in trees]
         found = self.predict([PrefixQuery(token_ids=tokens, positions=(len(tokens),)) for tokens in prompts])
@@ -175,12 +151,12 @@ class ValuePredictor:
             for value, tree in zip(prompt_values, trees, strict=True)
         ]
         metrics = root_outcomes(trees, values).metrics()
-        return {**metrics, "prior_strength": self.estimator.strength}
+        return {**metrics, "prior_strength": self.estimator.strength, "skipped": float(self.num_skipped)}
 
     def train_step(self, trees: Sequence[RolloutTree]) -> float:
         """One optimizer step on all histories of `trees` that something follows, each weighted by its leaves n_y."""
         batches = []
-        for some in self._portions(trees, [tree.num_unique_tokens for tree in trees]):
+        for some in portions(trees, [tree.num_unique_tokens for tree in trees], self.config.max_tokens_per_forward):
             layout, rows, inner = _lay_out_inner(some)
             pairs = [backed_up_targets(tree) for tree in some]
             targets = [values[nodes] for (values, _), nodes in zip(pairs, inner, strict=True)]
@@ -195,7 +171,9 @@ class ValuePredictor:
         alone are free of the bias that choosing continuations by outcome leaves in a prompt's backed-up value.
         """
         batches = []
-        for some in self._portions(trees, [len(tree.nodes[ROOT].token_ids) for tree in trees]):
+        for some in portions(
+            trees, [len(tree.nodes[ROOT].token_ids) for tree in trees], self.config.max_tokens_per_forward
+        ):
             layouts = [lay_out_tree(tree, {ROOT: len(tree.nodes[ROOT].token_ids)})[0] for tree in some]
             rows = np.cumsum([layout.num_tokens for layout in layouts]) - 1
             rewards = [[rollout.reward for rollout in tree.rollouts if rollout.kind == "root"] for tree in some]
@@ -205,6 +183,8 @@ class ValuePredictor:
 
     def _step(self, batches: Sequence[_Batch]) -> float:
         """One optimizer step, gradients summed over `batches`; returns the weighted mean loss.
+
+        A loss or gradient that is not finite changes nothing and is counted in `num_skipped`.
 
         `loss` mse: the paper's squared error. bce: the cross-entropy, whose gradient does not fade where the model is
         confidently wrong.
@@ -224,8 +204,11 @@ class ValuePredictor:
             loss = (errors * weight).sum() / total_weight
             loss.backward()
             total += float(loss.detach())
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if math.isfinite(total) and torch.isfinite(norm):
+            self.optimizer.step()
+        else:
+            self.num_skipped += 1
         self.busy_s += time.monotonic() - started
         return total
 
@@ -236,7 +219,7 @@ class ValuePredictor:
         window. Then `prompt_steps_per_update` on prompts drawn from it, and `warmup_steps` more at the first update,
         half as many at each that follows; they come last because new trees hold only what Stage 1 picked.
         """
-        new = [tree for tree in new if tree.rollouts]
+        new = learnable(new)
         if not self.replay or not self.config.steps_per_update:
             return
         size = self.config.trees_per_step

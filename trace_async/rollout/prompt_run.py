@@ -110,17 +110,19 @@ class PromptRun:
             await state.close()
 
     async def _ask_values(self, value: Value) -> None:
-        """One forward per rollout gives the value at the end of each of its turns."""
+        """One question per rollout: the value at the end of each of its turns that can be continued."""
         builder = self._builder
         missing = [node for node in self._states if builder.nodes[node].value is None]
         rollouts = sorted({builder.nodes[node].rollout for node in missing})
-        turns = [builder.fresh_nodes(rollout) for rollout in rollouts]
+        turns = [[node for node in builder.fresh_nodes(rollout) if node in self._states] for rollout in rollouts]
         queries = []
         for nodes in turns:
             path = builder.path(nodes[-1])
             tokens = tuple(token for node in path for token in builder.nodes[node].token_ids)
             ends = np.cumsum([len(builder.nodes[node].token_ids) for node in path])[-len(nodes) :]
-            queries.append(PrefixQuery(token_ids=tokens, positions=tuple(int(end) for end in ends)))
+            logprobs = tuple(builder.nodes[node].logprobs for node in path[1:])
+            positions = tuple(int(end) for end in ends)
+            queries.append(PrefixQuery(token_ids=tokens, positions=positions, turn_logprobs=logprobs))
         for nodes, values in zip(turns, await value(queries), strict=True):
             for node, estimate in zip(nodes, values, strict=True):
                 builder.set_value(node, float(estimate))

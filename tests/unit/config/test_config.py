@@ -16,6 +16,7 @@ from trace_async.config import (
     Config,
     ConfigError,
     EngineConfig,
+    PredictorConfig,
     config_from_yaml,
     config_to_dict,
     config_to_yaml,
@@ -144,12 +145,22 @@ def test_all_that_is_wrong_is_told_at_once():
     [
         (lambda: BudgetConfig(root_rollouts=1), "budget.root_rollouts=1: must be ≥ 2"),
         (lambda: replace(Config(), seed=-1), "seed=-1: must be ≥ 0"),
+        (lambda: PredictorConfig(trunk="policy", path="x"), "predictor.path=x: trunk=policy reads the policy itself"),
+        (lambda: PredictorConfig(window_versions=0), "predictor.window_versions=0"),
+        (lambda: PredictorConfig(head_l2=-1.0), "predictor.head_l2=-1.0"),
         (lambda: EngineConfig(lora_rank=3), "engine.backend=torch: only vllm takes LoRA adapters"),
     ],
 )
 def test_a_section_made_in_python_is_checked_alike(make: Callable[[], object], message: str):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make()
+
+
+def test_a_predictor_on_the_policys_states_needs_whole_weights():
+    adapters = ["engine.backend=vllm", "engine.weight_sync=disk", "engine.lora_rank=8", "learner.lora_rank=8"]
+    assert load_config(None, adapters).engine.lora_rank == 8
+    with pytest.raises(ConfigError, match=r"predictor\.trunk=policy: needs whole weights"):
+        load_config(None, [*adapters, "predictor.trunk=policy"])
 
 
 def test_what_the_environment_brings_is_used_but_never_written_down(monkeypatch: pytest.MonkeyPatch):

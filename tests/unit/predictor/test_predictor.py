@@ -10,7 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.predictor import PredictorActor
 from trace_async.config import Config, PredictorConfig
-from trace_async.predictor.predictor import ValuePredictor, backed_up_targets
+from trace_async.predictor.predictor import ValuePredictor
+from trace_async.predictor.targets import backed_up_targets
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import PrefixQuery, Task, VersionSpan
 

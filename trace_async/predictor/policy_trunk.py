@@ -1,0 +1,284 @@
+"""V(H) from the policy's own hidden states: `predictor.trunk=policy`.
+
+    question ─► trunk (first layers of the policy, synced) ─► state, and features beside it ─► head ─► V
+                                                               │ kept by the history's tokens, stamped with its version
+    finished tree ─► backed-up targets ─► joined with the states of its questions ─► window of rows ─► heads refitted
+
+Prompts and prefixes have a head each: what makes a question hard shows otherwise than what makes a rollout fail.
+
+Where the states of the training rows come from: from the questions themselves. Every prompt that was bought and every
+turn that Stage 2 looked at has been read once already, when it was asked for; its outcome arrives with the finished
+tree, so a training row costs a look-up. The learner's own forward would be no cheaper and would leave out the trees
+without credit, those whose rollouts all agree, which are what the predictor has to tell from the others. And states and
+values are of one side: the same layers, numerics and packing answer and teach. What was asked elsewhere (by another
+replica, or before a restart) is read anew, in one forward for all.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from safetensors.numpy import load_file, save_file
+
+from trace_async.config import PredictorConfig
+from trace_async.method.marginals import FloatArray
+from trace_async.method.posterior import Estimates, SuccessEstimator
+from trace_async.predictor.features import NUM_FEATURES, history_features
+from trace_async.predictor.head import StateHead
+from trace_async.predictor.metrics import root_outcomes
+from trace_async.predictor.questions import portions, prefix_keys
+from trace_async.predictor.states import PolicyTrunk
+from trace_async.predictor.targets import backed_up_targets, learnable
+from trace_async.trees.tree import ROOT, RolloutTree
+from trace_async.types import PrefixQuery
+from trace_async.weights import WeightBucket, WeightManifest
+
+# Below so many rows a head would only repeat them.
+MIN_ROWS = 32
+_HEADS = ("prompt", "prefix")
+_ROW_FIELDS = ("states", "targets", "weights", "versions", "is_prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the heads are fitted to: `states` [rows, width] (float32, features included); `targets` in [0, 1] and
+    `weights` > 0; `versions` (int64) of the policy's weights under which each state was read; `is_prompt`. All [rows].
+    """
+
+    states: np.ndarray
+    targets: FloatArray
+    weights: FloatArray
+    versions: np.ndarray
+    is_prompt: np.ndarray
+
+    @classmethod
+    def none(cls, width: int) -> "Rows":
+        empty = np.zeros(0)
+        return cls(np.zeros((0, width), np.float32), empty, empty, empty.astype(np.int64), empty.astype(bool))
+
+    def and_more(self, more: "Rows") -> "Rows":
+        pairs = ((getattr(self, name), getattr(more, name)) for name in _ROW_FIELDS)
+        return Rows(*(np.concatenate(pair) for pair in pairs))
+
+    def where(self, chosen: np.ndarray) -> "Rows":
+        """The rows for which `chosen` [rows] is true."""
+        return Rows(*(getattr(self, name)[chosen] for name in _ROW_FIELDS))
+
+
+class PolicyTrunkPredictor:
+    """Trunk, heads, window of rows and per-prompt counts. Not thread-safe; one owner calls it."""
+
+    def __init__(self, config: PredictorConfig, policy_path: str | Path, *, device: str = "cpu") -> None:
+        self.config = config
+        self.trunk = PolicyTrunk(
+            policy_path, num_layers=config.num_layers, num_last=config.pooled_tokens, device=device
+        )
+        width = self.trunk.width + NUM_FEATURES
+        self.heads = {name: StateHead.untrained(width) for name in _HEADS}
+        self.rows = Rows.none(width)
+        self.asked: dict[bytes, tuple[int, np.ndarray]] = {}
+        self.estimator = SuccessEstimator(
+            config.prior_strength, fit=config.fit_prior_strength, half_life=config.count_half_life
+        )
+        self.version = 0
+        self.num_updates = 0
+        self.num_skipped = 0
+        self.busy_s = 0.0
+
+    # ── values ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def predict(self, queries: Sequence[PrefixQuery]) -> list[FloatArray]:
+        """V at each position of each query: arrays [len(query.positions)]. States are kept for the trees to come."""
+        assert self.trunk.version >= self.version, "a value of old weights must not pass for one of the new"
+        started = time.monotonic()
+        found: list[FloatArray] = []
+        for some in portions(queries, [len(query.token_ids) for query in queries], self.config.max_tokens_per_forward):
+            features = [row for query in some for row in _features(query)]
+            states = np.concatenate([self.trunk.read(some), np.stack(features)], axis=1)
+            keys = [key for query in some for key in prefix_keys(query)]
+            self.asked.update(zip(keys, ((self.trunk.version, state) for state in states), strict=True))
+            is_prompt = np.array([not query.turn_logprobs for query in some for _ in query.positions])
+            ends = np.cumsum([len(query.positions) for query in some])
+            found.extend(np.split(self._values(states, is_prompt), ends[:-1]))
+        self.busy_s += time.monotonic() - started
+        return found
+
+    def _values(self, states: np.ndarray, is_prompt: np.ndarray) -> FloatArray:
+        values = {name: head.values(states) for name, head in self.heads.items()}
+        return np.where(is_prompt, values["prompt"], values["prefix"])
+
+    def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
+        """Beta posteriors of prompts: V of each as the prior, the prompt's own counts as evidence."""
+        values = np.array([value[-1] for value in self.predict(queries)])
+        return self.estimator.estimate(task_ids, values, self.trunk.version)
+
+    # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def observe(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+        """Take in the finished trees of one update; returns how well the values did that were there before.
+
+        Prompts are judged by what the head says of them now, turns by what Stage 2 was told (`Node.value`).
+        """
+        started = time.monotonic()
+        self.num_skipped += len([tree for tree in trees if tree.rollouts]) - len(learnable(trees))
+        trees = learnable(trees)
+        self.version = policy_version
+        nodes = [_taught_nodes(tree, prefixes=self._learns) for tree in trees]
+        num_read = self._read_unasked(trees, nodes)
+        metrics: dict[str, float] = {}
+        if trees:
+            new = self._rows(trees, nodes)
+            prompts = np.cumsum([0, *(len(own) for own in nodes[:-1])])  # of each tree's nodes the prompt comes first
+            values = self.heads["prompt"].values(new.states[prompts])
+            self.estimator.observe(trees, values, policy_version)
+            rows = self.rows.and_more(new)
+            self.rows = rows.where(rows.versions > policy_version - self.config.window_versions)
+            metrics = root_outcomes(trees, [_judged(t, v) for t, v in zip(trees, values, strict=True)]).metrics()
+        oldest = policy_version - self.config.window_versions
+        self.asked = {key: kept for key, kept in self.asked.items() if kept[0] >= oldest}
+        self.busy_s += time.monotonic() - started
+        counts = {"rows": float(len(self.rows.targets)), "rows_read_again": float(num_read)}
+        sync = {"sync_bytes": float(self.trunk.synced_bytes), "sync_s": self.trunk.sync_s}
+        self.trunk.synced_bytes, self.trunk.sync_s = 0, 0.0
+        return metrics | counts | sync | {"prior_strength": self.estimator.strength, "skipped": float(self.num_skipped)}
+
+    def _read_unasked(self, trees: Sequence[RolloutTree], nodes: Sequence[dict[int, bytes]]) -> int:
+        """Read the states of taught nodes that nobody asked this process for; returns how many."""
+        queries = []
+        for tree, own in zip(trees, nodes, strict=True):
+            for node in (node for node, key in own.items() if key not in self.asked):
+                tokens = tree.prefix_tokens(node)
+                logprobs = tuple(tree.nodes[above].logprobs for above in tree.path(node)[1:])
+                queries.append(PrefixQuery(token_ids=tokens, positions=(len(tokens),), turn_logprobs=logprobs))
+        self.predict(queries)
+        return len(queries)
+
+    def _rows(self, trees: Sequence[RolloutTree], nodes: Sequence[dict[int, bytes]]) -> Rows:
+        targets, weights = [], []
+        for tree, own in zip(trees, nodes, strict=True):
+            values, counts = backed_up_targets(tree)
+            # A prompt is taught by its root rollouts alone: continuations were chosen by outcome.
+            roots = [rollout.reward for rollout in tree.rollouts if rollout.kind == "root"]
+            values[ROOT], counts[ROOT] = np.mean(roots), len(roots)
+            targets.append(values[list(own)])
+            weights.append(counts[list(own)])
+        asked = [self.asked[key] for own in nodes for key in own.values()]
+        return Rows(
+            states=np.stack([state for _, state in asked]),
+            targets=np.concatenate(targets),
+            weights=np.concatenate(weights),
+            versions=np.array([version for version, _ in asked], dtype=np.int64),
+            is_prompt=np.array([node == ROOT for own in nodes for node in own]),
+        )
+
+    def steps(self, new: Sequence[RolloutTree]) -> Iterator[Callable[[], float]]:
+        """The one step of an update, to be called once: refit the heads on the window; returns the last one's loss."""
+        self.num_updates += 1
+        num_prompts = int(self.rows.is_prompt.sum())
+        if self._learns and max(num_prompts, len(self.rows.is_prompt) - num_prompts) >= MIN_ROWS:
+            yield self._refit
+
+    @property
+    def _learns(self) -> bool:
+        return self.config.steps_per_update > 0
+
+    def _refit(self) -> float:
+        started = time.monotonic()
+        loss = math.nan
+        for name in _HEADS:
+            rows = self.rows.where(self.rows.is_prompt == (name == "prompt"))
+            if len(rows.targets) < MIN_ROWS:
+                continue
+            head = self.heads[name].refitted(rows.states, rows.targets, rows.weights, l2=self.config.head_l2)
+            if head is None:
+                self.num_skipped += 1
+                continue
+            self.heads[name] = head
+            values = head.values(rows.states)
+            errors = -(rows.targets * np.log(values) + (1 - rows.targets) * np.log(1 - values))
+            loss = float(np.average(errors, weights=rows.weights))
+        self.busy_s += time.monotonic() - started
+        return loss
+
+    def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+        """Take in the trees of one update and learn from them; see `observe`."""
+        metrics = self.observe(trees, policy_version)
+        losses = [step() for step in self.steps(trees)]
+        return metrics | ({"loss": losses[-1]} if losses else {})
+
+    def receive_weights(self, buckets: Sequence[WeightBucket], manifest: WeightManifest) -> int:
+        """Read with the policy's new weights from now on; see `PolicyTrunk.receive`. Returns their version."""
+        started = time.monotonic()
+        self.trunk.receive(buckets, manifest)
+        self.busy_s += time.monotonic() - started
+        return self.trunk.version
+
+    # ── checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self, directory: str | Path) -> None:
+        """Heads, window, counts, into `directory` (made); the trunk is the policy's, which the learner saves."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        parts = ("mean", "scale", "weights")
+        arrays = {f"{name}/{part}": getattr(head, part) for name, head in self.heads.items() for part in parts}
+        arrays |= {f"rows/{name}": getattr(self.rows, name) for name in _ROW_FIELDS}
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / "heads.safetensors"
+        )
+        state = {
+            "version": self.version,
+            "num_updates": self.num_updates,
+            "biases": {name: head.bias for name, head in self.heads.items()},
+            "estimator": self.estimator.state(),
+        }
+        (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def load(self, directory: str | Path) -> None:
+        """Go on from a `save`; answers wait for the policy's weights. ValueError or OSError names what is broken."""
+        directory = Path(directory)
+        arrays = load_file(directory / "heads.safetensors")
+        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        self.heads = {
+            name: StateHead(arrays[f"{name}/mean"], arrays[f"{name}/scale"], arrays[f"{name}/weights"], bias)
+            for name, bias in state["biases"].items()
+        }
+        self.rows = Rows(**{name: arrays[f"rows/{name}"] for name in _ROW_FIELDS})
+        self.version, self.num_updates = state["version"], state["num_updates"]
+        self.estimator.load_state(state["estimator"])
+        self.asked = {}
+
+
+def _taught_nodes(tree: RolloutTree, *, prefixes: bool) -> dict[int, bytes]:
+    """The prompt and, with `prefixes`, the turns of root rollouts whose value was asked for → the key of each history.
+
+    Only what is asked for needs to be learnt; and what was not asked would have to be read for that alone.
+    """
+    digests: dict[int, xxhash.xxh3_128] = {}
+    found: dict[int, bytes] = {}
+    for index, node in enumerate(tree.nodes):
+        digest = digests[node.parent].copy() if index else xxhash.xxh3_128()
+        digest.update(np.array(node.token_ids, dtype=np.int64).tobytes())
+        digests[index] = digest
+        is_asked = prefixes and node.value is not None and tree.children[index]
+        if index == ROOT or (is_asked and tree.rollouts[node.rollout].kind == "root"):
+            found[index] = digest.digest()
+    return found
+
+
+def _features(query: PrefixQuery) -> list[np.ndarray]:
+    """Of each asked prefix of the query."""
+    before = len(query.turn_logprobs) - len(query.positions)
+    depths = [max(0, before + number) for number in range(1, len(query.positions) + 1)]
+    return [
+        history_features(query.turn_logprobs[:depth], position)
+        for depth, position in zip(depths, query.positions, strict=True)
+    ]
+
+
+def _judged(tree: RolloutTree, prompt_value: float) -> FloatArray:
+    return np.array([prompt_value, *(np.nan if node.value is None else node.value for node in tree.nodes[1:])])
