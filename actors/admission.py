@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,8 @@ from ray.actor import ActorHandle
 
 from actors.prompt_group import PromptGroup, PromptLostError
 from trace_async.config import Config
-from trace_async.method.allocation import ESTIMATE_FREE_RULES, is_trained_on, plan_roots
 from trace_async.method.posterior import Estimates
+from trace_async.method.registry import stage1_rule
 from trace_async.run.buffer import TreeBuffer
 from trace_async.run.dataset import TaskIterator
 from trace_async.run.state import PendingPrompt, RunState, SavedTrainer
@@ -41,6 +40,7 @@ class Admission:
         # Where the data stands once the prompts of the last round are under way: a checkpoint skips none.
         self.position = self.iterator.state()
         self.state = RunState()
+        self.rule = stage1_rule(config.budget)
         self.buffer = TreeBuffer(config.budget.root_rollouts, config.actors.max_staleness)
         self.pending: dict[int, PendingPrompt] = {}
         self.changed = asyncio.Condition()
@@ -80,13 +80,11 @@ class Admission:
 
     async def _admit_round(self) -> None:
         """Draw candidates, estimate them, spend M root rollouts on them; the others are skipped for this round."""
-        budget = self.config.budget
-        if self.state.num_rounds < budget.warmup_rounds and budget.stage1 not in ESTIMATE_FREE_RULES:
-            budget = replace(budget, stage1="uniform", uniform_rollouts=budget.warmup_rollouts)
-        tasks = self.iterator.take(budget.pool_size)
-        estimates = await self._estimates(tasks, budget.stage1)
+        rule = stage1_rule(self.config.budget, self.state.num_rounds)
+        tasks = self.iterator.take(self.config.budget.pool_size)
+        estimates = await self._estimates(tasks) if rule.needs_estimates else Estimates.unknown(len(tasks))
         rng = np.random.default_rng((self.config.seed, self.state.num_rounds))
-        counts = plan_roots(budget, estimates, rng)
+        counts = rule.plan(estimates, self.config.budget.root_rollouts, rng)
         for task, count, success in zip(tasks, counts, estimates.mean, strict=True):
             if count:
                 prompt = PendingPrompt(
@@ -103,9 +101,7 @@ class Admission:
         self.state.admitted_roots += int(counts.sum())
         self.position = self.iterator.state()
 
-    async def _estimates(self, tasks: Sequence[Task], rule: str) -> Estimates:
-        if rule in ESTIMATE_FREE_RULES:
-            return Estimates(np.ones(len(tasks)), np.ones(len(tasks)))
+    async def _estimates(self, tasks: Sequence[Task]) -> Estimates:
         started = time.monotonic()
         if self.config.budget.oracle_rollouts:
             rewards = await self.prompts.measure(tasks, self.config.budget.oracle_rollouts)
@@ -146,7 +142,7 @@ class Admission:
             else:
                 self.state.ledger.arrive(tree)
                 self.state.generated_tokens += tree.num_generated_tokens
-                if tree.rollouts and not is_trained_on(self.config.budget, tree):
+                if tree.rollouts and not self.rule.trains_on(tree):
                     self.state.ledger.filter(tree)
                     self.state.admitted_roots -= prompt.num_roots
                     tree = None

@@ -11,7 +11,8 @@ from ray.actor import ActorHandle
 from actors.generator import GeneratorRouter
 from envs import load_domain
 from trace_async.config import Config
-from trace_async.method.allocation import VALUE_FREE_RULES, Anchor, plan_prefixes
+from trace_async.method.anchors import Anchor
+from trace_async.method.registry import stage2_rule
 from trace_async.policy.load import load_renderer
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import make_grower
@@ -56,22 +57,23 @@ class PromptActor:
         settings = self.config.budget
         rng = np.random.default_rng(prompt.seed)
 
-        def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
-            return plan_prefixes(settings, anchors, budget, rng)
+        rule = stage2_rule(settings)
 
-        needs_values = settings.stage2 not in VALUE_FREE_RULES
+        def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
+            return rule.plan(anchors, budget, rng)
+
         expansion = Expansion(
             plan=plan,
             per_root=settings.continuations_per_root,
             rounds=settings.stage2_rounds,
-            value=self._values if needs_values else None,
-            oracle_rollouts=settings.oracle_rollouts if needs_values else 0,
+            value=self._values if rule.needs_values else None,
+            oracle_rollouts=settings.oracle_rollouts if rule.needs_values else 0,
         )
         async with self.slots:
             return await self.grower.grow(
                 task,
                 prompt.num_roots,
-                expansion if settings.stage2 != "none" and settings.continuations_per_root else None,
+                expansion if rule.spends and settings.continuations_per_root else None,
                 policy_version=prompt.policy_version,
                 root_value=prompt.root_value,
             )

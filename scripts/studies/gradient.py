@@ -27,9 +27,10 @@ from trace_async.engine import Engine
 from trace_async.engines import make_engine
 from trace_async.learner.learner import TokenLogprobs
 from trace_async.learner.loss import LossTerms, normalize_credits, policy_loss
-from trace_async.method.allocation import ESTIMATE_FREE_RULES, VALUE_FREE_RULES, Anchor, plan_prefixes, plan_roots
+from trace_async.method.anchors import Anchor
 from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.method.posterior import Estimates
+from trace_async.method.registry import stage1_rule, stage2_rule
 from trace_async.packing.attention import attention_for, prepare_model
 from trace_async.packing.layout import pack_all
 from trace_async.policy.load import load_model, load_tokenizer
@@ -96,16 +97,16 @@ class Player:
     async def update(self, config: Config, tasks: Sequence[Task], seed: int) -> list[RolloutTree]:
         """The trees of one update of a method, over the candidates `tasks`."""
         budget, rng = config.budget, np.random.default_rng(seed)
-        blind = budget.stage1 in ESTIMATE_FREE_RULES
-        estimates = Estimates(np.ones(len(tasks)), np.ones(len(tasks))) if blind else await self.measure(tasks)
-        counts = plan_roots(budget, estimates, rng)
+        roots, continuations = stage1_rule(budget), stage2_rule(budget)
+        estimates = await self.measure(tasks) if roots.needs_estimates else Estimates.unknown(len(tasks))
+        counts = roots.plan(estimates, budget.root_rollouts, rng)
 
         def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
-            return plan_prefixes(config.budget, anchors, budget, rng)
+            return continuations.plan(anchors, budget, rng)
 
         expansion = None
-        if budget.stage2 != "none" and budget.continuations_per_root:
-            rollouts = 0 if budget.stage2 in VALUE_FREE_RULES else self.oracle_rollouts
+        if continuations.spends and budget.continuations_per_root:
+            rollouts = self.oracle_rollouts if continuations.needs_values else 0
             expansion = Expansion(
                 plan=plan,
                 per_root=budget.continuations_per_root,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from trace_async.method.allocation import find_anchors
+from trace_async.method.anchors import find_anchors
 from trace_async.method.credit import NodeCredit
-from trace_async.method.marginals import FloatArray, IntArray
+from trace_async.method.knapsack import FloatArray, IntArray
 from trace_async.trees.builder import Branch, TreeBuilder
 from trace_async.trees.tree import ROOT, Node, RolloutTree
 from trace_async.types import Completion, Task, VersionSpan

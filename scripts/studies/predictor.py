@@ -20,7 +20,8 @@ import torch
 from envs import load_domain
 from trace_async.config import Config, load_config
 from trace_async.env import Demonstrator, Domain
-from trace_async.method.allocation import allocate_roots, plan_roots
+from trace_async.method.allocation import allocate_roots
+from trace_async.method.registry import stage1_rule
 from trace_async.policy.load import load_tokenizer
 from trace_async.policy.warm_start import make_policy
 from trace_async.predictor.metrics import root_outcomes
@@ -111,8 +112,8 @@ def run_rounds(config: Config, policy: Path, stream: Sequence[RolloutTree], held
     for number in range(len(stream) // budget.pool_size):
         pool = stream[number * budget.pool_size : (number + 1) * budget.pool_size]
         estimates = predictor.estimate([tree.task.id for tree in pool], [prompt_query(tree) for tree in pool])
-        rule = "uniform" if number < budget.warmup_rounds else budget.stage1
-        trees = bought(pool, plan_roots(replace(budget, stage1=rule), estimates, rng).tolist())
+        rule = stage1_rule(budget, number)
+        trees = bought(pool, rule.plan(estimates, budget.root_rollouts, rng).tolist())
         told = allocate_roots(
             [kinds[tree.task.kind] for tree in pool], budget.root_rollouts, max_rollouts=budget.max_rollouts
         )

@@ -12,10 +12,9 @@ import numpy as np
 
 from scripts.studies.known_process import ChooseContinuations, KnownProcess, random_process
 from scripts.studies.selection_bias import expanded_nodes
-from trace_async.config import AdvantageName
 from trace_async.method.allocation import allocate_prefixes, allocate_prefixes_by_value, allocate_roots
 from trace_async.method.credit import compute_credit
-from trace_async.method.marginals import IntArray
+from trace_async.method.knapsack import IntArray
 
 
 def by_contrast(values: Sequence[float], rewards: Sequence[float], budget: int) -> IntArray:
@@ -51,7 +50,7 @@ def bias_of(choose: ChooseContinuations, rng: np.random.Generator, *, num_trees:
     return expanded_nodes(trees).gaps()
 
 
-def first_turn_credit(name: AdvantageName, value: float, rng: np.random.Generator, *, num_trees: int) -> float:
+def first_turn_credit(name: str, value: float, rng: np.random.Generator, *, num_trees: int) -> float:
     """Mean credit of a first turn with V = `value` in a prompt whose other first turn has V = .8; 4 roots, 8 more."""
     halves = [np.full((1, 2), 0.5), np.full((2, 2), 0.5)]
     process = KnownProcess(halves, np.array([value, value, 0.8, 0.8]))
@@ -92,8 +91,7 @@ def main() -> None:
 
     grid = (0.0, 0.1, 0.3, 0.5, 0.65, 0.8)
     print("5. mean credit of a first turn by its V", grid)
-    names: tuple[AdvantageName, ...] = ("trace", "tree_grpo", "tree_rpo", "treepo")
-    for name in names:
+    for name in ("trace", "tree_grpo", "tree_rpo", "treepo"):
         credits = [first_turn_credit(name, value, rng, num_trees=args.trees // 4) for value in grid]
         print(f"     {name:<10}", np.round(credits, 3))
 

@@ -5,10 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trace_async.config.section import require, section
-
-Stage1Rule = Literal["uniform", "point", "beta", "thompson", "pcl", "vip", "dapo"]
-Stage2Rule = Literal["none", "random", "contrast", "contrast_per_token", "contrast_value_only"]
-AdvantageName = Literal["trace", "tree_grpo", "tree_rpo", "treepo", "grpo"]
+from trace_async.method.combinations import budget_faults, credit_faults
 
 
 @section("budget")
@@ -33,12 +30,13 @@ class BudgetConfig:
     """Root rollouts of every prompt under stage1=uniform and its relatives (alias n, group size, num_generations)."""
     max_per_prefix: Annotated[int, Field(ge=1)] | None = None
     """The most continuations that one prefix gets. null: as many as the prompt has."""
-    stage1: Stage1Rule = "beta"
+    stage1: str = "beta"
     """How root rollouts are shared among prompts: uniform (every prompt the same) | point and beta (TRACE, from a point
-    estimate or a posterior of the success rate) | thompson (MoPPS) | pcl | vip | dapo (dynamic sampling)."""
-    stage2: Stage2Rule = "contrast"
+    estimate or a posterior of the success rate) | thompson (MoPPS) | pcl | vip | dapo (dynamic sampling) |
+    package.module:Class of your own (trace_async.method.stage1.rule)."""
+    stage2: str = "contrast"
     """Which prefixes are continued: none | random | contrast (TRACE) | contrast_per_token (its value per generated
-    token) | contrast_value_only."""
+    token) | contrast_value_only | package.module:Class of your own (trace_async.method.stage2.rule)."""
     stage2_rounds: Annotated[int, Field(ge=1)] = 1
     """The continuations of a prompt are spent in so many rounds, later ones also from prefixes of earlier ones
     (Tree-GRPO's L)."""
@@ -67,6 +65,8 @@ class BudgetConfig:
             self.pool_size,
             f"pool_size·max_rollouts must reach root_rollouts={self.root_rollouts}",
         )
+        for setting, found, rule in budget_faults(self):
+            require(False, setting, found, rule)
 
 
 @section("predictor")
@@ -132,8 +132,9 @@ class PredictorConfig:
 class LossConfig:
     """The policy-gradient loss. Clipping is on the ratio learner / generator at the sampling temperature."""
 
-    advantage: AdvantageName = "trace"
-    """Credit of a token: trace | tree_grpo | tree_rpo | treepo | grpo (alias adv_estimator)."""
+    advantage: str = "trace"
+    """Credit of a token: trace | tree_grpo | tree_rpo | treepo | grpo | package.module:Class of your own
+    (trace_async.method.credit.rule). Alias adv_estimator."""
     normalize_std: bool = False
     """Divide a group's advantages by their standard deviation, as GRPO does (alias norm_adv_by_std_in_grpo)."""
     eps_clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -155,3 +156,7 @@ class LossConfig:
     """Where correction=tis truncates its weights (alias tis_imp_ratio_cap)."""
     aggregation: Literal["token", "sequence", "prompt"] = "prompt"
     """Over what the loss is averaged: token | sequence | prompt (alias loss_agg_mode)."""
+
+    def __post_init__(self) -> None:
+        for setting, found, rule in credit_faults(self.advantage, self.normalize_std):
+            require(False, setting, found, rule)

@@ -1,29 +1,15 @@
 """TRACE's allocation of the rollout budget (arXiv 2606.11119): Stage 1 over prompts, Stage 2 over prefixes.
 
 Both maximise the chance that the descendants of an anchor hold a success and a failure, and are exact: equal to
-exhaustive dynamic programming (see test_allocation.py). The rules of the baselines are in `selection_rules.py`.
+exhaustive dynamic programming (see test_allocation.py). `allocate_roots` and `allocate_prefixes` are plain functions,
+to be called from anywhere; the rules that a run can choose are built on them (`stage1/active.py`,
+`stage2/contrast.py`).
 """
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trace_async.config import BudgetConfig
-from trace_async.method.marginals import Cut, FloatArray, IntArray, Marginals, cut, hand_out, spend
-from trace_async.method.posterior import Estimates
-from trace_async.method.selection_rules import (
-    nearest_half_roots,
-    random_prefixes,
-    uniform_roots,
-    variance_optimal_roots,
-)
-from trace_async.trees.tree import ROOT, Grown, RolloutTree
-
-# Rules that need no estimate of a prompt (Stage 1), no value of a prefix (Stage 2).
-ESTIMATE_FREE_RULES = ("uniform", "dapo")
-VALUE_FREE_RULES = ("none", "random")
+from trace_async.method.knapsack import Cut, FloatArray, IntArray, Marginals, cut, hand_out, spend
 
 
 def root_value(success: ArrayLike, num_rollouts: ArrayLike, *, strength: ArrayLike | None = None) -> FloatArray:
@@ -216,109 +202,3 @@ def _uncertainty(strength: ArrayLike | None) -> FloatArray:
     if not (array > 0).all():
         raise ValueError("strength must be > 0 (pseudo rollouts behind an estimate)")
     return 1 / array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Anchor:
-    """A prefix where Stage 2 can spend: a turn of a finished rollout that is not its last.
-
-    `value`: V(H) of the history up to and including `node`; `reward`: outcome of the rollout that passed there;
-    `expected_tokens`: generated tokens that a continuation is expected to cost.
-    """
-
-    node: int
-    value: float
-    reward: float
-    expected_tokens: float
-
-
-def find_anchors(tree: Grown) -> list[Anchor]:
-    """All anchors of a tree whose nodes carry the predictor's values (a node without one counts as 0.5).
-
-    A continuation's expected cost is the mean of what the finished rollouts generated beyond the anchor's depth.
-    """
-    after = _mean_tokens_after_depth(tree)
-    return [
-        Anchor(
-            node=index,
-            value=0.5 if node.value is None else node.value,
-            reward=tree.rollouts[node.rollout].reward,
-            expected_tokens=after[tree.depths[index]],
-        )
-        for index, node in enumerate(tree.nodes)
-        if index != ROOT and tree.children[index]
-    ]
-
-
-def _mean_tokens_after_depth(tree: Grown) -> list[float]:
-    """Per depth, generated tokens beyond it, averaged over the rollouts that go on beyond it; at least 1."""
-    paths = [[tree.nodes[index].num_generated for index in tree.path(rollout.leaf)] for rollout in tree.rollouts]
-    means = []
-    for depth in range(max(tree.depths) + 1):
-        rests = [sum(path[depth + 1 :]) for path in paths if len(path) > depth + 1]
-        means.append(max(1.0, sum(rests) / len(rests)) if rests else 1.0)
-    return means
-
-
-def plan_roots(config: BudgetConfig, estimates: Estimates, rng: np.random.Generator) -> IntArray:
-    """Stage 1 by `config.stage1`: root rollouts for each candidate, summing to `root_rollouts` where caps allow."""
-    budget, cap, group = config.root_rollouts, config.max_rollouts, config.uniform_rollouts
-    match config.stage1:
-        case "uniform" | "dapo":
-            return uniform_roots(len(estimates.a), budget, group=group, cap=cap)
-        case "pcl":
-            return nearest_half_roots(estimates.mean, budget, group=group, cap=cap)
-        case "thompson":
-            return nearest_half_roots(rng.beta(estimates.a, estimates.b), budget, group=group, cap=cap)
-        case "vip":
-            return variance_optimal_roots(estimates.mean, budget, group=group, cap=cap)
-        case "point" | "beta":
-            return _active_roots(config, estimates, rng)
-
-
-def _active_roots(config: BudgetConfig, estimates: Estimates, rng: np.random.Generator) -> IntArray:
-    """The knapsack, after `explore_share` of the budget went to pairs on random candidates (beyond the paper).
-
-    Without them a belief that a prompt is easy is never put to the test again, so nobody sees the policy forget it.
-    """
-    size = len(estimates.a)
-    explored = rng.choice(size, size=min(size, int(config.explore_share * config.root_rollouts) // 2), replace=False)
-    rest = np.setdiff1d(np.arange(size), explored)
-    counts = np.zeros(size, dtype=np.int64)
-    counts[explored] = max(2, config.min_rollouts)
-    counts[rest] = allocate_roots(
-        estimates.mean[rest],
-        config.root_rollouts - int(counts.sum()),
-        min_rollouts=config.min_rollouts,
-        max_rollouts=config.max_rollouts,
-        strength=estimates.strength[rest] if config.stage1 == "beta" else None,
-    )
-    return counts
-
-
-def is_trained_on(config: BudgetConfig, tree: RolloutTree) -> bool:
-    """Whether a finished tree enters the learner's batch: all do, but DAPO's dynamic sampling drops what agrees.
-
-    DAPO (arXiv 2503.14476) samples on until the batch is full of prompts with both outcomes; what it drops was
-    generated and is charged.
-    """
-    return config.stage1 != "dapo" or tree.has_both_outcomes
-
-
-def plan_prefixes(config: BudgetConfig, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:
-    """Stage 2 by `config.stage2`: continuations for each anchor, summing to `budget` where caps allow."""
-    cap = config.max_per_prefix
-    values = [anchor.value for anchor in anchors]
-    rewards = [anchor.reward for anchor in anchors]
-    if config.stage2 == "none" or not anchors:
-        return np.zeros(len(anchors), dtype=np.int64)
-    match config.stage2:
-        case "random":
-            return random_prefixes(len(anchors), budget, cap=cap, rng=rng)
-        case "contrast":
-            return allocate_prefixes(values, rewards, budget, max_per_prefix=cap)
-        case "contrast_per_token":
-            cost = [anchor.expected_tokens for anchor in anchors]
-            return allocate_prefixes(values, rewards, budget, max_per_prefix=cap, cost=cost)
-        case "contrast_value_only":
-            return allocate_prefixes_by_value(values, budget, max_per_prefix=cap)

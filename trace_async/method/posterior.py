@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from scipy.special import betaln
 
-from trace_async.method.marginals import FloatArray
+from trace_async.method.knapsack import FloatArray
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Json
 
@@ -28,10 +27,20 @@ class Estimates:
             raise ValueError("Estimates: a and b must be flat, equally long and > 0")
 
     @classmethod
+    def unknown(cls, size: int) -> "Estimates":
+        """Of prompts that nobody has asked about: every success probability is as likely as any other."""
+        return cls(np.ones(size), np.ones(size))
+
+    @classmethod
     def of_outcomes(cls, rewards: Sequence[Sequence[float]]) -> "Estimates":
         """From each prompt's measured rewards in [0, 1] alone, with Jeffreys' prior: no number of them is certain."""
         wins = np.array([sum(some) for some in rewards])
         return cls(0.5 + wins, 0.5 + np.array([len(some) for some in rewards]) - wins)
+
+    @property
+    def size(self) -> int:
+        """How many prompts."""
+        return len(self.a)
 
     @property
     def mean(self) -> FloatArray:
@@ -113,6 +122,9 @@ class SuccessEstimator:
 
 def fit_strength(values: FloatArray, successes: FloatArray, failures: FloatArray) -> float:
     """The strength s of `STRENGTHS` with the largest Σ log BetaBinomial(successes | s·V, s·(1−V)); arrays [prompts]."""
+    # Here, because settings ask rules for their needs, and nobody should wait for scipy to read a setting.
+    from scipy.special import betaln
+
     v = np.clip(values, 1e-3, 1 - 1e-3)
     a, b = STRENGTHS[:, None] * v, STRENGTHS[:, None] * (1 - v)
     likelihood = (betaln(a + successes, b + failures) - betaln(a, b)).sum(axis=1)

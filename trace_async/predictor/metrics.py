@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_async.method.marginals import FloatArray
+from trace_async.method.knapsack import FloatArray
 from trace_async.trees.tree import RolloutTree
 
 

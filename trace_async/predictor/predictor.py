@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trace_async.config import PredictorConfig
-from trace_async.method.marginals import FloatArray
+from trace_async.method.knapsack import FloatArray
 from trace_async.method.posterior import Estimates, SuccessEstimator
 from trace_async.packing.attention import attention_for, hidden_states, prepare_model
 from trace_async.packing.layout import Layout, concatenate, lay_out_tree, round_rows

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trace_async.method.allocation import Anchor
+from trace_async.method.anchors import Anchor
 from trace_async.types import PrefixQuery
 
 Value = Callable[[Sequence[PrefixQuery]], Awaitable[Sequence[np.ndarray]]]

@@ -19,7 +19,7 @@ import numpy as np
 
 from trace_async.engine import EngineError
 from trace_async.env import EnvError, EnvValueError, PromptTooLongError, ReplayDivergedError
-from trace_async.method.allocation import find_anchors
+from trace_async.method.anchors import find_anchors
 from trace_async.rollout.expansion import Expansion, Value
 from trace_async.rollout.guard import EnvGuard, GuardedEnv
 from trace_async.rollout.limits import RolloutLimits

@@ -7,22 +7,23 @@ from hypothesis import strategies as st
 
 from trace_async.config import BudgetConfig
 from trace_async.method.allocation import (
-    Anchor,
     allocate_prefixes,
     allocate_prefixes_by_value,
     allocate_roots,
-    find_anchors,
-    is_trained_on,
-    plan_prefixes,
-    plan_roots,
     prefix_value,
     root_value,
 )
+from trace_async.method.anchors import Anchor, find_anchors
 from trace_async.method.posterior import Estimates
+from trace_async.method.registry import stage1_rule, stage2_rule
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 probability = st.one_of(st.sampled_from([0.0, 0.05, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 1.0]), st.floats(0, 1))
+
+
+def plan_roots(config, beliefs, rng):
+    return stage1_rule(config).plan(beliefs, config.root_rollouts, rng)
 
 
 def best_total(values, units, low, high):
@@ -233,8 +234,13 @@ def test_thompson_explores_by_the_posterior():
     assert 0.1 < (chosen[:, 1] == 4).mean() < 0.3
 
 
-@pytest.mark.parametrize("explore_share", [0.0, 0.3])
-@pytest.mark.parametrize("rule", ["uniform", "pcl", "thompson", "vip", "dapo", "point", "beta"])
+@pytest.mark.parametrize(
+    ("rule", "explore_share"),
+    [
+        *((rule, 0.0) for rule in ["uniform", "pcl", "thompson", "vip", "dapo", "point", "beta"]),
+        *((rule, share) for rule in ["point", "beta"] for share in [0.3, 0.5, 1.0]),
+    ],
+)
 @given(
     data=st.lists(st.floats(0.001, 0.999), min_size=1, max_size=12),
     budget=st.integers(2, 40),
@@ -254,9 +260,7 @@ def test_every_root_rule_spends_the_budget_within_caps(rule, explore_share, data
         explore_share=explore_share,
     )
     counts = plan_roots(config, estimates(*data), np.random.default_rng(0))
-    # Pairs on random candidates may leave too few others to spend the rest on.
-    pairs = int(explore_share * budget) // 2 if rule in ("point", "beta") else 0
-    assert min(budget, 2 * pairs + (len(data) - pairs) * cap) <= counts.sum() <= budget
+    assert counts.sum() == budget
     assert ((counts >= 0) & (counts <= cap)).all()
 
 
@@ -309,7 +313,7 @@ def test_prefix_rules():
 
     def plan(rule, budget, cap=None):
         config = BudgetConfig(stage2=rule, max_per_prefix=cap)
-        return plan_prefixes(config, anchors, budget, rng).tolist()
+        return stage2_rule(config).plan(anchors, budget, rng).tolist()
 
     # differs with probability .7, .1, .2; then .7·.3 = .21, .16 …
     assert plan("contrast", 3) == [2, 0, 1]
@@ -323,12 +327,38 @@ def test_prefix_rules():
     assert (drawn.sum(axis=1) == 6).all()
     assert drawn.mean(axis=0) == pytest.approx([2, 2, 2], abs=0.2)
     assert np.array(plan("random", 9, cap=2)).tolist() == [2, 2, 2]
-    assert plan_prefixes(BudgetConfig(), [], 4, rng).tolist() == []
 
 
 def test_dynamic_sampling_drops_what_agrees():
     tree = two_rollouts()
     alike = RolloutTree(task=tree.task, nodes=tree.nodes[:4], rollouts=tree.rollouts[:1])
-    assert is_trained_on(BudgetConfig(stage1="dapo"), tree)
-    assert not is_trained_on(BudgetConfig(stage1="dapo"), alike)
-    assert is_trained_on(BudgetConfig(stage1="uniform"), alike)
+    assert stage1_rule(BudgetConfig(stage1="dapo")).trains_on(tree)
+    assert not stage1_rule(BudgetConfig(stage1="dapo")).trains_on(alike)
+    assert stage1_rule(BudgetConfig(stage1="uniform")).trains_on(alike)
+
+
+def test_exploring_where_all_candidates_are_explored_still_spends_the_budget():
+    config = BudgetConfig(root_rollouts=64, pool_size=8, max_rollouts=8, stage1="point", explore_share=0.5)
+    assert plan_roots(config, estimates(*[0.5] * 8), np.random.default_rng(0)).tolist() == [8] * 8
+    # Half of 12 roots are three pairs; the fourth prompt takes its cap of 4, so two more go on top of the pairs.
+    config = BudgetConfig(root_rollouts=12, pool_size=4, max_rollouts=4, stage1="point", explore_share=0.5)
+    assert sorted(plan_roots(config, estimates(*[0.5] * 4), np.random.default_rng(0))) == [2, 3, 3, 4]
+
+
+def test_exploring_leaves_the_others_their_minimum():
+    config = BudgetConfig(
+        root_rollouts=17, pool_size=8, min_rollouts=2, max_rollouts=4, stage1="point", explore_share=1.0
+    )
+    counts = plan_roots(config, estimates(*[0.5] * 8), np.random.default_rng(0))
+    assert sorted(counts) == [2] * 7 + [3]
+
+
+def test_the_first_rounds_of_a_rule_that_needs_estimates_are_small_groups():
+    config = BudgetConfig(root_rollouts=8, pool_size=6, stage1="beta", warmup_rounds=2, warmup_rollouts=2)
+    beliefs = estimates(0.01, 0.01, 0.01, 0.01, 0.5, 0.5)
+    first, later = stage1_rule(config, 1), stage1_rule(config, 2)
+    assert (first.needs_estimates, later.needs_estimates) == (False, True)
+    assert first.plan(beliefs, 8, np.random.default_rng(0)).tolist() == [2, 2, 2, 2, 0, 0]
+    assert later.plan(beliefs, 8, np.random.default_rng(0)).tolist() == [0, 0, 0, 0, 4, 4]
+    uniform = stage1_rule(BudgetConfig(stage1="uniform", warmup_rounds=2, uniform_rollouts=4), 0)
+    assert uniform.plan(beliefs, 8, np.random.default_rng(0)).tolist() == [4, 4, 0, 0, 0, 0]

@@ -9,7 +9,7 @@ import pytest
 
 from trace_async.engine import EngineDeadError
 from trace_async.env import EnvError, ReplayDivergedError
-from trace_async.method.allocation import Anchor
+from trace_async.method.anchors import Anchor
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import Grower
 from trace_async.rollout.guard import EnvGuard

@@ -12,7 +12,7 @@ from envs.agent.domain import Agent
 from tests.support.paths import ROOT
 from tests.support.scripted_policy import TOKENIZER, ScriptedPolicy, call, grow_tree, says
 from trace_async.config import ConfigError
-from trace_async.method.allocation import Anchor
+from trace_async.method.anchors import Anchor
 from trace_async.rollout.expansion import Expansion
 from trace_async.trees.tree import ROOT as PROMPT
 from trace_async.trees.tree import RolloutTree

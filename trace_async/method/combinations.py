@@ -1,0 +1,48 @@
+"""Which combinations of rules and settings mean nothing, by what the rules say of themselves."""
+
+from collections.abc import Iterator
+
+from trace_async.method.registry import UnknownRuleError, credit_class, stage1_class, stage2_class
+from trace_async.method.settings import BudgetSettings
+
+Fault = tuple[str, object, str]
+"""(setting, its value, what is wrong and what to do)."""
+
+
+def budget_faults(settings: BudgetSettings) -> Iterator[Fault]:
+    """What is wrong with `budget`: unknown rules, and settings that the chosen rules would ignore."""
+    try:
+        stage1 = stage1_class(settings.stage1)
+    except UnknownRuleError as error:
+        yield "budget.stage1", settings.stage1, str(error)
+        return
+    try:
+        stage2 = stage2_class(settings.stage2)
+    except UnknownRuleError as error:
+        yield "budget.stage2", settings.stage2, str(error)
+        return
+    optional: list[tuple[str, object, str, frozenset[str]]] = [
+        ("explore_share", 0, f"stage1={settings.stage1}", stage1.uses),
+        ("min_rollouts", 0, f"stage1={settings.stage1}", stage1.uses),
+        ("max_per_prefix", None, f"stage2={settings.stage2}", stage2.uses),
+        ("stage2_rounds", 1, f"stage2={settings.stage2}", stage2.uses),
+    ]
+    for name, off, rule, uses in optional:
+        if getattr(settings, name) != off and name not in uses:
+            words = f"budget.{rule} ignores it; set {'null' if off is None else off}"
+            yield f"budget.{name}", getattr(settings, name), words
+    asks = stage1.needs_estimates or (stage2.needs_values and stage2.spends and settings.continuations_per_root)
+    if settings.oracle_rollouts and not asks:
+        words = f"neither stage1={settings.stage1} nor stage2={settings.stage2} asks for a value to be measured; set 0"
+        yield "budget.oracle_rollouts", settings.oracle_rollouts, words
+
+
+def credit_faults(name: str, normalize_std: bool) -> Iterator[Fault]:
+    """What is wrong with `loss.advantage` and `loss.normalize_std`."""
+    try:
+        rule = credit_class(name)
+    except UnknownRuleError as error:
+        yield "loss.advantage", name, str(error)
+        return
+    if normalize_std and not rule.normalizes:
+        yield "loss.normalize_std", True, f"loss.advantage={name} ignores it; set false"
