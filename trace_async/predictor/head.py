@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize
 
-from trace_async.method.marginals import FloatArray
+from trace_async.method.knapsack import FloatArray
 
 # Values stay this far from 0 and 1, so that a posterior is never certain.
 MARGIN = 1e-3

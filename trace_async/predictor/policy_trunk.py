@@ -26,7 +26,7 @@ import xxhash
 from safetensors.numpy import load_file, save_file
 
 from trace_async.config import PredictorConfig
-from trace_async.method.marginals import FloatArray
+from trace_async.method.knapsack import FloatArray
 from trace_async.method.posterior import Estimates, SuccessEstimator
 from trace_async.predictor.features import NUM_FEATURES, history_features
 from trace_async.predictor.head import StateHead

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trace_async.method.marginals import FloatArray
+from trace_async.method.knapsack import FloatArray
 from trace_async.trees.tree import RolloutTree
 
 
