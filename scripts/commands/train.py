@@ -32,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(config, run_dir)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from trace_async.policy.report import describe_policy
+
     policy_path = ensure_policy(config)
+    print("\n".join(describe_policy(policy_path, config)))
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     _log_to_file(run_dir / "logs" / "trainer.log")
@@ -173,13 +176,20 @@ def _dry_run(config: Config, run_dir: Path) -> int:
         if not tasks:
             raise ConfigError(f"env.name={config.env.name}: there are no {split} tasks")
     if config.policy.path:
-        from trace_async.policy.load import load_renderer
-
-        renderer = load_renderer(config.policy.path, template_kwargs=config.policy.chat_template_kwargs)
-        print(f"policy           {config.policy.path}, {renderer.vocab_size} tokens")
+        print(f"policy           {config.policy.path}")
+        print("\n".join(_described(config)))
     else:
         print(f"policy           a small one will be built for {domain.name} under {config.policy.cache_dir}")
     return 0
+
+
+def _described(config: Config) -> list[str]:
+    """What the policy's folder says, checked; of a folder on another machine only that it is not here."""
+    from trace_async.policy.report import describe_policy
+
+    if not (Path(config.policy.path) / "config.json").is_file():
+        return ["                 not on this machine: its sizes are those that its name stands for"]
+    return describe_policy(config.policy.path, config)
 
 
 def _log_to_file(path: Path) -> None:

@@ -23,6 +23,7 @@ from trace_async.config import Config, ConfigError, LearnerConfig
 from trace_async.learner.deepspeed import RankAddress, join_ranks, make_deepspeed, make_frozen, partitioned_loading
 from trace_async.learner.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
 from trace_async.learner.policy_tensors import add_lora, policy_buckets
+from trace_async.learner.probe import check_packed_rows
 from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.packing.attention import AttentionKind, attention_for, hidden_states, prepare_model
 from trace_async.packing.layout import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
@@ -46,7 +47,13 @@ class TokenLogprobs(nn.Module):
         self._chunk_tokens = chunk_tokens
         self._entropy = entropy
 
-    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: PackedBatch | torch.Tensor) -> Any:
+        """Of a row of ids [1, T], the model's own logits [T, vocab], by transformers' plain causal attention."""
+        if isinstance(batch, torch.Tensor):
+            self.policy.set_attn_implementation("eager")
+            logits = self.policy(input_ids=batch, use_cache=False).logits[0]
+            prepare_model(self.policy, self._kind)
+            return logits
         hidden = hidden_states(self.policy, batch.layout, self._kind)
         return entry_logprobs(
             self.policy.get_output_embeddings(),
@@ -104,6 +111,7 @@ class Learner:
             weight_decay=config.learner.weight_decay,
         )
         self.engine = make_deepspeed(self._module, adam, config.learner)
+        self._check_packed_rows()
 
     @property
     def policy(self) -> Any:
@@ -173,6 +181,21 @@ class Learner:
             chunk_tokens=learner.logprob_chunk_tokens,
             entropy=entropy,
         )
+
+    def _check_packed_rows(self) -> None:
+        """Before anything is trained: does this model compute a branched row as it computes its branches?"""
+        flat = self.config.learner.packing == "flat"
+        self._module.eval()
+
+        def own(row: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.engine(row.to(self._device))
+            return logits
+
+        def packed(batch: PackedBatch) -> torch.Tensor:
+            logprobs: torch.Tensor = self.engine(batch.to(self._device))[0]
+            return logprobs
+
+        check_packed_rows(self.config, self.policy.config.vocab_size, packed, own, flat=flat)
 
     def _make_reference(self) -> Any:
         """The start policy, frozen, on a device of its own when so set; None when KL holds to nothing."""

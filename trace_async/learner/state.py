@@ -28,6 +28,7 @@ from trace_async.learner.deepspeed import (
 )
 from trace_async.learner.learner import Learner
 from trace_async.learner.policy_tensors import full_bytes, merged, policy_buckets
+from trace_async.policy.save import ORIGIN_FILE
 from trace_async.run.checkpoint import CheckpointError
 
 SHARD_BYTES = 1 << 30
@@ -239,5 +240,6 @@ def _write_policy(buckets: Iterable[dict[str, torch.Tensor]], source: Path, targ
 def _copy_all_but_weights(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for path in source.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
+        # ORIGIN_FILE holds the hashes of the start policy's weights, which these are not.
+        if path.is_file() and path.name != ORIGIN_FILE and not path.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(path, target / path.name)

@@ -247,12 +247,16 @@ def _grouped_attention(
     *,
     segment_plan: SegmentPlan,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_ignored: Any,
 ) -> tuple[torch.Tensor, None]:
     """For transformers' AttentionInterface: query [1, H, N, D], key and value [1, H_kv, N, D] → [1, N, H, D].
 
     Indices go along dimension 0 of [N, ·]: there the backward of `index_select` is fast on the CPU.
     """
+    if softcap is not None or s_aux is not None:
+        raise ValueError("a cap on attention scores or an attention sink cannot be computed on packed trees")
     heads, rows, width = query.shape[1:]
     kv_heads = key.shape[1]
     flat_query = query[0].transpose(0, 1).reshape(rows, -1)

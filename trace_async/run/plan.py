@@ -7,12 +7,12 @@ Korthikanti et al. (arXiv 2205.05198) for a SwiGLU block without an attention ma
 workspaces and fragmentation are covered by RESERVE_GIB per process.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trace_async.config import Config, ConfigError
+from trace_async.run.model_folder import read_config, require_context, require_plain_decoder
 
 GIB = 2**30
 RESERVE_GIB = 4.0
@@ -82,17 +82,22 @@ def shape_of(path: str, setting: str) -> ModelShape:
     """From the directory's config.json, or, when it is not on this machine, from the known models by its name."""
     file = Path(path) / "config.json"
     if file.is_file():
-        return shape_from_json(json.loads(file.read_text()))
+        content = read_config(path)
+        require_plain_decoder(content, f"{setting}={path}")
+        return shape_from_json(content, f"{setting}={path}")
     name = Path(path).name.removesuffix("-Instruct").removesuffix("-Base")
     if name not in KNOWN_SHAPES:
         raise ConfigError(f"{setting}={path}: not on this machine, and none of {', '.join(KNOWN_SHAPES)}")
     return KNOWN_SHAPES[name]
 
 
-def shape_from_json(content: Mapping[str, object]) -> ModelShape:
+def shape_from_json(content: Mapping[str, object], setting: str = "policy.path") -> ModelShape:
+    """Sizes of a dense decoder. Raises ConfigError naming `setting` and the entry that is missing or no number."""
+
     def size(name: str) -> int:
-        value = content[name]
-        assert isinstance(value, int), f"config.json: {name} must be a number"
+        value = content.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{setting}: config.json has no {name} (found {value}), so its size cannot be planned")
         return value
 
     return ModelShape(
@@ -186,7 +191,10 @@ def plan_run(config: Config) -> Plan:
 def _policy_shape(config: Config) -> ModelShape:
     policy = config.policy
     if policy.path:
-        return shape_of(policy.path, "policy.path")
+        shape = shape_of(policy.path, "policy.path")
+        if (Path(policy.path) / "config.json").is_file():
+            require_context(read_config(policy.path), config)
+        return shape
     heads = policy.hidden_size // 32
     return ModelShape(
         hidden_size=policy.hidden_size, num_layers=policy.num_layers, num_heads=heads, num_kv_heads=max(1, heads // 2),

@@ -200,6 +200,11 @@ def _check_supported(config: object, max_context_tokens: int) -> None:
         raise EngineError(
             f"engine.backend=torch runs {', '.join(MODEL_TYPES)}, not {model_type}: use engine.backend=sglang or vllm"
         )
+    activation = getattr(config, "hidden_act", "silu")
+    if activation != "silu":
+        raise EngineError(
+            f"engine.backend=torch does not run hidden_act={activation}: use engine.backend=sglang or vllm"
+        )
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type in LENGTH_DEPENDENT_ROPE:
         raise EngineError(f"engine.backend=torch does not run rope_type={rope_type}: use engine.backend=sglang or vllm")
