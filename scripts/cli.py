@@ -2,12 +2,14 @@
 
 import argparse
 import importlib
+import io
 import os
 import select
 import signal
 import sys
 
 from trace_async.config import ConfigError
+from trace_async.printable import printable
 
 COMMANDS = {
     "train": ("scripts.commands.train", "train a policy; --dry-run shows the plan, --resume RUN goes on"),
@@ -38,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    # What cannot be encoded (a lone surrogate from data; anything beyond ASCII where that is all) is shown escaped.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # What a script puts into the background inherits an ignored Ctrl-C, which is how `compare` stops its runs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.getcwd() not in sys.path:
@@ -51,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return 128 + signal.SIGPIPE
     except ConfigError as error:
-        print(f"trace-async: {error}", file=sys.stderr)
+        print(f"trace-async: {printable(str(error), 10_000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("trace-async: stopped", file=sys.stderr)

@@ -6,6 +6,7 @@ import time
 from envs import BUILT_IN, load_domain
 from envs.contract import check_domain
 from trace_async.config import load_config
+from trace_async.printable import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     findings = check_domain(load_domain(config.env), num_tasks=args.tasks)
     for finding in findings:
-        print(f"{finding.level:<7} {finding.text}")
+        print(f"{finding.level:<7} {printable(finding.text, 2_000)}")
     num_errors = sum(finding.level == "error" for finding in findings)
     verdict = (
         "keeps the contract" if not num_errors else f"breaks the contract: {num_errors} error{'s' * (num_errors > 1)}"

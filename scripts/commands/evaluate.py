@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scripts.commands.train import ensure_policy
 from trace_async.config import ConfigError, load_config
+from trace_async.printable import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,5 +36,5 @@ def run(args: argparse.Namespace) -> int:
         ray.shutdown()
     print(f"policy {policy_path}")
     for name, value in sorted(metrics.items()):
-        print(f"{name:<44} {value:.4f}")
+        print(f"{one_line(name):<44} {value:.4f}")
     return 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from trace_async.config import Config, ConfigError, config_to_yaml, load_config
 from trace_async.env import Demonstrator
+from trace_async.printable import printable
 from trace_async.trees.tree import RolloutTree
 
 if TYPE_CHECKING:
@@ -111,8 +112,9 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
         log.exception("the run ended")
         cause = error.cause if isinstance(error, RayTaskError) else error
         print(
-            f"\ntrace-async: {cause}\nThe whole story is in {run_dir / 'logs' / 'trainer.log'}. Go on from the last "
-            f"checkpoint: trace-async train --resume {run_dir}",
+            f"\ntrace-async: {printable(str(cause), 10_000)}\n"
+            f"The whole story is in {run_dir / 'logs' / 'trainer.log'}. Go on from the last checkpoint: "
+            f"trace-async train --resume {run_dir}",
             file=sys.stderr,
         )
         return 1
@@ -195,7 +197,7 @@ def _described(config: Config) -> list[str]:
 def _log_to_file(path: Path) -> None:
     """The trainer's own log; libraries' warnings go there too instead of the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from trace_async.printable import printable
 from trace_async.tracking.log import write_whole
-from trace_async.tracking.progress import printable
 
 
 @dataclass(frozen=True, slots=True)

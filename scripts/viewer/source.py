@@ -11,8 +11,8 @@ from scripts.commands.train import ensure_policy
 from trace_async.config import Config, ConfigError, load_config
 from trace_async.method.credit import compute_credit
 from trace_async.policy.load import load_tokenizer
+from trace_async.printable import printable
 from trace_async.tracking.log import read_metrics
-from trace_async.tracking.progress import printable
 from trace_async.trees.io import read_trees, tree_files
 from trace_async.trees.page import embedded, viewer_page
 from trace_async.trees.payload import curves_payload, tree_payload

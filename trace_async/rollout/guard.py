@@ -27,6 +27,7 @@ from trace_async.env import (
     PromptTooLongError,
     ReplayDivergedError,
 )
+from trace_async.printable import one_line, printable
 from trace_async.rollout.call_threads import STOP_GRACE_S, CallThreads, OutranLimitError
 from trace_async.rollout.loop_watch import LoopWatch
 from trace_async.rollout.values import ConvertedTask, RewardRange, checked_prompt, checked_result, checked_task
@@ -103,7 +104,7 @@ class EnvGuard:
         self, task: Task, method: str, call: Callable[[], Awaitable[Any] | Any], check: Callable[[Any], T]
     ) -> T:
         """The checked answer of one method. Raises EnvError."""
-        where = f"environment {task.domain}, task {task.id}: {method}()"
+        where = f"{named(task)}: {method}()"
         setting, limit_s = self.limits.of(method)
         try:
             if self._threads is not None:
@@ -114,7 +115,7 @@ class EnvGuard:
         except OutranLimitError:
             raise EnvTimeoutError(f"{where} did not end within {setting}={limit_s:g}", method=method) from None
         except EnvError as error:
-            raise _OURS.get(error.loss, EnvError)(f"{where}: {error}", method=method) from error
+            raise _OURS.get(error.loss, EnvError)(f"{where}: {printable(str(error), 2_000)}", method=method) from error
         except BaseException as error:
             # Somebody else's code: it may raise anything, sys.exit() and a panic in Rust included.
             if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
@@ -228,4 +229,9 @@ def _words(error: BaseException) -> str:
         text = str(error)
     except Exception as inner:  # noqa: BLE001 - somebody else's __str__
         text = f"(its text raises {type(inner).__name__})"
-    return f"{type(error).__name__}: {text[:2000]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {printable(text, 2_000)}" if text else type(error).__name__
+
+
+def named(task: Task) -> str:
+    """A task as errors name it; ids are data and may hold anything."""
+    return f"environment {one_line(str(task.domain))}, task {one_line(str(task.id))}"

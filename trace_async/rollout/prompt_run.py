@@ -20,8 +20,9 @@ import numpy as np
 from trace_async.engine import EngineError
 from trace_async.env import EnvError, EnvValueError, PromptTooLongError, ReplayDivergedError
 from trace_async.method.anchors import find_anchors
+from trace_async.printable import printable
 from trace_async.rollout.expansion import Expansion, Value
-from trace_async.rollout.guard import EnvGuard, GuardedEnv
+from trace_async.rollout.guard import EnvGuard, GuardedEnv, named
 from trace_async.rollout.limits import RolloutLimits
 from trace_async.rollout.renderer import MAX_CHARS_PER_TOKEN, Renderer
 from trace_async.rollout.values import shown_task
@@ -169,7 +170,7 @@ class PromptRun:
         """Count what broke down; returns its kind."""
         name = f"{error.method if isinstance(error, EnvError) else 'generate'}.{error.loss}"
         if name not in self._faults:
-            log.warning("task %s: %s: %s", self._task.id, name, error)
+            log.warning("%s: %s", name, error)
         before = self._faults.get(name, Fault(0, str(error)))
         self._faults[name] = replace(before, count=before.count + 1)
         return error.loss
@@ -206,8 +207,7 @@ class PromptRun:
         prompt_ids = start_prompt(self._task, await env.init(), self._renderer, self._limits)
         if self._builder.prompt_ids and self._builder.prompt_ids != prompt_ids:
             raise EnvError(
-                f"environment {self._task.domain}, task {self._task.id}: init() gives another prompt than before; a "
-                "task's prompt must not change",
+                f"{named(self._task)}: init() gives another prompt than before; a task's prompt must not change",
                 method="init",
             )
         self._builder.set_prompt(prompt_ids)
@@ -264,7 +264,7 @@ def start_prompt(task: Task, prompt: Prompt, renderer: Renderer, limits: Rollout
             return prompt_ids
         length = f"{len(prompt_ids)} tokens"
     raise PromptTooLongError(
-        f"environment {task.domain}, task {task.id}: its prompt of {length} leaves no room in "
+        f"{named(task)}: its prompt of {length} leaves no room in "
         f"sampling.max_context_tokens={limits.max_context_tokens}; raise it, or leave the task out",
         method="init",
     )
@@ -276,7 +276,7 @@ def _template_errors(task: Task, method: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise EnvValueError(f"environment {task.domain}, task {task.id}: {method}(): {error}", method=method) from error
+        raise EnvValueError(f"{named(task)}: {method}(): {printable(str(error), 2_000)}", method=method) from error
 
 
 async def _run_all(attempts: Iterable[Coroutine[None, None, None]]) -> None:

@@ -30,6 +30,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from trace_async.printable import printable
+
 PHASES = {
     "wait_for_trees": "waiting",
     "update": "update",
@@ -208,14 +210,6 @@ _NAMES = {"heldout/success_t1.0": "t=1", "heldout/success_t0.0": "greedy"}
 def sparkline(values: "deque[float] | list[float]") -> str:
     """Shares in 0..1 as a row of bars."""
     return "".join(BARS[min(len(BARS) - 1, max(0, int(value * len(BARS))))] for value in values if value == value)
-
-
-def printable(text: str) -> str:
-    """`text` with nothing left in it that could steer a terminal: control characters show as escapes.
-
-    Newlines stay; bidirectional overrides and other format characters are shown, not obeyed.
-    """
-    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _thousands(count: float | None) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from trace_async.printable import one_line
 from trace_async.tracking.log import Point
 
 PHASES = {
@@ -42,7 +43,9 @@ def summarise(points: Sequence[Point]) -> str:
     lines = ["", "Held-out success                      before    after"]
     for change in heldout_changes(points):
         name = change.name.replace("t1.0", "temperature 1").replace("t0.0", "greedy").replace("/", ", ")
-        lines.append(f"  {name:<34} {change.before:7.1%}  {change.after:7.1%}  {change.after - change.before:+.1%}")
+        lines.append(
+            f"  {one_line(name):<34} {change.before:7.1%}  {change.after:7.1%}  {change.after - change.before:+.1%}"
+        )
     if not updates:
         return "\n".join(lines)
     third = max(1, len(updates) // 3)

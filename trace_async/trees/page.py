@@ -13,7 +13,7 @@ from hashlib import sha256
 from html import escape
 from importlib.resources import files
 
-from trace_async.tracking.progress import printable
+from trace_async.printable import printable
 from trace_async.types import Json
 
 SCRIPTS = ("data.js", "layout.js", "drawing.js", "list.js", "detail.js", "curves.js", "app.js")

@@ -6,8 +6,8 @@ What is written here is data to the page: `page.py` embeds it so that no text ca
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from trace_async.printable import printable
 from trace_async.tracking.log import Point
-from trace_async.tracking.progress import printable
 from trace_async.trees.text import Decode, summary, view_nodes
 from trace_async.trees.tree import ROOT, Node, RolloutTree
 from trace_async.types import Json

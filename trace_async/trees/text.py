@@ -10,10 +10,15 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from trace_async.tracking.progress import printable
+from trace_async.printable import one_line, printable
 from trace_async.trees.tree import ROOT, RolloutTree
 
 Decode = Callable[[Sequence[int]], str]
+
+MAX_LINE_CHARS = 2_000
+"""Of one line of a text, where not all of it is asked for."""
+MAX_FULL_LINE_CHARS = 1_000_000
+"""Of one line where all is asked for; nobody reads on, and terminals break."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +82,16 @@ def _succeeded_under(tree: RolloutTree) -> list[int]:
 
 
 def summary(tree: RolloutTree) -> str:
-    """One line about the whole tree."""
+    """One line about the whole tree, printable whatever its task is called."""
     num_roots = sum(rollout.kind == "root" for rollout in tree.rollouts)
     parts = [
-        f"task {tree.task.id} ({tree.task.domain}, {tree.task.kind})",
+        f"task {one_line(tree.task.id)} ({one_line(tree.task.domain)}, {one_line(tree.task.kind)})",
         f"{num_roots} root rollouts + {len(tree.rollouts) - num_roots} continuations",
         f"{_succeeded_under(tree)[ROOT]} of {len(tree.rollouts)} succeeded",
         f"{tree.num_generated_tokens} tokens generated",
     ]
     if tree.failures:
-        parts.append("lost: " + ", ".join(f"{count} {kind}" for kind, count in sorted(tree.failures.items())))
+        parts.append("lost: " + ", ".join(f"{count} {one_line(kind)}" for kind, count in sorted(tree.failures.items())))
     return " · ".join(parts)
 
 
@@ -149,9 +154,12 @@ def facts(view: NodeView) -> list[str]:
 
 
 def _append_block(out: Text, bars: str, text: str, style: str, max_lines: int | None) -> None:
-    lines = [printable(line) for line in text.strip().split("\n")] if text.strip() else []
+    text = text.strip()
+    lines = text.split("\n") if text else []
+    # A line of ten megabytes is one line, so lines are cut too.
+    max_chars = MAX_FULL_LINE_CHARS if max_lines is None else MAX_LINE_CHARS
     shown = lines if max_lines is None else lines[:max_lines]
     for line in shown:
-        out.append(bars, style="dim").append(line + "\n", style=style)
+        out.append(bars, style="dim").append(printable(line, max_chars) + "\n", style=style)
     if len(shown) < len(lines):
         out.append(bars, style="dim").append(f"… {len(lines) - len(shown)} more lines\n", style="dim italic")

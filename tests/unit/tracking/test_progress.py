@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from trace_async.tracking.progress import Progress, printable, sparkline
+from trace_async.printable import printable
+from trace_async.tracking.progress import Progress, sparkline
 
 
 class Clock:

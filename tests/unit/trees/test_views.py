@@ -1,8 +1,9 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from trace_async.trees.text import tree_text, view_nodes
+from trace_async.trees.text import summary, tree_text, view_nodes
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
@@ -94,3 +95,23 @@ def test_what_is_known_of_a_node() -> None:
     assert (view.versions, view.cached_share, view.mean_logprob, view.credit) == ((7,), 0.8, -0.5, None)
     with pytest.raises(ValueError, match="2 credits for 6 nodes"):
         view_nodes(make_tree(words), words.decode, [1.0, 2.0])
+
+
+def test_a_line_of_ten_megabytes_is_cut_and_says_so() -> None:
+    words = Words()
+    tree = make_tree(words, said="x" * 10_000_000)
+    cut = tree_text(tree, words.decode).plain
+    assert len(cut) < 10_000
+    assert "9,998,000 more characters" in cut
+    assert len(tree_text(tree, words.decode, max_lines=None).plain) < 1_100_000
+
+
+@pytest.mark.parametrize("odd", ["a\x1b[2J\x07b", "a\u202eb", "a\ud800b", "a\nb", "x" * 10_000])
+def test_a_task_is_named_in_one_printable_line_whatever_its_id_is(odd: str) -> None:
+    words = Words()
+    tree = make_tree(words)
+    task = Task(id=odd, domain=odd, kind=odd, data={})
+    line = summary(replace(tree, task=task, failures={odd: 1}))
+    assert line.isprintable()
+    assert len(line) < 1200
+    assert line.encode()  # no lone surrogate is left
