@@ -17,6 +17,8 @@ BUILT_IN: dict[str, str] = {
     "functions": "envs.functions.domain:Functions",
     "bfcl": "envs.functions.bfcl:Bfcl",
     "quest": "envs.quest.domain:Quest",
+    "scienceworld": "envs.text_worlds.scienceworld:ScienceWorld",
+    "textworld_express": "envs.text_worlds.textworld_express:TextWorldExpress",
     "mixed": "envs.mixed:Mixed",
     "gymnasium": "envs.gymnasium_adapter:Gymnasium",
     "agent": "envs.agent.domain:Agent",
