@@ -19,11 +19,10 @@ from scripts.commands.train import ensure_policy
 from scripts.studies.prefixes import Depth, decided_by_depth
 from trace_async.config import Config, load_config
 from trace_async.engines import make_engine
-from trace_async.method.allocation import Anchor
+from trace_async.method.anchors import Anchor
 from trace_async.policy.load import load_tokenizer
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import make_grower
-from trace_async.rollout.guard import EnvGuard
 from trace_async.rollout.renderer import Renderer
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, SamplingParams, Task
@@ -54,7 +53,7 @@ async def grow(config: Config, policy: Path, tasks: Sequence[Task], roots: int, 
             return completion
 
         renderer = Renderer(load_tokenizer(policy), max_observation_tokens=config.sampling.max_observation_tokens)
-        grower = make_grower(config, EnvGuard(load_domain(config.env).make_env), renderer, generate)
+        grower = make_grower(config, load_domain(config.env), renderer, generate)
         slots = asyncio.Semaphore(AT_ONCE)
 
         async def one(task: Task) -> RolloutTree:
