@@ -93,7 +93,11 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a turn is sampled. `temperature` 0 is greedy. `stop` strings end a turn and stay in its tokens."""
+    """How a turn is sampled. `temperature` 0 is greedy. `stop` strings end a turn and stay in its tokens.
+
+    `read_layers`: also return the policy's hidden state at the end of the prompt, after so many layers (0: all; None:
+    none is wanted), as the mean over the last `read_tokens` tokens; engines that cannot do so leave it out.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -102,6 +106,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    read_layers: int | None = None
+    read_tokens: int = 10
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -134,13 +140,22 @@ class VersionSpan:
     policy_version: int
 
 
+@dataclass(frozen=True, slots=True)
+class HiddenState:
+    """What the policy of `policy_version` made of a history: float32 numbers [hidden size], as bytes."""
+
+    policy_version: int
+    values: bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What an engine generated for one prompt.
 
     `logprobs[i]` is log p(token_ids[i]) under the temperature-scaled distribution of the weights that wrote it
     (greedy, temperature 0: of the unscaled distribution). `cached_tokens` of the `prompt_tokens` were served from
-    the KV cache.
+    the KV cache. `prompt_state`: the hidden state at the end of the prompt, when it was asked for and the engine can;
+    it is read from the tokens that were not cached.
     """
 
     token_ids: tuple[int, ...]
@@ -149,6 +164,7 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
+    prompt_state: HiddenState | None = None
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -178,9 +194,11 @@ class PrefixQuery:
     """Asks for V(H) after `positions[k]` tokens of `token_ids`, for each k (ascending, each in 1..len(token_ids)).
 
     `turn_logprobs`: of every turn of the history the log-probabilities of what was generated in it. The positions are
-    the ends of its last turns; a prompt has one position and no turn.
+    the ends of its last turns; a prompt has one position and no turn. `states`: of every position the policy's hidden
+    state, where the engine has given them; none otherwise.
     """
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
     turn_logprobs: tuple[tuple[float, ...], ...] = ()
+    states: tuple[HiddenState, ...] = ()

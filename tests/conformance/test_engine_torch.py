@@ -28,8 +28,9 @@ from trace_async.engines import make_engine
 from trace_async.engines.embedded import scheduler as torch_scheduler
 from trace_async.engines.embedded.scheduler import Scheduler
 from trace_async.policy.load import load_model
-from trace_async.types import SamplingParams
-from trace_async.weights import pack_weights
+from trace_async.predictor.states import PolicyTrunk
+from trace_async.types import PrefixQuery, SamplingParams
+from trace_async.weights import host_bucket, pack_weights
 
 
 class TestTorch(EngineConformance):
@@ -300,4 +301,42 @@ async def test_stop_strings_need_a_tokenizer(tmp_path):
     engine = await started(tmp_path)
     with pytest.raises(EngineRequestError, match="tokenizer"):
         await engine.generate([9], SamplingParams(stop=("x",)))
+    await engine.close()
+
+
+@pytest.mark.parametrize("num_layers", [1, 0])
+async def test_the_state_of_a_prompt_is_what_the_predictors_trunk_reads(num_layers, tiny_policy_path):
+    """In the middle of other work, with a chunked prompt, and from the tokens that are not cached."""
+    engine = await started(tiny_policy_path)
+    trunk = PolicyTrunk(tiny_policy_path, num_layers=num_layers, num_last=4, device="cpu")
+    params = SamplingParams(max_new_tokens=3, read_layers=num_layers, read_tokens=4)
+    prompts = [tuple(int(t) for t in np.random.default_rng(i).integers(5, 40, 6 + 9 * i)) for i in range(4)]
+    other = asyncio.create_task(engine.generate((1, 2, 3, 4), SamplingParams(max_new_tokens=40)))
+    answers = await asyncio.gather(*(engine.generate(prompt, params) for prompt in prompts))
+    assert (await other)[0].prompt_state is None
+    for prompt, (answer,) in zip(prompts, answers, strict=True):
+        assert answer.prompt_state is not None
+        assert answer.prompt_state.policy_version == 0
+        (expected,) = trunk.read([PrefixQuery(token_ids=prompt, positions=(len(prompt),))])
+        assert np.frombuffer(answer.prompt_state.values, np.float32) == pytest.approx(expected, abs=1e-4)
+    # all but the last token is cached now: the state is of that one alone
+    (again,) = await engine.generate(prompts[3], params)
+    alone = PolicyTrunk(tiny_policy_path, num_layers=num_layers, num_last=1, device="cpu")
+    (expected,) = alone.read([PrefixQuery(token_ids=prompts[3], positions=(len(prompts[3]),))])
+    assert np.frombuffer(again.prompt_state.values, np.float32) == pytest.approx(expected, abs=1e-4)
+    await engine.close()
+
+
+async def test_a_state_is_of_the_weights_that_wrote_the_first_token(tiny_policy_path, monkeypatch):
+    monkeypatch.setattr(torch_scheduler, "MAX_CHUNK_TOKENS", 4)
+    engine = await started(tiny_policy_path)
+    weights = {name: tensor * 1.3 for name, tensor in load_model(tiny_policy_path).named_parameters()}
+    await engine.update_weights(pack_weights(weights, 5))
+    prompt = tuple(range(5, 27))
+    (answer,) = await engine.generate(prompt, SamplingParams(max_new_tokens=2, read_layers=1, read_tokens=2))
+    trunk = PolicyTrunk(tiny_policy_path, num_layers=1, num_last=2, device="cpu")
+    trunk.receive([host_bucket(weights)], pack_weights(weights, 5).manifest)
+    (expected,) = trunk.read([PrefixQuery(token_ids=prompt, positions=(len(prompt),))])
+    assert answer.prompt_state.policy_version == 5
+    assert np.frombuffer(answer.prompt_state.values, np.float32) == pytest.approx(expected, abs=1e-4)
     await engine.close()

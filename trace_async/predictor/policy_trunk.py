@@ -88,6 +88,7 @@ class PolicyTrunkPredictor:
         self.version = 0
         self.num_updates = 0
         self.num_skipped = 0
+        self.num_asked = self.num_given = self.num_older = 0
         self.busy_s = 0.0
 
     # ── values ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -97,16 +98,35 @@ class PolicyTrunkPredictor:
         assert self.trunk.version >= self.version, "a value of old weights must not pass for one of the new"
         started = time.monotonic()
         found: list[FloatArray] = []
-        for some in portions(queries, [len(query.token_ids) for query in queries], self.config.max_tokens_per_forward):
-            features = [row for query in some for row in _features(query)]
-            states = np.concatenate([self.trunk.read(some), np.stack(features)], axis=1)
+        for some in portions(queries, [_num_unread(query) for query in queries], self.config.max_tokens_per_forward):
+            versions, states = self._states(some)
             keys = [key for query in some for key in prefix_keys(query)]
-            self.asked.update(zip(keys, ((self.trunk.version, state) for state in states), strict=True))
+            self.asked.update(zip(keys, zip(versions, states, strict=True), strict=True))
             is_prompt = np.array([not query.turn_logprobs for query in some for _ in query.positions])
             ends = np.cumsum([len(query.positions) for query in some])
             found.extend(np.split(self._values(states, is_prompt), ends[:-1]))
         self.busy_s += time.monotonic() - started
         return found
+
+    def _states(self, queries: Sequence[PrefixQuery]) -> tuple[list[int], np.ndarray]:
+        """Of every asked prefix the version under which its state was read, and state with features [prefixes, width].
+
+        What the engine gave with its turns is taken; the rest is read by the trunk, in one forward for all.
+        """
+        unread = [query for query in queries if not query.states]
+        read = iter(self.trunk.read(unread) if unread else ())
+        versions, states = [], []
+        for query in queries:
+            given = iter(query.states)
+            for features in _features(query):
+                state = next(given, None)
+                versions.append(state.policy_version if state else self.trunk.version)
+                hidden = np.frombuffer(state.values, dtype=np.float32) if state else next(read)
+                states.append(np.concatenate([hidden, features]))
+        self.num_given += sum(len(query.states) for query in queries)
+        self.num_older += sum(version < self.trunk.version for version in versions)
+        self.num_asked += len(states)
+        return versions, np.stack(states)
 
     def _values(self, states: np.ndarray, is_prompt: np.ndarray) -> FloatArray:
         values = {name: head.values(states) for name, head in self.heads.items()}
@@ -142,10 +162,23 @@ class PolicyTrunkPredictor:
         oldest = policy_version - self.config.window_versions
         self.asked = {key: kept for key, kept in self.asked.items() if kept[0] >= oldest}
         self.busy_s += time.monotonic() - started
-        counts = {"rows": float(len(self.rows.targets)), "rows_read_again": float(num_read)}
-        sync = {"sync_bytes": float(self.trunk.synced_bytes), "sync_s": self.trunk.sync_s}
+        return metrics | {"rows_read_again": float(num_read)} | self._totals()
+
+    def _totals(self) -> dict[str, float]:
+        """What is reported beside the quality of the values; counts of answers begin anew."""
+        asked = max(1, self.num_asked)
+        found = {
+            "rows": float(len(self.rows.targets)),
+            "states_from_engine": self.num_given / asked,
+            "states_of_older_weights": self.num_older / asked,
+            "sync_bytes": float(self.trunk.synced_bytes),
+            "sync_s": self.trunk.sync_s,
+            "prior_strength": self.estimator.strength,
+            "skipped": float(self.num_skipped),
+        }
+        self.num_asked = self.num_given = self.num_older = 0
         self.trunk.synced_bytes, self.trunk.sync_s = 0, 0.0
-        return metrics | counts | sync | {"prior_strength": self.estimator.strength, "skipped": float(self.num_skipped)}
+        return found
 
     def _read_unasked(self, trees: Sequence[RolloutTree], nodes: Sequence[dict[int, bytes]]) -> int:
         """Read the states of taught nodes that nobody asked this process for; returns how many."""
@@ -268,6 +301,10 @@ def _taught_nodes(tree: RolloutTree, *, prefixes: bool) -> dict[int, bytes]:
         if index == ROOT or (is_asked and tree.rollouts[node.rollout].kind == "root"):
             found[index] = digest.digest()
     return found
+
+
+def _num_unread(query: PrefixQuery) -> int:
+    return 0 if query.states else len(query.token_ids)
 
 
 def _features(query: PrefixQuery) -> list[np.ndarray]:

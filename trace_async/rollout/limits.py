@@ -15,14 +15,15 @@ class RolloutLimits:
     max_retries: int
 
     def at(self, temperature: float) -> "RolloutLimits":
-        """The same at another temperature; at 0 (greedy) top-p and top-k say nothing."""
-        sampling = replace(self.sampling, temperature=temperature)
+        """The same at another temperature, for rollouts that nobody trains on; at 0 (greedy) top-p and top-k say
+        nothing."""
+        sampling = replace(self.sampling, temperature=temperature, read_layers=None)
         return replace(self, sampling=sampling if temperature > 0 else replace(sampling, top_p=1.0, top_k=0))
 
 
 def rollout_limits(config: Config, stop_token_ids: tuple[int, ...]) -> RolloutLimits:
     """What the config says of a rollout in training."""
-    sampling = config.sampling
+    sampling, predictor = config.sampling, config.predictor
     return RolloutLimits(
         sampling=SamplingParams(
             temperature=sampling.temperature,
@@ -30,6 +31,8 @@ def rollout_limits(config: Config, stop_token_ids: tuple[int, ...]) -> RolloutLi
             top_k=sampling.top_k,
             max_new_tokens=sampling.max_turn_tokens,
             stop_token_ids=stop_token_ids,
+            read_layers=predictor.num_layers if predictor.trunk == "policy" else None,
+            read_tokens=predictor.pooled_tokens,
         ),
         max_context_tokens=sampling.max_context_tokens,
         max_retries=config.actors.max_rollout_retries,

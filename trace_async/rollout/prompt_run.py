@@ -123,7 +123,10 @@ class PromptRun:
             ends = np.cumsum([len(builder.nodes[node].token_ids) for node in path])[-len(nodes) :]
             logprobs = tuple(builder.nodes[node].logprobs for node in path[1:])
             positions = tuple(int(end) for end in ends)
-            queries.append(PrefixQuery(token_ids=tokens, positions=positions, turn_logprobs=logprobs))
+            states = tuple(builder.states[node] for node in nodes if node in builder.states)
+            if len(states) < len(nodes):
+                states = ()
+            queries.append(PrefixQuery(token_ids=tokens, positions=positions, turn_logprobs=logprobs, states=states))
         for nodes, values in zip(turns, await value(queries), strict=True):
             for node, estimate in zip(nodes, values, strict=True):
                 builder.set_value(node, float(estimate))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from trace_async.trees.tree import ROOT, Fault, Node, Rollout, RolloutKind, RolloutTree
-from trace_async.types import Completion, Task
+from trace_async.types import Completion, HiddenState, Task
 
 
 @dataclass(slots=True, eq=False)
@@ -28,9 +28,12 @@ class Branch:
     anchor: int
     round: int = 0
     turns: list[Node] = field(default_factory=list)
+    prompt_states: dict[int, HiddenState] = field(default_factory=dict)
 
     def append(self, completion: Completion, observation: Sequence[int]) -> None:
         """One more turn: what the policy wrote, then what it was answered."""
+        if completion.prompt_state is not None:
+            self.prompt_states[len(self.turns)] = completion.prompt_state
         self.turns.append(
             Node(
                 parent=-1,
@@ -46,13 +49,17 @@ class Branch:
 
 
 class TreeBuilder:
-    """`nodes`, `rollouts`, `children` and `depths` are those of a `RolloutTree`, as far as it has grown."""
+    """`nodes`, `rollouts`, `children` and `depths` are those of a `RolloutTree`, as far as it has grown.
+
+    `states`: node → the policy's hidden state at the end of its history, as read for the turn after it.
+    """
 
     def __init__(self, task: Task, *, root_value: float | None = None) -> None:
         self.task = task
         self.nodes = [Node(parent=-1, rollout=-1, token_ids=(), num_generated=0, value=root_value)]
         self.rollouts: list[Rollout] = []
         self.children: list[list[int]] = [[]]
+        self.states: dict[int, HiddenState] = {}
         self.depths = [0]
 
     @property
@@ -74,7 +81,9 @@ class TreeBuilder:
         """Enter a finished branch; returns the indices of its nodes."""
         assert branch.turns, "a rollout has at least one turn"
         first, parent = len(self.nodes), branch.anchor
-        for turn in branch.turns:
+        for number, turn in enumerate(branch.turns):
+            if number in branch.prompt_states:
+                self.states[parent] = branch.prompt_states[number]
             self.nodes.append(replace(turn, parent=parent, rollout=len(self.rollouts)))
             self.children[parent].append(len(self.nodes) - 1)
             self.children.append([])

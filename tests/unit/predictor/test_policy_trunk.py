@@ -12,7 +12,7 @@ from trace_async.config import PredictorConfig
 from trace_async.engine import WeightSyncError
 from trace_async.predictor.head import MARGIN, StateHead
 from trace_async.predictor.policy_trunk import PolicyTrunkPredictor
-from trace_async.types import PrefixQuery
+from trace_async.types import HiddenState, PrefixQuery
 from trace_async.weights import WeightBucket, host_bucket, pack_weights
 
 CONFIG = PredictorConfig(trunk="policy", num_layers=1, pooled_tokens=2)
@@ -259,3 +259,28 @@ def test_without_steps_it_never_learns(policy):  # noqa: F811
     assert "loss" not in metrics
     assert metrics["brier/depth_0"] == 0.25
     assert predictor.rows.is_prompt.all()  # nothing is read for lessons that nobody takes
+
+
+def test_a_state_that_the_engine_gave_is_taken_with_its_version(policy):  # noqa: F811
+    predictor = PolicyTrunkPredictor(CONFIG, policy)
+    predictor.trunk.version = predictor.version = 3
+    query = PrefixQuery(token_ids=(1, 2, 3, 4, 5), positions=(3, 5), turn_logprobs=((-1.0,), (-2.0,)))
+    (read,) = predictor.predict([query])
+    states = predictor.trunk.read([query])
+    given = replace(query, states=tuple(HiddenState(2, state.tobytes()) for state in states))
+    predictor.asked.clear()
+    predictor.trunk.read = None  # nothing is read again
+    assert predictor.predict([given])[0].tolist() == read.tolist()
+    assert {version for version, _ in predictor.asked.values()} == {2}
+    metrics = predictor.observe([], 3)
+    assert (metrics["states_from_engine"], metrics["states_of_older_weights"]) == (0.5, 0.5)
+
+
+def test_questions_with_and_without_states_mix(policy):  # noqa: F811
+    predictor = PolicyTrunkPredictor(CONFIG, policy)
+    predictor.train(ask(predictor, world(np.random.default_rng(0), 40)), 0)
+    one = PrefixQuery(token_ids=(22, 9, 5, 30), positions=(4,), turn_logprobs=((-1.0,),))
+    other = PrefixQuery(token_ids=(21, 9), positions=(2,))
+    given = replace(one, states=(HiddenState(0, predictor.trunk.read([one])[0].tobytes()),))
+    plain = [value[0] for value in predictor.predict([one, other, one])]
+    assert [value[0] for value in predictor.predict([given, other, one])] == pytest.approx(plain, abs=1e-6)

@@ -54,6 +54,20 @@ class AttentionGroup:
     mask: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Hidden states to read after `num_layers` layers: of `num_states` rows the mean over their tokens of the step.
+
+    `tokens` [M]: indices of those tokens; `state` [M]: to which of the states each belongs; `counts` [num_states, 1].
+    """
+
+    num_layers: int
+    num_states: int
+    tokens: Tensor
+    state: Tensor
+    counts: Tensor
+
+
 class TorchModel:
     """The weights of a causal LM, fused, with the names they have in Hugging Face for updates in place."""
 
@@ -142,17 +156,26 @@ class TorchModel:
         return changed
 
     def forward(
-        self, ids_T: Tensor, positions_T: Tensor, at_T: Tensor, last_B: Tensor, groups: list[AttentionGroup], kv: Tensor
-    ) -> Tensor:
-        """Logits [B, vocab] (fp32) after the tokens `last_B`, after writing the KV of all T packed tokens.
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        at_T: Tensor,
+        last_B: Tensor,
+        groups: list[AttentionGroup],
+        kv: Tensor,
+        reading: Reading | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, vocab] (fp32) after the tokens `last_B`, after writing the KV of all T packed tokens; and the
+        states [num_states, hidden] (fp32, under the final norm) that `reading` asks for.
 
         `at_T`: row·capacity + position of each token; `kv`: [layers, 2, rows, capacity, kv_heads, head_dim].
         """
+        states = None
         x = F.embedding(ids_T, self._embed)
         cos, sin = self._cos[positions_T], self._sin[positions_T]
         num_q, num_k = self.num_heads, self.num_kv_heads
         width = (x.shape[-1],)
-        for layer, (keys, values) in zip(self._layers, kv, strict=True):
+        for number, (layer, (keys, values)) in enumerate(zip(self._layers, kv, strict=True), start=1):
             h = F.rms_norm(x, width, layer.input_norm, self._epsilon)
             heads = linear(h, layer.qkv, layer.qkv_bias).view(len(x), num_q + 2 * num_k, self.head_dim)
             qk = heads[:, : num_q + num_k]
@@ -167,8 +190,15 @@ class TorchModel:
             h = F.rms_norm(x, width, layer.post_norm, self._epsilon)
             gate, up = linear(h, layer.gate_up).chunk(2, dim=-1)
             x = x + linear(F.silu(gate) * up, layer.down)
+            if reading is not None and number == reading.num_layers:
+                states = self._read(x, reading)
         x = F.rms_norm(x[last_B], width, self._norm, self._epsilon)
-        return linear(x, self._head).float()
+        return linear(x, self._head).float(), states
+
+    def _read(self, x: Tensor, reading: Reading) -> Tensor:
+        picked = F.rms_norm(x[reading.tokens], (x.shape[-1],), self._norm, self._epsilon).float()
+        sums = picked.new_zeros(reading.num_states, picked.shape[-1]).index_add_(0, reading.state, picked)
+        return sums / reading.counts
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, group: AttentionGroup) -> Tensor:
         """Attention of one group's tokens over its rows' KV: [tokens, heads·head_dim].

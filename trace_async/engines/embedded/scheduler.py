@@ -15,10 +15,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from trace_async.engines.embedded.model import AttentionGroup, TorchModel
+from trace_async.engines.embedded.model import AttentionGroup, Reading, TorchModel
 from trace_async.engines.embedded.radix_cache import RadixCache
 from trace_async.engines.embedded.sampling import sample_tokens, uniforms
-from trace_async.types import Completion, FinishReason, SamplingParams, VersionSpan
+from trace_async.types import Completion, FinishReason, HiddenState, SamplingParams, VersionSpan
 
 # New tokens that one step takes in: bounds its time and memory; on the CPU so few that activations stay in the cache.
 # A longer prompt still runs, alone.
@@ -46,6 +46,7 @@ class Request:
     logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     spans: list[VersionSpan] = field(default_factory=list)
     cached_tokens: int | None = None
+    prompt_state: HiddenState | None = None
     aborted: bool = False
 
 
@@ -90,6 +91,7 @@ class Scheduler:
         self._length = np.zeros(max_rows, np.int64)
         self._computed = np.zeros(max_rows, np.int64)
         self._limit = np.zeros(max_rows, np.int64)
+        self._prompt_tokens = np.zeros(max_rows, np.int64)
         self._temperature = np.zeros(max_rows, np.float32)
         self._top_p = np.ones(max_rows, np.float32)
         self._top_k = np.zeros(max_rows, np.int64)
@@ -169,7 +171,7 @@ class Scheduler:
         length, params = len(request.tokens), request.params
         self._tokens[row, :length] = request.tokens
         self._logprobs[row, request.prompt_tokens : length] = request.logprobs
-        self._key[row] = request.key
+        self._key[row], self._prompt_tokens[row] = request.key, request.prompt_tokens
         self._length[row], self._computed[row], self._limit[row] = length, num_cached, request.limit
         self._temperature[row], self._top_p[row], self._top_k[row] = params.temperature, params.top_p, params.top_k
         num_stop = len(params.stop_token_ids)
@@ -224,13 +226,41 @@ class Scheduler:
                     mask=self._mask(last - first, width, length, padded_T, position_T[tokens]),
                 )
             )
-        return self._model.forward(
+        readers = self._readers(rows, computed + num_new)
+        logits, states = self._model.forward(
             self._to_device(self._tokens[row_T, position_T]),
             self._to_device(position_T),
             self._to_device(row_T * self._capacity + position_T),
             self._to_device(ends - 1),
             groups,
             self._kv,
+            self._reading(readers, num_new[readers - first_row], ends[readers - first_row]),
+        )
+        if states is not None:
+            for row, state in zip(readers.tolist(), states.cpu().numpy(), strict=True):
+                self.running[row].prompt_state = HiddenState(self.policy_version, state.tobytes())
+        return logits
+
+    def _readers(self, rows: np.ndarray, computed: np.ndarray) -> np.ndarray:
+        """Those of `rows` whose prompt is whole after this step and whose state is wanted."""
+        fresh = rows[computed == self._prompt_tokens[rows]]
+        return np.array([row for row in fresh if self.running[row].params.read_layers is not None], dtype=np.int64)
+
+    def _reading(self, readers: np.ndarray, num_new: np.ndarray, ends: np.ndarray) -> Reading | None:
+        """What the model is asked to read in this step: of every reader its last new tokens, at most `read_tokens`."""
+        if not len(readers):
+            return None
+        params = self.running[readers[0]].params
+        assert params.read_layers is not None
+        counts = np.minimum(num_new, params.read_tokens)
+        state = np.repeat(np.arange(len(readers)), counts)
+        back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return Reading(
+            num_layers=params.read_layers or self._model.num_layers,
+            num_states=len(readers),
+            tokens=self._to_device(np.repeat(ends - counts, counts) + back),
+            state=self._to_device(state),
+            counts=self._to_device(counts[:, None].astype(np.float32)),
         )
 
     def _mask(self, rows: int, width: int, length: int, padded_T: np.ndarray, position_T: np.ndarray) -> torch.Tensor:
@@ -298,6 +328,7 @@ class Scheduler:
             finish_reason=reason,
             prompt_tokens=request.prompt_tokens,
             cached_tokens=request.cached_tokens or 0,
+            prompt_state=request.prompt_state,
         )
         return request, completion
 
@@ -319,6 +350,7 @@ class Scheduler:
             self._length,
             self._computed,
             self._limit,
+            self._prompt_tokens,
             self._temperature,
             self._top_p,
             self._top_k,
