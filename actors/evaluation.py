@@ -6,6 +6,7 @@ from pathlib import Path
 from actors.generator_pool import GeneratorPool
 from actors.prompt_group import PromptGroup
 from envs import load_domain
+from envs.tasks import heldout_sample, load_splits
 from trace_async.config import Config
 from trace_async.tracking.metrics import eval_metrics
 from trace_async.types import Task
@@ -26,7 +27,8 @@ async def heldout_metrics(
 
 async def evaluate_policy(config: Config, policy_path: Path, log_dir: Path) -> dict[str, float]:
     """Held-out success of the policy in `policy_path`; needs Ray to be started."""
-    tasks = load_domain(config.env).tasks("heldout")[: config.eval.num_tasks]
+    domain = load_domain(config.env)
+    tasks = heldout_sample(domain, load_splits(domain).heldout, config.eval.num_tasks)
     prompts = PromptGroup(config, policy_path, predictor=None)
     pool = GeneratorPool(config, policy_path, log_dir, prompts.announce)
     prompts.start()

@@ -1,6 +1,7 @@
-"""A sequence of tasks that are made when they are asked for, so that a large split costs nothing to name."""
+"""Splits of tasks: held out as a sample, or made only when they are asked for, so that a large one costs nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
+from random import Random
 from typing import overload
 
 from trace_async.config import ConfigError
@@ -12,6 +13,18 @@ def check_shares(setting: str, shares: Mapping[str, float], levels: Sequence[str
     if set(shares) - set(levels) or min(shares.values()) < 0 or not sum(shares.values()) > 0:
         raise ConfigError(f"env.args.{setting}={dict(shares)}: positive shares of {', '.join(levels)}")
     return dict(shares)
+
+
+def hold_out(tasks: Sequence[Task], count: int) -> tuple[list[Task], list[Task]]:
+    """(train, held out): `count` tasks are held out, the same in every run, both in their order.
+
+    A sample and not the last ones: files are often sorted, by difficulty or by source.
+    """
+    chosen = set(Random(0).sample(range(len(tasks)), count))
+    return (
+        [task for index, task in enumerate(tasks) if index not in chosen],
+        [task for index, task in enumerate(tasks) if index in chosen],
+    )
 
 
 class LazyTasks(Sequence[Task]):

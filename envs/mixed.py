@@ -39,6 +39,8 @@ class Mixed:
             if domain.name in self._domains or isinstance(domain, Mixed):
                 raise ConfigError(f"env.args.domains.{name}: a mix holds each domain once, and no other mix")
             self._domains[domain.name], self._weights[domain.name] = domain, weight
+        self.in_random_order = all(getattr(domain, "in_random_order", False) for domain in self._domains.values())
+        self.blocking = any(getattr(domain, "blocking", False) for domain in self._domains.values())
         self._tasks: dict[Split, LazyTasks] = {}
 
     def tasks(self, split: Split) -> Sequence[Task]:

@@ -13,6 +13,7 @@ from envs.agent.runner import CommandRunner, FunctionRunner, Runner
 from envs.agent.session import Session
 from envs.agent.verifier import CommandVerifier, FunctionVerifier
 from envs.contract import Finding
+from envs.lazy_tasks import hold_out
 from trace_async.config import ConfigError
 from trace_async.run.dataset import read_rows
 from trace_async.types import Split, Task
@@ -31,8 +32,8 @@ class Agent:
     `base_url` and `api_key`, that returns its result; or `command`: a program that finds its model in the environment
     (OPENAI_BASE_URL …), its task on standard input and in TRACE_TASK, and prints its result.
 
-    `tasks`: a JSONL file; rows may have an `id` and a `kind`. `heldout`: another one; without it the last
-    `num_heldout` rows of `tasks` are held out. `verifier`: `package.module:function(task, outcome)` → reward in [0, 1],
+    `tasks`: a JSONL file; rows may have an `id` and a `kind`. `heldout`: another one; without it a sample of
+    `num_heldout` rows of `tasks` is held out. `verifier`: `package.module:function(task, outcome)` → reward in [0, 1],
     or a command as a list. `max_turns`: requests in a rollout. `turn_timeout_s`: between an answer and the next
     request. `max_running`: commands at once. `model_errors`: further names of exceptions that are the model's doing.
     `host`, `advertise`: where the endpoint listens, and by which name agents elsewhere reach it.
@@ -130,7 +131,8 @@ def _split(path: str, heldout_path: str, num_heldout: int) -> dict[Split, list[T
         return {"train": rows, "heldout": read_tasks(heldout_path)}
     if not 0 < num_heldout < len(rows):
         raise ConfigError(f"env.args.num_heldout={num_heldout}: {path} has {len(rows)} tasks")
-    return {"train": rows[:-num_heldout], "heldout": rows[-num_heldout:]}
+    train, heldout = hold_out(rows, num_heldout)
+    return {"train": train, "heldout": heldout}
 
 
 def _words(setting: str, command: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import cast
 
 from envs.actions import ToolCall
 from envs.functions.domain import INSTRUCTIONS, ConversationEnv
+from envs.lazy_tasks import hold_out
 from trace_async.config import ConfigError
 from trace_async.run.dataset import read_rows
 from trace_async.types import Json, Message, Prompt, Split, Task
@@ -104,7 +105,7 @@ class BfclBackend:
 class Bfcl:
     """The BFCL v4 multi-turn tasks. `path`, `answers_path`: other files of that format (empty: those of the package).
 
-    The last `num_heldout` tasks are held out.
+    A sample of `num_heldout` tasks is held out.
     """
 
     name = "bfcl"
@@ -127,7 +128,8 @@ class Bfcl:
         )
         if not 0 < num_heldout < len(tasks):
             raise ConfigError(f"env.args.num_heldout={num_heldout}: there are {len(tasks)} tasks")
-        self._tasks: dict[Split, list[Task]] = {"train": tasks[:-num_heldout], "heldout": tasks[-num_heldout:]}
+        train, heldout = hold_out(tasks, num_heldout)
+        self._tasks: dict[Split, list[Task]] = {"train": train, "heldout": heldout}
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return self._tasks[split]

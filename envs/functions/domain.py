@@ -150,6 +150,7 @@ class Functions:
     """
 
     name = "functions"
+    in_random_order = True
 
     def __init__(
         self,

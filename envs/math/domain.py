@@ -5,12 +5,12 @@ A turn is free thought and then one action: `<python> code </python>` or `<answe
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 from envs.actions import REASONS, TRUNCATED, Malformed, cut_text, parse_block
-from envs.lazy_tasks import check_shares
+from envs.lazy_tasks import check_shares, hold_out
 from envs.math import problems as math_problems
 from envs.math.answers import AnswerCheck, AnswerChecker
 from envs.math.sandbox import Sandbox, SandboxLimits
@@ -112,6 +112,7 @@ class Math:
     """
 
     name = "math"
+    in_random_order = True
 
     def __init__(
         self,
@@ -177,7 +178,8 @@ class MathFiles:
     """Problems from JSONL or JSON files: GSM8K (`question`, `answer` ending in `#### number`), DeepScaleR and AIME
     (`problem`, `answer`).
 
-    Without `heldout_path` the last `num_heldout` rows of `path` are held out. `answer_check`: math_verify | numeric.
+    Without `heldout_path` a sample of `num_heldout` problems of `path` is held out. A question that comes twice is used
+    once. `answer_check`: math_verify | numeric.
     """
 
     name = "math_files"
@@ -193,13 +195,21 @@ class MathFiles:
         answer_check: AnswerCheck = "math_verify",
         limits: Mapping[str, float] | None = None,
     ) -> None:
-        rows = load_problems(path)
+        rows = _once_each(load_problems(path))
         if heldout_path:
-            heldout = load_problems(heldout_path)
+            heldout = _once_each(load_problems(heldout_path))
+            if Path(heldout_path).stem == Path(path).stem:  # two files of one name in two folders
+                heldout = [replace(task, id=f"heldout-{task.id}") for task in heldout]
         else:
             if not 0 < num_heldout < len(rows):
-                raise ConfigError(f"env.args.num_heldout={num_heldout}: {path} has {len(rows)} problems")
-            rows, heldout = rows[:-num_heldout], rows[-num_heldout:]
+                raise ConfigError(f"env.args.num_heldout={num_heldout}: {path} has {len(rows)} different problems")
+            rows, heldout = hold_out(rows, num_heldout)
+        both = {task.data["question"] for task in rows} & {task.data["question"] for task in heldout}
+        if both:
+            raise ConfigError(
+                f"env.args.heldout_path={heldout_path}: {len(both)} of its {len(heldout)} problems are also in {path}, "
+                f"such as {str(min(both, key=str))[:80]!r}"
+            )
         self._tasks: dict[Split, list[Task]] = {"train": rows, "heldout": heldout}
         self._settings = MathSettings(max_turns=max_turns, max_observation_chars=max_observation_chars, brief=False)
         self._sandbox = Sandbox(_limits(limits))
@@ -215,6 +225,12 @@ class MathFiles:
         """End the sandbox's workers and the verifier's process."""
         await self._sandbox.close()
         await self._checker.close()
+
+
+def _once_each(tasks: Sequence[Task]) -> list[Task]:
+    """Only the first of those that ask the same: a question in both splits would be learnt by heart."""
+    first = {str(task.data["question"]): task for task in reversed(tasks)}
+    return [task for task in tasks if first[str(task.data["question"])] is task]
 
 
 def load_problems(path: str | Path) -> list[Task]:

@@ -130,6 +130,7 @@ class MultiHop:
     """
 
     name = "multihop"
+    in_random_order = True
 
     def __init__(
         self,

@@ -102,6 +102,7 @@ class Quest:
     """
 
     name = "quest"
+    in_random_order = True
 
     def __init__(
         self,

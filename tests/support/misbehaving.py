@@ -77,7 +77,7 @@ METRICS: dict[str, dict[Any, Any]] = {
     "metric_numpy": {"found": np.int64(3)},
     "metric_nan": {"found": float("nan")},
     "metric_none": {"found": None},
-    "metric_ours": {"success": 0.25},
+    "metric_ours": {"overlong": 0.25},
     "metric_odd_name": {"F1 (%)\n": 0.5},
     "metric_many": {f"m{i}": 1.0 for i in range(1000)},
 }

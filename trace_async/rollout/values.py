@@ -22,8 +22,8 @@ MAX_METRICS = 200
 MAX_NAME = 100
 MAX_MESSAGES = 200
 _ROLES = get_args(Role)
-# Figures that the trainer itself makes of every rollout: a metric of the same name would be taken for one of them.
-_OUR_METRICS = frozenset({"success", "num_tasks", "turns", "overlong", "reward", "incomplete"})
+# What the trainer itself notes of a rollout: a metric of the same name would be taken for it.
+_OUR_METRICS = frozenset({"overlong"})
 _ODD_IN_A_NAME = re.compile(r"[^\w.\- ]", re.ASCII)
 
 

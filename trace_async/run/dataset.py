@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from trace_async.types import Json, Task
 
@@ -18,41 +19,63 @@ class TaskIterator:
         self._seed = seed
         self._epoch = 0
         self._position = 0
-        self._order = self._shuffled(0)
+        self._held_back: list[int] = []
+        self._order = self._shuffled()
 
     def take(self, n: int) -> list[Task]:
         """The next `n` tasks; every task comes once per epoch."""
         taken: list[Task] = []
         while len(taken) < n:
             if self._position == len(self._order):
-                self._epoch, self._position = self._epoch + 1, 0
-                self._order = self._shuffled(self._epoch)
+                self._next_epoch([])
             indices = self._order[self._position : self._position + n - len(taken)]
             self._position += len(indices)
             taken += [self._tasks[index] for index in indices]
         return taken
 
-    def state(self) -> dict[str, int]:
+    def pool(self, n: int) -> list[Task]:
+        """The next `n` tasks, none of them twice; all there are where there are fewer.
+
+        A pool that needs the end of one epoch and the beginning of the next keeps what it has of the first out of the
+        beginning: those come last in the new epoch.
+        """
+        n = min(n, len(self._tasks))
+        ending = self._order[self._position :]
+        if len(ending) >= n:
+            return self.take(n)
+        self._next_epoch(ending)
+        self._position = n - len(ending)
+        return [self._tasks[index] for index in (*ending, *self._order[: self._position])]
+
+    def state(self) -> dict[str, Any]:
         """Where it stands; plain numbers, for a checkpoint."""
         return {
             "seed": self._seed,
             "num_tasks": len(self._tasks),
             "epoch": self._epoch,
             "position": self._position,
+            "held_back": self._held_back,
         }
 
-    def load_state(self, state: Mapping[str, int]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken; ValueError when it belongs to another seed or data set."""
         for name, own in (("seed", self._seed), ("num_tasks", len(self._tasks))):
             if state[name] != own:
                 raise ValueError(f"the checkpoint's task order has {name}={state[name]}, this run has {own}")
         self._epoch, self._position = state["epoch"], state["position"]
-        self._order = self._shuffled(self._epoch)
+        self._held_back = list(state.get("held_back", []))
+        self._order = self._shuffled()
 
-    def _shuffled(self, epoch: int) -> list[int]:
+    def _next_epoch(self, held_back: list[int]) -> None:
+        self._epoch, self._position, self._held_back = self._epoch + 1, 0, held_back
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        """The order of this epoch; what was held back comes last, in its new order."""
         order = list(range(len(self._tasks)))
-        Random(f"{self._seed}/{epoch}").shuffle(order)
-        return order
+        Random(f"{self._seed}/{self._epoch}").shuffle(order)
+        late = set(self._held_back)
+        return [i for i in order if i not in late] + [i for i in order if i in late]
 
 
 def read_json(path: str | Path) -> Json:

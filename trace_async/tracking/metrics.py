@@ -108,7 +108,9 @@ def eval_metrics(rollouts: Sequence[EvalRollout], temperature: float) -> dict[st
     for group, values in (item for grouping in groups for item in grouping.items()):
         metrics[f"heldout/success_{suffix}/{group}"] = float(np.mean(values))
     for name, values in _group((name, value) for r, _ in whole for name, value in r.metrics.items()).items():
-        metrics[f"heldout/{name}_{suffix}"] = float(np.sum(values)) / len(whole)
+        # An environment's metric may be called as one of ours, such as "success" or "turns".
+        taken = f"heldout/{name}_{suffix}" in metrics
+        metrics[f"heldout/{'env_' if taken else ''}{name}_{suffix}"] = float(np.sum(values)) / len(whole)
     return metrics
 
 

@@ -129,7 +129,7 @@ async def test_what_broke_down_once_is_tried_again(mode):
         ("reward_array", 1.0, {}),
         ("metric_true", 1.0, {"found": 1.0}),
         ("metric_numpy", 1.0, {"found": 3.0}),
-        ("metric_ours", 1.0, {"env_success": 0.25}),
+        ("metric_ours", 1.0, {"env_overlong": 0.25}),
         ("metric_odd_name", 1.0, {"F1 ____": 0.5}),
     ],
 )

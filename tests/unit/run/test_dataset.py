@@ -1,5 +1,7 @@
 """The order of tasks, and rows read from files."""
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,22 @@ def test_every_task_comes_once_per_epoch(count: int, sizes: list[int], seed: int
     iterator = TaskIterator(make_tasks(count), seed=seed)
     taken = [task.id for size in sizes for task in iterator.take(size)]
     assert len(taken) == sum(sizes)
+    for start in range(0, len(taken), count):
+        epoch = taken[start : start + count]
+        assert len(set(epoch)) == len(epoch)
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 15), max_size=8), st.integers(0, 3))
+def test_a_pool_holds_each_task_once_and_every_epoch_every_task(count: int, sizes: list[int], seed: int) -> None:
+    iterator = TaskIterator(make_tasks(count), seed=seed)
+    taken = []
+    for size in sizes:
+        pool = [task.id for task in iterator.pool(size)]
+        assert len(pool) == len(set(pool)) == min(size, count)
+        taken += pool
+        resumed = TaskIterator(make_tasks(count), seed=seed)
+        resumed.load_state(json.loads(json.dumps(iterator.state())))
+        assert resumed.pool(7) == copy.deepcopy(iterator).pool(7)
     for start in range(0, len(taken), count):
         epoch = taken[start : start + count]
         assert len(set(epoch)) == len(epoch)

@@ -82,3 +82,19 @@ def test_what_broke_down_is_left_out_and_too_much_of_it_is_an_error():
     assert metrics["heldout/num_tasks_t0.0"] == 19
     with pytest.raises(ValueError, match=r"2 of 4 rollouts broke down: {'EnvError': 2}"):
         eval_metrics([rollout(1.0)] * 2 + [rollout(None)] * 2, 0.0)
+
+
+def test_an_environments_metric_of_one_of_our_names_does_not_replace_ours():
+    rollout = EvalRollout(
+        task_id="t",
+        domain="d",
+        kind="k",
+        reward=1.0,
+        metrics={"success": 0.25, "f1": 0.5},
+        generated_tokens=4,
+        num_turns=2,
+    )
+    metrics = eval_metrics([rollout], 1.0)
+    assert metrics["heldout/success_t1.0"] == 1.0
+    assert metrics["heldout/env_success_t1.0"] == 0.25
+    assert metrics["heldout/f1_t1.0"] == 0.5
