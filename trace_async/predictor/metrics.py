@@ -89,8 +89,10 @@ class ValuedOutcomes:
         for depth in np.unique(prefixes.depths):
             rows = prefixes.where(prefixes.depths == depth)
             everywhere += _pairs(rows.values, rows.outcomes)
-            for prompt in np.unique(rows.prompts):
-                own = rows.prompts == prompt
+            _, prompt = np.unique(rows.prompts, return_inverse=True)
+            successes, failures = np.bincount(prompt, rows.outcomes), np.bincount(prompt, 1 - rows.outcomes)
+            for mixed in np.flatnonzero(successes * failures):
+                own = prompt == mixed
                 within += _pairs(rows.values[own], rows.outcomes[own])
         found = {"auc_prefix": auc(prefixes.values, prefixes.outcomes)}
         for name, (won, pairs) in (("within", within), ("between", everywhere - within)):

@@ -17,11 +17,12 @@ replica, or before a restart) is read anew, in one forward for all.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import xxhash
 from safetensors.numpy import load_file, save_file
 
@@ -36,11 +37,12 @@ from trace_async.predictor.states import PolicyTrunk
 from trace_async.predictor.targets import backed_up_targets, learnable
 from trace_async.trees.tree import ROOT, RolloutTree
 from trace_async.types import PrefixQuery
-from trace_async.weights import WeightBucket, WeightManifest
+from trace_async.weights import WeightBucket, WeightManifest, WeightUpdate, pack_weights, unpack_weights
 
 # Below so many rows a head would only repeat them.
 MIN_ROWS = 32
 _HEADS = ("prompt", "prefix")
+_HEAD_PARTS = ("mean", "scale", "weights")
 _ROW_FIELDS = ("states", "targets", "weights", "versions", "is_prompt")
 
 
@@ -115,18 +117,15 @@ class PolicyTrunkPredictor:
         """
         unread = [query for query in queries if not query.states]
         read = iter(self.trunk.read(unread) if unread else ())
-        versions, states = [], []
-        for query in queries:
-            given = iter(query.states)
-            for features in _features(query):
-                state = next(given, None)
-                versions.append(state.policy_version if state else self.trunk.version)
-                hidden = np.frombuffer(state.values, dtype=np.float32) if state else next(read)
-                states.append(np.concatenate([hidden, features]))
-        self.num_given += sum(len(query.states) for query in queries)
+        given = [query.states or [None] * len(query.positions) for query in queries]
+        states = [state for some in given for state in some]
+        versions = [state.policy_version if state else self.trunk.version for state in states]
+        hidden = [np.frombuffer(state.values, dtype=np.float32) if state else next(read) for state in states]
+        features = np.array([row for query in queries for row in _features(query)], dtype=np.float32)
+        self.num_given += len(states) - states.count(None)
         self.num_older += sum(version < self.trunk.version for version in versions)
         self.num_asked += len(states)
-        return versions, np.stack(states)
+        return versions, np.concatenate([np.stack(hidden), features], axis=1)
 
     def _values(self, states: np.ndarray, is_prompt: np.ndarray) -> FloatArray:
         values = {name: head.values(states) for name, head in self.heads.items()}
@@ -251,14 +250,27 @@ class PolicyTrunkPredictor:
         self.busy_s += time.monotonic() - started
         return self.trunk.version
 
+    def learnt(self) -> WeightUpdate:
+        """What it has learnt, for replicas that only answer: the heads, numbered by its updates, with a checksum."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, head in self.heads.items():
+            tensors |= {f"{name}/{part}": torch.from_numpy(getattr(head, part)) for part in _HEAD_PARTS}
+            tensors[f"{name}/bias"] = torch.tensor([head.bias], dtype=torch.float64)
+        return pack_weights(tensors, self.num_updates)
+
+    def take_learnt(self, update: WeightUpdate) -> None:
+        """Answer with what another one has learnt; ValueError when it is not what was sent."""
+        arrays = {name: tensor.numpy() for name, tensor in unpack_weights(update).items()}
+        self.heads = {name: _head(arrays, name, float(arrays[f"{name}/bias"][0])) for name in _HEADS}
+        self.num_updates = update.manifest.policy_version
+
     # ── checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def save(self, directory: str | Path) -> None:
         """Heads, window, counts, into `directory` (made); the trunk is the policy's, which the learner saves."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        parts = ("mean", "scale", "weights")
-        arrays = {f"{name}/{part}": getattr(head, part) for name, head in self.heads.items() for part in parts}
+        arrays = {f"{name}/{part}": getattr(head, part) for name, head in self.heads.items() for part in _HEAD_PARTS}
         arrays |= {f"rows/{name}": getattr(self.rows, name) for name in _ROW_FIELDS}
         save_file(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / "heads.safetensors"
@@ -276,10 +288,7 @@ class PolicyTrunkPredictor:
         directory = Path(directory)
         arrays = load_file(directory / "heads.safetensors")
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        self.heads = {
-            name: StateHead(arrays[f"{name}/mean"], arrays[f"{name}/scale"], arrays[f"{name}/weights"], bias)
-            for name, bias in state["biases"].items()
-        }
+        self.heads = {name: _head(arrays, name, bias) for name, bias in state["biases"].items()}
         self.rows = Rows(**{name: arrays[f"rows/{name}"] for name in _ROW_FIELDS})
         self.version, self.num_updates = state["version"], state["num_updates"]
         self.estimator.load_state(state["estimator"])
@@ -307,7 +316,7 @@ def _num_unread(query: PrefixQuery) -> int:
     return 0 if query.states else len(query.token_ids)
 
 
-def _features(query: PrefixQuery) -> list[np.ndarray]:
+def _features(query: PrefixQuery) -> list[list[float]]:
     """Of each asked prefix of the query."""
     before = len(query.turn_logprobs) - len(query.positions)
     depths = [max(0, before + number) for number in range(1, len(query.positions) + 1)]
@@ -315,6 +324,10 @@ def _features(query: PrefixQuery) -> list[np.ndarray]:
         history_features(query.turn_logprobs[:depth], position)
         for depth, position in zip(depths, query.positions, strict=True)
     ]
+
+
+def _head(arrays: Mapping[str, np.ndarray], name: str, bias: float) -> StateHead:
+    return StateHead(arrays[f"{name}/mean"], arrays[f"{name}/scale"], arrays[f"{name}/weights"], bias)
 
 
 def _judged(tree: RolloutTree, prompt_value: float) -> FloatArray:

@@ -31,6 +31,7 @@ from trace_async.predictor.targets import backed_up_targets, learnable
 from trace_async.trees.io import read_trees, write_trees
 from trace_async.trees.tree import ROOT, RolloutTree
 from trace_async.types import PrefixQuery
+from trace_async.weights import WeightUpdate, pack_weights, unpack_weights
 
 # Values stay this far from 0 and 1, so that a posterior is never certain.
 MARGIN = 1e-3
@@ -246,6 +247,15 @@ class ValuePredictor:
         metrics = self.observe(trees, policy_version)
         losses = [step() for step in self.steps(trees)]
         return metrics | ({"loss": losses[-1]} if losses else {})
+
+    def learnt(self) -> WeightUpdate:
+        """What it has learnt, for replicas that only answer: its weights, numbered by its updates, with a checksum."""
+        return pack_weights(self.model.state_dict(), self.num_updates)
+
+    def take_learnt(self, update: WeightUpdate) -> None:
+        """Answer with what another one has learnt; ValueError when it is not what was sent."""
+        self.model.load_state_dict(unpack_weights(update))
+        self.num_updates = update.manifest.policy_version
 
     # ── checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -8,14 +8,14 @@ def test_a_prompt_has_its_depth_and_length_alone():
     found = history_features([], 14)
     assert found[0] == 1
     assert found[MAX_DEPTH + 1] == 14
-    assert found.sum() == 15
+    assert sum(found) == 15
 
 
 def test_two_turns_by_hand():
     found = history_features([(-1.0, -3.0), (-0.5,)], 20)
-    assert found[: MAX_DEPTH + 1].tolist() == [0, 0, 1, 0, 0, 0]
+    assert found[: MAX_DEPTH + 1] == [0, 0, 1, 0, 0, 0]
     # tokens; then of the last turn its tokens, mean, least; then mean of the means −2 and −.5, least, sum
-    assert found[MAX_DEPTH + 1 :].tolist() == [20, 1, -0.5, -0.5, -1.25, -3, -4.5]
+    assert found[MAX_DEPTH + 1 :] == [20, 1, -0.5, -0.5, -1.25, -3, -4.5]
 
 
 def test_deep_histories_share_a_depth_and_nothing_is_infinite():

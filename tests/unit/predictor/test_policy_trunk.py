@@ -1,6 +1,7 @@
 """V(H) from the policy's own states: the head by hand, the trunk's sync, and learning where the truth is known."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from trace_async.config import PredictorConfig
 from trace_async.engine import WeightSyncError
 from trace_async.predictor.head import MARGIN, StateHead
 from trace_async.predictor.policy_trunk import PolicyTrunkPredictor
+from trace_async.predictor.predictor import ValuePredictor
 from trace_async.types import HiddenState, PrefixQuery
 from trace_async.weights import WeightBucket, host_bucket, pack_weights
 
@@ -284,3 +286,20 @@ def test_questions_with_and_without_states_mix(policy):  # noqa: F811
     given = replace(one, states=(HiddenState(0, predictor.trunk.read([one])[0].tobytes()),))
     plain = [value[0] for value in predictor.predict([one, other, one])]
     assert [value[0] for value in predictor.predict([given, other, one])] == pytest.approx(plain, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [PolicyTrunkPredictor, partial(ValuePredictor, seed=0)], ids=["policy", "own"])
+def test_a_replica_answers_with_what_another_one_has_learnt(policy, make):  # noqa: F811
+    trees = world(np.random.default_rng(0), 40)
+    learning, replica = make(CONFIG, policy), make(CONFIG, policy)
+    learning.train(ask(learning, trees), 0)
+    query = PrefixQuery(token_ids=(22, 9, 5, 30), positions=(4,), turn_logprobs=((-1.0,),))
+    assert replica.predict([query])[0] == [0.5]
+    update = learning.learnt()
+    damaged = {name: array + 1 for name, array in update.tensors.items()}
+    with pytest.raises(ValueError, match="checksum"):
+        replica.take_learnt(replace(update, tensors=damaged))
+    assert replica.predict([query])[0] == [0.5]
+    replica.take_learnt(update)
+    assert replica.predict([query])[0] == pytest.approx(learning.predict([query])[0], abs=1e-6)
+    assert replica.predict([query])[0] != [0.5]
