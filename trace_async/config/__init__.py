@@ -6,12 +6,13 @@ from trace_async.config.method import BudgetConfig, LossConfig, PredictorConfig
 from trace_async.config.processes import ActorsConfig, EngineConfig, LearnerConfig
 from trace_async.config.run import CheckpointConfig, Config, EvalConfig, TrackingConfig
 from trace_async.config.section import ConfigError
-from trace_async.config.task import EnvConfig, PolicyConfig, SamplingConfig
+from trace_async.config.task import ColdStartConfig, EnvConfig, PolicyConfig, SamplingConfig
 
 __all__ = [
     "ActorsConfig",
     "BudgetConfig",
     "CheckpointConfig",
+    "ColdStartConfig",
     "Config",
     "ConfigError",
     "EngineConfig",

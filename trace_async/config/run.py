@@ -8,7 +8,7 @@ from pydantic import Field
 from trace_async.config.method import BudgetConfig, LossConfig, PredictorConfig
 from trace_async.config.processes import ActorsConfig, EngineConfig, LearnerConfig
 from trace_async.config.section import require, section
-from trace_async.config.task import EnvConfig, PolicyConfig, SamplingConfig
+from trace_async.config.task import ColdStartConfig, EnvConfig, PolicyConfig, SamplingConfig
 
 
 @section("eval")
@@ -63,6 +63,7 @@ class Config:
     """Generated tokens after which the run ends. 0: no such limit."""
     env: EnvConfig = field(default_factory=EnvConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)

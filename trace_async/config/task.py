@@ -81,6 +81,43 @@ class PolicyConfig:
             require(name not in TEMPLATE_ARGUMENTS, setting, value, "is set by the trainer")
 
 
+@section("cold_start")
+class ColdStartConfig:
+    """Supervised fine-tuning of `policy.path` before training, by `trace-async make-policy`; nothing else reads it."""
+
+    chats: str = ""
+    """A JSONL file of your own demonstrations, each line `{"messages": [{"role": …, "content": …}, …]}`. Empty: the
+    environment's own."""
+    num_demonstrations: Annotated[int, Field(ge=2)] = 512
+    """Demonstrations that are made or read, those held out included."""
+    num_epochs: Annotated[int, Field(ge=1)] = 1
+    """Times that each demonstration is trained on."""
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the demonstrations that only measure the loss."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate of AdamW: up over the first twentieth of the steps, down from the middle on."""
+    lora_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    """Rank of LoRA adapters, merged into the weights at the end. 0: the weights themselves are trained."""
+    num_layers: Annotated[int, Field(ge=0)] = 0
+    """Only so many of the upper layers are trained, which saves the backward pass of the others. 0: all layers."""
+    tokens_per_step: Annotated[int, Field(ge=1)] = 2048
+    """Tokens of the packed row of one optimizer step; a longer demonstration goes alone."""
+    evaluate_every_steps: Annotated[int, Field(ge=1)] = 10
+    """Steps between two measurements of the held-out loss."""
+    patience: Annotated[int, Field(ge=1)] = 2
+    """Measurements in a row without a lower held-out loss after which it stops; the best weights are kept."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the demonstrations, their order, what is held out and the adapters."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.lora_rank and self.num_layers),
+            "cold_start.num_layers",
+            self.num_layers,
+            f"adapters are on every layer: 0, or cold_start.lora_rank=0 instead of {self.lora_rank}",
+        )
+
+
 @section("sampling")
 class SamplingConfig:
     """How rollouts are sampled. A rollout whose context is full ends with reward 0: that is the policy's own doing."""
