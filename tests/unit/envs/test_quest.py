@@ -304,6 +304,16 @@ async def test_a_slow_tool_lets_others_go_on() -> None:
     assert order == ["quick", "slow"]
 
 
+async def test_nobody_waits_for_a_slow_tool_to_be_taught() -> None:
+    domain = Quest(step_seconds=3600.0)
+    task = domain.demonstration_tasks()[0]
+    env = domain.make_env(task)
+    async with asyncio.timeout(60):
+        for command in domain.demonstrate(task, Random(0)):
+            result = await env.step(command)
+    assert result.done
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
