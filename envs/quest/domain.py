@@ -98,7 +98,8 @@ class Quest:
     `mix`: share of each kind of quest (KINDS), in proportion; of those demonstrated: `demonstration_mix`.
     `misstep_rate`, `dawdle_rate`: of the demonstrating player (Habits). `max_turns`: where a quest ends unwon.
     `reward`: `success` (0 or 1), or `progress`, the share of the way that was made. `step_seconds`: how long each
-    command takes, in real seconds (not in demonstrations: nobody waits to be taught). `show_rules`: tell the model how to play (a warm-started policy knows it).
+    command takes, in real seconds (not in demonstrations: nobody waits to be taught). `show_rules`: tell the model how
+    to play (a warm-started policy knows it).
     """
 
     name = "quest"
