@@ -10,17 +10,25 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from envs import describe
-from trace_async.env import Demonstrator, Domain, Env, EnvError
+from envs.tasks import load_splits
+from trace_async.config import ConfigError, EnvConfig
+from trace_async.env import Demonstrator, Domain, Env, EnvError, EnvValueError
+from trace_async.rollout.call_threads import OutranLimitError
+from trace_async.rollout.guard import invoked, within
+from trace_async.rollout.loop_watch import LoopWatch
+from trace_async.rollout.values import checked_prompt, checked_result
 from trace_async.types import Message, Prompt, StepResult, Task
 
 _Answer = TypeVar("_Answer")
 
 _MAX_TURNS = 200
+_MAX_CHARS = 1_000_000
 _STEP_TIMEOUT_S = 60.0
 _SLOW_STEP_S = 1.0
+_SLOW_STRETCH_S = 0.25
 _ODD_TEXTS = (
     *("", " ", "\n\t", "\x00\x1b[31m", "\ufffd\u2028\U0001f600", "[" * 3000, "{" * 3000, "}" * 3000, "<" * 3000),
     *('"' * 3000, "a" * 100_000, "[] " * 30_000, "<answer>", "</answer>", "answer [", "search [ ]", "<python>"),
@@ -52,14 +60,38 @@ class _BrokenError(Exception):
     """The environment broke its contract in the middle of a play; the text says how."""
 
 
-def check_domain(domain: Domain, *, num_tasks: int = 10, seed: int = 0) -> list[Finding]:
+class _HangsError(_BrokenError):
+    """A call did not end within its limit; nothing more is tried, since every further one may take as long."""
+
+
+def check_domain(
+    domain: Domain, *, num_tasks: int = 10, seed: int = 0, settings: EnvConfig | None = None
+) -> list[Finding]:
     """Plays `num_tasks` tasks of each split with demonstrations (if there are any), random words and odd texts."""
-    return asyncio.run(_Check(domain, num_tasks, seed).run())
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(_Check(domain, num_tasks, seed, settings or EnvConfig()).run())
+    finally:
+        # Not asyncio.run: it would wait for ever for a call that swallows its cancellation.
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=2.0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
 
 
 class _Check:
-    def __init__(self, domain: Domain, num_tasks: int, seed: int) -> None:
+    def __init__(self, domain: Domain, num_tasks: int, seed: int, settings: EnvConfig) -> None:
         self._domain = domain
+        low, high = settings.reward_range
+        self._reward_range = (low, high)
+        self._limit_s = min(_STEP_TIMEOUT_S, settings.step_timeout_s)
+        # What runs in threads may wait as it likes; here it is played in the loop all the same.
+        self._may_block = settings.blocking or bool(getattr(domain, "blocking", False))
+        self._watch = LoopWatch(self._holds_loop, slow_s=_SLOW_STRETCH_S)
+        self._told: set[str] = set()
         self._num_tasks = num_tasks
         self._rng = Random(seed)
         self._findings: list[Finding] = []
@@ -71,6 +103,16 @@ class _Check:
             tasks = self._check_tasks()
         except _BrokenError as error:
             self._add("error", str(error))
+        try:
+            await self._check_plays(tasks)
+        except _HangsError:
+            self._add("warning", "the rest was not tried: what hangs once would hold up the check for long")
+        close = getattr(self._domain, "close", None)
+        if close is not None:
+            await close()
+        return list(dict.fromkeys(self._findings))
+
+    async def _check_plays(self, tasks: list[Task]) -> None:
         if tasks:
             firsts = list({task.domain: task for task in reversed(tasks)}.values())
             for task in firsts:
@@ -85,18 +127,33 @@ class _Check:
                 self._findings += await own_check(tasks)
             self._check_leaks(before)
             self._check_time()
-        close = getattr(self._domain, "close", None)
-        if close is not None:
-            await close()
-        return list(dict.fromkeys(self._findings))
 
     async def _guarded(self, check: Coroutine[None, None, None], what: str) -> None:
         try:
             await check
         except _BrokenError as error:
             self._add("error", f"{what}: {error}")
+            if isinstance(error, _HangsError):
+                raise
         except EnvError as error:
             self._add("error", f"{what}: the environment itself broke down: {error}")
+
+    def _holds_loop(self, what: str, seconds: float) -> None:
+        method = what.partition("(")[0]
+        if not self._may_block and method not in self._told:
+            self._told.add(method)
+            self._add(
+                "error",
+                f"{method} held the event loop for {seconds:.1f} s: it waits or computes without await (time.sleep, "
+                "requests), and every other prompt of the process stands still. Make it asynchronous, or set "
+                "env.blocking=true (or `blocking = True` on the domain): then it runs in a thread",
+            )
+
+    def _convert(self, what: str, given: object, plain: object) -> None:
+        """Tell once of a value that has a plain meaning but not the type that the contract names."""
+        if type(given) is not type(plain) and what not in self._told:
+            self._told.add(what)
+            self._add("warning", f"{what} is a {type(given).__name__}: {plain!r} is taken for it")
 
     def _add(self, level: Literal["error", "warning", "info"], text: str) -> None:
         self._findings.append(Finding(level, text))
@@ -129,6 +186,11 @@ class _Check:
             if len({task.id for task in some}) < len(some):
                 self._add("error", f"two tasks of {split} have the same id")
             sample += some[: self._num_tasks]
+        try:
+            for note in load_splits(self._domain).notes:
+                self._add("warning", note)
+        except ConfigError as error:
+            self._add("error", str(error))
         return sample
 
     async def _check_task(self, task: Task) -> None:
@@ -148,10 +210,10 @@ class _Check:
         try:
             original = await self._init(env)
             await self._go_on(env, turns[:fork_after], original)
-            forks = [_checked_env(await _awaited("fork", env.fork), "fork") for _ in range(3)]
+            forks = [_checked_env(await self._awaited("fork", env.fork), "fork") for _ in range(3)]
             other = _Play(original.prompt)
             await self._go_on(forks[0], [*self._random_turns(task), *turns], other)
-            await _awaited("close", forks[0].close)
+            await self._awaited("close", forks[0].close)
             same = _Play(original.prompt, [*original.results])
             await self._go_on(forks[1], turns[fork_after:], same)
             self._compare(
@@ -164,7 +226,7 @@ class _Check:
             self._compare(first, late, f"a fork after turn {fork_after} sees later turns of what it was forked from")
         finally:
             for one in (env, *forks):
-                await _awaited("close", one.close)
+                await self._awaited("close", one.close)
 
     async def _check_odd_texts(self, task: Task) -> None:
         for odd in _ODD_TEXTS:
@@ -175,7 +237,7 @@ class _Check:
         play = await self._init(env)
         await self._go_on(env, [self._rng.choice(_ODD_TEXTS[:9]) for _ in range(_MAX_TURNS)], play)
         for _ in range(2):
-            await _awaited("close", env.close)
+            await self._awaited("close", env.close)
         if play.reward is None:
             self._add(
                 "error", f"task {task.id}: not over after {_MAX_TURNS} useless turns; end it after a number of turns"
@@ -210,11 +272,31 @@ class _Check:
             play = await self._init(env)
             await self._go_on(env, turns, play, truncated=truncated)
         finally:
-            await _awaited("close", env.close)
+            await self._awaited("close", env.close)
         return play
 
+    async def _awaited(self, what: str, call: Callable[[], Awaitable[_Answer]], kind: type | None = None) -> _Answer:
+        try:
+            work: Coroutine[Any, Any, _Answer] = self._watch.drive(what, invoked(call))
+            answer = await within(self._limit_s, work)
+        except OutranLimitError as error:
+            raise _HangsError(f"{what} takes longer than {self._limit_s:g} s") from error
+        except EnvError as error:
+            if isinstance(error.__cause__, BaseException) and str(error).startswith("raised "):
+                raise _BrokenError(f"{what} raises {str(error).removeprefix('raised ')}") from error
+            raise
+        except Exception as error:
+            raise _BrokenError(f"{what} raises {describe(error)}") from error
+        if kind is not None and not isinstance(answer, kind):
+            raise _BrokenError(f"{what} gives {_kind(answer)} instead of {kind.__name__}")
+        return answer
+
     def _make_env(self, task: Task) -> Env:
-        return _checked_env(_called("make_env", lambda: self._domain.make_env(task)), "make_env")
+        self._watch.enter("make_env()")
+        try:
+            return _checked_env(_called("make_env", lambda: self._domain.make_env(task)), "make_env")
+        finally:
+            self._watch.leave()
 
     def _demonstrate(self, task: Task, rng: Random) -> list[str]:
         assert isinstance(self._domain, Demonstrator)
@@ -222,7 +304,7 @@ class _Check:
         return list(_called("demonstrate", lambda: domain.demonstrate(task, rng), Sequence))
 
     async def _init(self, env: Env) -> _Play:
-        prompt = await _awaited("init", env.init, Prompt)
+        prompt = _plain("init", partial(checked_prompt, await self._awaited("init", env.init, Prompt)))
         if not prompt.messages or prompt.messages[-1].role != "user":
             raise _BrokenError("init gives a prompt that does not end with a user message")
         return _Play(prompt.messages)
@@ -233,13 +315,28 @@ class _Check:
                 return
             started = time.perf_counter()
             what = f"step({turn[:60]!r})"
-            result = await _awaited(what, partial(env.step, turn, truncated=truncated), StepResult)
+            result = await self._awaited(what, partial(env.step, turn, truncated=truncated), StepResult)
             self._seconds.append(time.perf_counter() - started)
-            if result.reward is not None and not 0 <= result.reward <= 1:
-                raise _BrokenError(f"the reward {result.reward} is outside of [0, 1]")
+            result = self._checked_result(what, result)
             if any(message.role == "assistant" for message in result.messages):
                 raise _BrokenError("an observation has the role assistant")
             play.results.append(result)
+
+    def _checked_result(self, what: str, given: StepResult) -> StepResult:
+        result = _plain(what, partial(checked_result, given, self._reward_range))
+        if result.done:
+            self._convert("the reward", given.reward, result.reward)
+            for name, value in given.metrics.items():
+                self._convert(f"the metric {name!r}", value, float(value))
+        longest = max((len(message.content) for message in result.messages), default=0)
+        if longest > _MAX_CHARS and "long" not in self._told:
+            self._told.add("long")
+            self._add(
+                "warning",
+                f"an observation has {longest:,} characters: all but the first few thousand are cut "
+                "(sampling.max_observation_tokens); cut it in the environment, by what matters",
+            )
+        return result
 
     def _random_turns(self, task: Task) -> list[str]:
         words = ["answer", "search", "[", "]", "<answer>", "</answer>", "the", "42", "yes", "no", "done", "guess"]
@@ -248,7 +345,9 @@ class _Check:
         return [" ".join(self._rng.choices(words, k=self._rng.randint(1, 12))) for _ in range(6)]
 
     def _compare(self, one: _Play, other: _Play, problem: str) -> None:
-        if (one.prompt, one.results) != (other.prompt, other.results):
+        if one.prompt != other.prompt:
+            raise _BrokenError("the prompt is another one when the task is started again; it must not change")
+        if one.results != other.results:
             pairs = zip(one.results, other.results, strict=False)
             turn = next((number for number, (a, b) in enumerate(pairs, 1) if a != b), len(other.results))
             raise _BrokenError(f"{problem} (turn {turn})")
@@ -280,18 +379,11 @@ def _called(what: str, call: Callable[[], _Answer], kind: type | None = None) ->
     return answer
 
 
-async def _awaited(what: str, call: Callable[[], Awaitable[_Answer]], kind: type | None = None) -> _Answer:
+def _plain(what: str, check: Callable[[], _Answer]) -> _Answer:
     try:
-        answer = await asyncio.wait_for(call(), _STEP_TIMEOUT_S)
-    except TimeoutError as error:
-        raise _BrokenError(f"{what} takes longer than {_STEP_TIMEOUT_S:g} s") from error
-    except EnvError:
-        raise
-    except Exception as error:
-        raise _BrokenError(f"{what} raises {describe(error)}") from error
-    if kind is not None and not isinstance(answer, kind):
-        raise _BrokenError(f"{what} gives {_kind(answer)} instead of {kind.__name__}")
-    return answer
+        return check()
+    except EnvValueError as error:
+        raise _BrokenError(f"{what}: {error}") from error
 
 
 def _checked_env(env: Env, what: str) -> Env:

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """0: the contract is kept; 1: it is broken."""
     config = load_config(None, [*args.overrides, f"env.name={args.name}"])
     started = time.monotonic()
-    findings = check_domain(load_domain(config.env), num_tasks=args.tasks)
+    findings = check_domain(load_domain(config.env), num_tasks=args.tasks, settings=config.env)
     for finding in findings:
         print(f"{finding.level:<7} {printable(finding.text, 2_000)}")
     num_errors = sum(finding.level == "error" for finding in findings)

@@ -110,7 +110,7 @@ class EnvGuard:
             if self._threads is not None:
                 answer = await self._threads.run(call, limit_s)
             else:
-                answer = await _within(limit_s, self.watch.drive(where, _invoked(call)))
+                answer = await within(limit_s, self.watch.drive(where, invoked(call)))
             return check(answer)
         except OutranLimitError:
             raise EnvTimeoutError(f"{where} did not end within {setting}={limit_s:g}", method=method) from None
@@ -120,7 +120,7 @@ class EnvGuard:
             # Somebody else's code: it may raise anything, sys.exit() and a panic in Rust included.
             if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | GeneratorExit):
                 raise
-            raise EnvError(f"{where} raised {_words(error)}", method=method) from error
+            raise EnvError(f"{where} raised {words_of(error)}", method=method) from error
 
     def note(self, what: str, words: str) -> None:
         """Count something that costs no rollout; the words of the first time are kept and logged."""
@@ -183,17 +183,17 @@ class GuardedEnv:
             self._guard.note(f"close.{error.loss}", str(error))
 
 
-async def _invoked(call: Callable[[], Awaitable[T] | T]) -> T:
+async def invoked(call: Callable[[], Awaitable[T] | T]) -> T:
     """`call()`, awaited where it is a coroutine; both what it does at once and what it awaits."""
     try:
         answer = call()
         return await answer if isinstance(answer, Awaitable) else answer
     except (SystemExit, BaseExceptionGroup) as error:
         # Either would end the event loop, and with it every prompt.
-        raise EnvError(f"raised {_words(error)}") from error
+        raise EnvError(f"raised {words_of(error)}") from error
 
 
-async def _within(limit_s: float, work: Coroutine[Any, Any, T]) -> T:
+async def within(limit_s: float, work: Coroutine[Any, Any, T]) -> T:
     """As asyncio.wait_for, but also where the work does not let itself be cancelled."""
     task = asyncio.ensure_future(work)
     try:
@@ -201,7 +201,7 @@ async def _within(limit_s: float, work: Coroutine[Any, Any, T]) -> T:
     finally:
         ended = task.done()
         if not ended:
-            await _cancel(task)
+            await cancel_for_good(task)
     if not ended:
         raise OutranLimitError
     if task.cancelled():
@@ -209,7 +209,7 @@ async def _within(limit_s: float, work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def _cancel(task: "asyncio.Task[Any]") -> None:
+async def cancel_for_good(task: "asyncio.Task[Any]") -> None:
     task.cancel()
     await asyncio.wait({task}, timeout=STOP_GRACE_S)
     if not task.done():
@@ -223,7 +223,7 @@ def _checked_limits(limits: object) -> TurnLimits:
     return limits
 
 
-def _words(error: BaseException) -> str:
+def words_of(error: BaseException) -> str:
     """What was raised, whatever its own words do."""
     try:
         text = str(error)

@@ -135,7 +135,7 @@ def _mapped(reward: float, reward_range: RewardRange) -> float:
     # Sums such as 0.1 · 10 end a rounding error beyond the end of the range.
     if not -1e-6 <= share <= 1 + 1e-6:
         raise EnvValueError(
-            f"the reward {reward:g} is outside of [{low:g}, {high:g}]; set env.reward_range to the range of rewards"
+            f"the reward {reward} is outside of [{low:g}, {high:g}]; set env.reward_range to the range of rewards"
         )
     return min(1.0, max(0.0, share))
 
