@@ -10,6 +10,5 @@ case "${1:-}" in
   *) echo "unknown domain '$1': multihop, math or functions" >&2; exit 2 ;;
 esac
 bash scripts/setup.sh
-config=configs/quickstart.yaml
-[ "$domain" = multihop ] || config=configs/quickstart_$domain.yaml
+config=configs/quickstart/$domain.yaml
 exec .venv/bin/trace-async train --config "$config" "$@"

@@ -1,6 +1,6 @@
 """Do the engines say the same? Held-out tasks, greedy, from one policy, on each engine after the other.
 
-    python -m scripts.bench.engine_parity --config configs/quickstart.yaml --backends torch,sglang,vllm
+    python -m scripts.bench.engine_parity --config configs/quickstart/multihop.yaml --backends torch,sglang,vllm
 
 The first engine is the reference. A conversation may part where two tokens are equally likely up to rounding; so the
 log-probability of either engine's choice is given there: a tie when they are equal, a fault when they are not. Tools

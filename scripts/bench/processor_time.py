@@ -1,6 +1,6 @@
 """Measure which part of a run uses the processor, start-up apart.
 
-    python -m scripts.bench.processor_time --config configs/quickstart.yaml [section.name=value …]
+    python -m scripts.bench.processor_time --config configs/quickstart/multihop.yaml [section.name=value …]
 
 Runs `train` as a child and reads, twice a second, the processor time of it and of every process it started. What is
 reported lies between the first and the last update: start-up, the first evaluation and the last one are apart. A
@@ -108,7 +108,7 @@ def measure(command: list[str], run_dir: Path) -> tuple[dict[str, float], float,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--config", default="configs/quickstart/multihop.yaml")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)

@@ -1,4 +1,4 @@
-"""`trace-async compare configs/compare_multihop.yaml`: methods × seeds at equal generated tokens, with a report.
+"""`trace-async compare configs/compare/multihop.yaml`: methods × seeds at equal generated tokens, with a report.
 
 Each run is a `trace-async train` of its own. Interrupted at any moment, the same command goes on: finished runs are
 skipped, a run that had begun is resumed. A folder of kept figures in place of the YAML makes its report anew; with

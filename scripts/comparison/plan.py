@@ -7,6 +7,7 @@ small enough to commit, and all that the report is made from.
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from scripts.comparison.arithmetic import Curve, make_curve
-from trace_async.config import Config, ConfigError, config_from_yaml, config_to_yaml, load_config
+from trace_async.config import (
+    Config,
+    ConfigError,
+    config_from_yaml,
+    config_to_yaml,
+    find_config,
+    load_config,
+    read_config_file,
+)
 from trace_async.tracking.log import Point, write_whole
 
 TOKENS = "tokens/generated_total"
@@ -86,7 +95,7 @@ class Comparison:
 
     def run_settings(self, method: str, seed: int) -> str:
         """The settings of one run that differ from the defaults, as YAML: what tells whether it is the same run."""
-        base = OmegaConf.load(self.base) if self.base else OmegaConf.create()
+        base = read_config_file(self.base) if self.base else OmegaConf.create()
         return OmegaConf.to_yaml(
             OmegaConf.merge(base, OmegaConf.from_dotlist(self.run_overrides(method, seed))), sort_keys=True
         )
@@ -112,9 +121,7 @@ class Comparison:
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
     """From YAML and `name=value` overrides. `base` is relative to the file. Raises ConfigError."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"comparison file {path} does not exist")
+    path = find_config(path)
     try:
         merged = OmegaConf.merge(
             OmegaConf.structured(Comparison), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
@@ -124,7 +131,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         raise ConfigError(f"{path}: {str(error).strip()}") from error
     assert isinstance(comparison, Comparison)
     if comparison.base:
-        comparison = replace(comparison, base=str(path.parent / comparison.base))
+        comparison = replace(comparison, base=os.path.normpath(path.parent / comparison.base))
     for method in comparison.methods:
         comparison.run_config(method, comparison.seeds[0])
     return comparison

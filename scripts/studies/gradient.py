@@ -1,6 +1,6 @@
 """How well one update points uphill, per method of a comparison, with values known by rollouts instead of a predictor.
 
-    python -m scripts.studies.gradient configs/compare_gradient.yaml [--policy runs/NAME/policy]
+    python -m scripts.studies.gradient configs/compare/gradient.yaml [--policy runs/NAME/policy]
 
 The policy stands still. The reference is the gradient of mean success over the questions that can be learnt (`--kind`),
 from many rollouts. Each method then plays updates as in training, but Stages 1 and 2 see V measured by

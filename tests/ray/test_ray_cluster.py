@@ -83,7 +83,7 @@ def test_ranks_share_as_few_nodes_as_hold_them(tiny_policy_path):
 
 
 def train(*overrides: str) -> subprocess.Popen[str]:
-    arguments = command("train", "--config", "configs/quickstart.yaml", *overrides)
+    arguments = command("train", "--config", "configs/quickstart/multihop.yaml", *overrides)
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

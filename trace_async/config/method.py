@@ -40,16 +40,16 @@ class BudgetConfig:
     stage2_rounds: Annotated[int, Field(ge=1)] = 1
     """The continuations of a prompt are spent in so many rounds, later ones also from prefixes of earlier ones
     (Tree-GRPO's L)."""
-    warmup_rounds: Annotated[int, Field(ge=0)] = 2
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
     """The first so many rounds use stage1=uniform. They are charged like all others."""
     warmup_rollouts: Annotated[int, Field(ge=2)] = 2
     """Root rollouts of a prompt in those rounds; small groups show the predictor more prompts."""
     oracle_rollouts: Annotated[int, Field(ge=0)] = 0
     """For understanding only: where rules ask for a value, so many rollouts of the current policy measure it for every
     prompt and prefix, uncharged, in place of the predictor. 0: off."""
-    explore_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the root rollouts (stage1=point and beta) that goes to pairs on candidates drawn at random, whatever is
-    believed of them: only so is it seen what the policy forgets."""
+    explore_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the root rollouts that goes to pairs on candidates drawn at random, whatever is believed of them: only
+    so is it seen what the policy forgets. null: 0.125 with rules that explore (point, beta), none with others."""
 
     def __post_init__(self) -> None:
         require(self.min_rollouts <= self.max_rollouts, "budget.min_rollouts", self.min_rollouts, "≤ max_rollouts")

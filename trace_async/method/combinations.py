@@ -28,7 +28,8 @@ def budget_faults(settings: BudgetSettings) -> Iterator[Fault]:
         ("stage2_rounds", 1, f"stage2={settings.stage2}", stage2.uses),
     ]
     for name, off, rule, uses in optional:
-        if getattr(settings, name) != off and name not in uses:
+        # null leaves it to the rule, and 0 is as good as off.
+        if getattr(settings, name) not in (off, None) and name not in uses:
             words = f"budget.{rule} ignores it; set {'null' if off is None else off}"
             yield f"budget.{name}", getattr(settings, name), words
     asks = stage1.needs_estimates or (stage2.needs_values and stage2.spends and settings.continuations_per_root)

@@ -247,9 +247,9 @@ def test_the_report_says_what_the_figures_say(make_plan: Callable[..., Plan], tm
 )
 def test_the_comparisons_that_come_with_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     configs = CONFIGS
-    assert cli.main(["compare", str(configs / f"compare_{name}.yaml"), "--dry-run", "seeds=[7]"]) == 0
+    assert cli.main(["compare", str(configs / f"compare/{name}.yaml"), "--dry-run", "seeds=[7]"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    comparison = load_comparison(configs / f"compare_{name}.yaml")
+    comparison = load_comparison(configs / f"compare/{name}.yaml")
     assert len(lines) == len(comparison.methods) >= 3
     assert all(line.startswith("new ") and " seed=7 " in line for line in lines)
     for method in comparison.methods:
@@ -259,7 +259,7 @@ def test_the_comparisons_that_come_with_it(name: str, capsys: pytest.CaptureFixt
 
 
 def test_the_comparison_of_engines_differs_in_nothing_but_the_engine() -> None:
-    comparison = load_comparison(CONFIGS / "compare_engines.yaml")
+    comparison = load_comparison(CONFIGS / "compare/engines.yaml")
     runs = {method: comparison.run_config(method, 1) for method in comparison.methods}
     assert {method: config.engine.backend for method, config in runs.items()} == {m: m for m in runs}
     assert set(runs) == {"torch", "sglang", "vllm"}

@@ -7,6 +7,9 @@ from trace_async.method.knapsack import FloatArray, IntArray
 from trace_async.method.posterior import Estimates
 from trace_async.method.stage1.rule import Stage1Rule
 
+# What budget.explore_share=null stands for; it measured best against forgetting (docs/RESULTS.md).
+EXPLORE_SHARE = 0.125
+
 
 class Point(Stage1Rule):
     """The paper's: Σ V_root(v_i, m_i) is greatest, v_i taken as known (METHOD 2)."""
@@ -26,7 +29,8 @@ class Point(Stage1Rule):
         least = self.settings.min_rollouts
         size, pair = estimates.size, max(2, least)
         # What the other prompts need for their minimum is not there to explore with.
-        pairs = min(size, int(self.settings.explore_share * num_roots) // 2)
+        share = EXPLORE_SHARE if self.settings.explore_share is None else self.settings.explore_share
+        pairs = min(size, int(share * num_roots) // 2)
         while pairs and pairs * pair + (size - pairs) * least > num_roots:
             pairs -= 1
         explored = rng.choice(size, size=pairs, replace=False)
