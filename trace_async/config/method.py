@@ -88,8 +88,9 @@ class PredictorConfig:
     """trunk=policy: a history's state is the mean over so many of its last tokens."""
     window_versions: Annotated[int, Field(ge=1)] = 32
     """trunk=policy: the head is fitted to what was read under the last so many policy versions."""
-    head_l2: Annotated[float, Field(ge=0)] = 0.003
-    """trunk=policy: L2 penalty on the head's weights, in units of the states' standard deviations."""
+    head_l2: Annotated[float, Field(ge=0)] = 10.0
+    """trunk=policy: L2 penalty on the head's weights (in units of the states' standard deviations), as against the sum
+    of the losses of all rows."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate of its trunk."""
     head_lr_scale: Annotated[float, Field(gt=0)] = 1.0

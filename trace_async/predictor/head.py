@@ -43,14 +43,16 @@ class StateHead:
     def refitted(
         self, states: np.ndarray, targets: FloatArray, weights: FloatArray, *, l2: float
     ) -> "StateHead | None":
-        """A head that lowers Σ w·CE(target, V) / Σ w + l2/2·|weights|² over rows [rows, width], [rows], [rows].
+        """A head that lowers Σ w·CE(target, V) / Σ w + l2/(2·rows)·|weights|² over rows [rows, width], [rows], [rows].
+
+        So the penalty counts as much as `l2` rows do: it holds the head back while there are few.
 
         It goes on from this one for a few iterations of L-BFGS, so that a few refits reach the optimum and follow it.
 
         None when a row or the fit is not finite: the caller keeps the head that it has.
         """
         mean, scale = states.mean(axis=0, dtype=np.float64), states.std(axis=0, dtype=np.float64) + 1e-6
-        shares = weights / weights.sum()
+        shares, penalty = weights / weights.sum(), l2 / len(states)
         if not all(np.isfinite(part).all() for part in (mean, scale, targets)):
             return None
         # In float32, which halves the time: a step of the fit reads all rows twice.
@@ -61,9 +63,9 @@ class StateHead:
             # CE(t, sigmoid(z)) = log(1 + e^z) − t·z, without overflow.
             errors = np.logaddexp(0, logits) - targets * logits
             residuals = shares * (_sigmoid(logits) - targets)
-            slope = (residuals.astype(np.float32) @ rows).astype(np.float64) + l2 * theta[:-1]
+            slope = (residuals.astype(np.float32) @ rows).astype(np.float64) + penalty * theta[:-1]
             gradient = np.append(slope, residuals.sum())
-            return float(shares @ errors + l2 / 2 * theta[:-1] @ theta[:-1]), gradient
+            return float(shares @ errors + penalty / 2 * theta[:-1] @ theta[:-1]), gradient
 
         # The last head, moved into this window's units.
         start = self.weights / self.scale * scale

@@ -54,12 +54,12 @@ def test_the_unit_of_a_state_does_not_matter():
     rng = np.random.default_rng(0)
     states = rng.normal(size=(200, 4)).astype(np.float32)
     targets, weights = (states[:, 0] > 0).astype(float), np.ones(200)
-    plain = StateHead.untrained(4).refitted(states, targets, weights, l2=0.1)
-    moved = StateHead.untrained(4).refitted(1000 * states - 7, targets, weights, l2=0.1)
+    plain = StateHead.untrained(4).refitted(states, targets, weights, l2=20.0)
+    moved = StateHead.untrained(4).refitted(1000 * states - 7, targets, weights, l2=20.0)
     assert plain is not None
     assert moved is not None
     assert plain.values(states) == pytest.approx(moved.values(1000 * states - 7), abs=1e-3)
-    again = plain.refitted(states, targets, weights, l2=0.1)  # from its own optimum
+    again = plain.refitted(states, targets, weights, l2=20.0)  # from its own optimum
     assert again is not None
     assert again.values(states) == pytest.approx(plain.values(states), abs=1e-3)
 
