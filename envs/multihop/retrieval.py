@@ -12,6 +12,7 @@ import aiohttp
 import bm25s
 import numpy as np
 
+from envs.transient import ask_again
 from trace_async.env import EnvError
 from trace_async.types import Json
 
@@ -71,8 +72,8 @@ class HttpRetriever:
 
     `POST url` with `{"queries": [query], "topk": k, "return_scores": true}`; answer
     `{"result": [[{"document": {"contents": "\\"Title\\"\\ntext"}, "score": s}, …]]}`, with or without the scores.
-    Every request has `timeout_s`; connection errors, timeouts and 5xx answers are tried `num_retries` more times.
-    The last `cache_size` answers are kept.
+    Every request has `timeout_s`; what is transient (envs/transient.py) is tried `num_retries` more times within
+    `retry_limit_s`. The last `cache_size` answers are kept.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class HttpRetriever:
         timeout_s: float = 20.0,
         num_retries: int = 3,
         retry_wait_s: float = 0.5,
+        retry_limit_s: float = 60.0,
         cache_size: int = 10_000,
     ) -> None:
         if not url.startswith(("http://", "https://")):
@@ -90,6 +92,7 @@ class HttpRetriever:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._num_retries = num_retries
         self._retry_wait_s = retry_wait_s
+        self._retry_limit_s = retry_limit_s
         self._cache_size = cache_size
         self._cache: OrderedDict[tuple[str, int], tuple[Passage, ...]] = OrderedDict()
         self._session: aiohttp.ClientSession | None = None
@@ -100,7 +103,13 @@ class HttpRetriever:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        passages = await self._ask_with_retries(query, top_k)
+        passages = await ask_again(
+            lambda: self._ask(query, top_k),
+            what=f"retrieval server {self._url}",
+            num_retries=self._num_retries,
+            first_wait_s=self._retry_wait_s,
+            limit_s=self._retry_limit_s,
+        )
         self._cache[key] = passages
         if len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
@@ -110,19 +119,6 @@ class HttpRetriever:
         if self._session is not None:
             await self._session.close()
             self._session = None
-
-    async def _ask_with_retries(self, query: str, top_k: int) -> tuple[Passage, ...]:
-        problem = ""
-        for attempt in range(self._num_retries + 1):
-            if attempt:
-                await asyncio.sleep(self._retry_wait_s * 2 ** (attempt - 1))
-            try:
-                return await self._ask(query, top_k)
-            except (aiohttp.ClientError, TimeoutError) as error:
-                problem = str(error) or type(error).__name__
-                if isinstance(error, aiohttp.ClientResponseError) and error.status < 500:
-                    break
-        raise EnvError(f"retrieval server {self._url}: no answer after {attempt + 1} attempts: {problem}")
 
     async def _ask(self, query: str, top_k: int) -> tuple[Passage, ...]:
         loop = asyncio.get_running_loop()

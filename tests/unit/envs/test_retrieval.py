@@ -3,8 +3,11 @@
 import asyncio
 import json
 import socket
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from envs.multihop.qa_files import QaFiles
 from envs.multihop.retrieval import BM25Retriever, HttpRetriever, Passage
+from envs.transient import retry_after_s
 from trace_async.env import EnvError
 
 PASSAGES = (
@@ -70,8 +74,12 @@ class FakeServer:
             await asyncio.sleep(5)
         if fault == "garbage":
             return web.json_response({"answer": 42})
-        if fault:
-            return web.Response(status=int(fault))
+        if fault == "broken":
+            assert request.transport is not None
+            request.transport.close()
+        if fault and fault != "broken":
+            status, _, after = fault.partition("/")
+            return web.Response(status=int(status), headers={"Retry-After": after} if after else {})
         documents = [{"id": str(i), "contents": f'"{p.title}"\n{p.text}'} for i, p in enumerate(PASSAGES)]
         found = documents[: body["topk"]]
         results = [{"document": d, "score": 1.0} for d in found] if self.with_scores else found
@@ -155,6 +163,45 @@ async def test_a_domain_of_files_searches_on_the_server(server: FakeServer, tmp_
     await domain.close()
     await domain.close()
     assert session.closed
+
+
+@pytest.mark.parametrize("fault", ["408", "425", "429", "429/0", "500", "502", "503", "504", "599", "broken"])
+async def test_what_passes_is_tried_again(server: FakeServer, fault: str) -> None:
+    server.faults = [fault]
+    client = HttpRetriever(server.url, num_retries=1, retry_wait_s=0.01)
+    assert await client.search("ada", top_k=1) == PASSAGES[:1]
+    assert len(server.requests) == 2
+    await client.close()
+
+
+@pytest.mark.parametrize("fault", ["400", "401", "403", "404", "410", "422"])
+async def test_what_is_final_says_so_and_is_asked_once(server: FakeServer, fault: str) -> None:
+    server.faults = [fault]
+    client = HttpRetriever(server.url, num_retries=3, retry_wait_s=0.01)
+    with pytest.raises(EnvError, match=f"after 1 attempts: {fault}.*it would be the same again"):
+        await client.search("ada", top_k=1)
+    assert len(server.requests) == 1
+    await client.close()
+
+
+async def test_a_server_that_asks_for_patience_is_given_it_within_a_limit(server: FakeServer) -> None:
+    server.faults = ["429/1"]
+    client = HttpRetriever(server.url, num_retries=1, retry_wait_s=0.01)
+    started = time.monotonic()
+    assert await client.search("ada", top_k=1) == PASSAGES[:1]
+    assert time.monotonic() - started >= 1.0
+    server.faults = ["503/3600"]
+    with pytest.raises(EnvError, match=r"after 1 attempts: 503.*the next try would be in 3600 s, beyond the 60 s"):
+        await client.search("ben", top_k=1)
+    await client.close()
+
+
+def test_retry_after_is_a_number_or_a_date() -> None:
+    assert retry_after_s("120") == 120.0
+    assert retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=90))
+    assert 80 < retry_after_s(later) <= 90
+    assert [retry_after_s(odd) for odd in ("", "soon", "-5", "1e9", "\u0663")] == [0.0] * 5
 
 
 async def test_no_server_at_all() -> None:
