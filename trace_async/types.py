@@ -44,10 +44,15 @@ class LossKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One chat message. `content` is data: the renderer never lets it become control tokens."""
+    """One chat message. `content` is data: the renderer never lets it become control tokens.
+
+    `token_ids`: the content in the tokens that the policy wrote it in, where an environment repeats it in a
+    conversation of its own; then these are used, and the content is not tokenised again.
+    """
 
     role: Role
     content: str
+    token_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +82,15 @@ class StepResult:
 
     `messages`: the observation (empty when `done`). `reward`: in [0, 1], given by the verifier, exactly when `done`.
     `metrics`: further numbers of a finished rollout, such as token F1.
+
+    A rollout may hold several conversations (an agent that rewrites its history, or has others work for it): `after`:
+    the messages follow this turn of the rollout, counted from 0, and not the last one; `prompt`, in place of messages:
+    the next turn begins a conversation of its own.
     """
 
     messages: tuple[Message, ...] = ()
+    after: int | None = None
+    prompt: Prompt | None = None
     done: bool = False
     reward: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -87,8 +98,10 @@ class StepResult:
     def __post_init__(self) -> None:
         if self.done != (self.reward is not None):
             raise ValueError("StepResult: a reward is given exactly when done")
-        if self.done == bool(self.messages):
+        if self.done == bool(self.messages or self.prompt):
             raise ValueError("StepResult: an observation is given exactly when not done")
+        if self.prompt is not None and (self.messages or self.after is not None):
+            raise ValueError("StepResult: a prompt begins a conversation, so it follows no turn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ class Conversation:
     _given_at: dict[bytes, int] = field(default_factory=dict)
     _by_text: dict[tuple[bytes, str], int] = field(default_factory=dict)
     _after: dict[int, bytes] = field(default_factory=dict)
+    _tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def place(self, request: ModelRequest) -> Place:
         """Cheap: one short digest a message."""
@@ -56,8 +57,15 @@ class Conversation:
         self._given_at[key] = turn
         self._after[turn] = _digest(key, f"turn {turn}")
         said = ChatMessage("assistant", answer.content, answer.calls)
+        if answer.token_ids and not answer.reasoning:
+            self._tokens[_normal(said)] = answer.token_ids
         for form in (said, ChatMessage("assistant", "", answer.calls)):
             self._by_text[key, _normal(form)] = turn
+
+    def tokens_of(self, message: ChatMessage) -> tuple[int, ...] | None:
+        """What the policy wrote when it said this, wherever it stands now (None: it did not, or thought aloud, which
+        templates leave out when they repeat a turn)."""
+        return self._tokens.get(_normal(message)) if message.role == "assistant" else None
 
     def _turn_at(self, digest: bytes, message: ChatMessage) -> int | None:
         turn = self._by_text.get((digest, _normal(message)))

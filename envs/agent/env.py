@@ -111,13 +111,16 @@ class AgentEnv:
             return await self._judged(event, number + 1)
         if number + 1 >= self._settings.max_turns:
             return self._end(0.0, number + 1, {"max_turns_reached": 1.0})
-        if event.place.after != number:
-            raise EnvError(
-                "the agent's request does not go on from its last one: histories that an agent rewrites cannot be "
-                "trained on yet"
-            )
         self._pending, self._limits = event, event.request.limits
-        return StepResult(messages=_messages(event.request))
+        if event.place.after is None:
+            return StepResult(prompt=self._prompt(event.request))
+        after = event.place.after if event.place.after != number else None
+        return StepResult(messages=_messages(event.request), after=after)
+
+    def _prompt(self, request: ModelRequest) -> Prompt:
+        """A conversation of its own. What the policy said in an earlier one stays in the tokens that it wrote."""
+        assert self._session is not None
+        return Prompt(messages=tuple(map(self._session.in_own_tokens, request.messages)), tools=request.tools)
 
     async def fork(self) -> "AgentEnv":
         """Of a running agent: its state, frozen. Of a frozen one: the agent run again up to there.
@@ -181,7 +184,7 @@ class AgentEnv:
         return self._end(await self._verifier.reward(self._task.data, outcome), num_turns, {})
 
     def _end(self, reward: float, num_turns: int, metrics: Mapping[str, float]) -> StepResult:
-        return StepResult(done=True, reward=reward, metrics={"turns": float(num_turns), **metrics})
+        return StepResult(done=True, reward=reward, metrics={"requests": float(num_turns), **metrics})
 
     async def close(self) -> None:
         if self._session is not None:

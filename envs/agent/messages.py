@@ -64,7 +64,7 @@ class Answer:
 
     `content` is what is left beside `reasoning` and `calls`. `pieces`: the text and the log-probability of each
     token, when they were asked for. `created`: seconds since 1970, kept so that a replay tells the agent the
-    same.
+    same. `token_ids`: all that the policy wrote but the token that ends a turn.
     """
 
     number: int
@@ -76,6 +76,7 @@ class Answer:
     completion_tokens: int
     pieces: tuple[tuple[str, float], ...]
     created: int
+    token_ids: tuple[int, ...] = ()
 
     def call_id(self, index: int) -> str:
         """The same id in every replay, another one for every call of a rollout."""

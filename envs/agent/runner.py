@@ -97,16 +97,17 @@ class _RunningFunction:
     """What a coroutine and a thread have in common: their end comes from another thread."""
 
     def __init__(self) -> None:
-        self._ended: Future[Json] = Future()
+        # The error is a value here: the future of a rollout that was closed is read by nobody.
+        self._ended: Future[tuple[Json, BaseException | None]] = Future()
 
     def _end(self, result: Json = None, error: BaseException | None = None) -> None:
-        if error is not None:
-            self._ended.set_exception(_failed(error))
-        else:
-            self._ended.set_result(result)
+        self._ended.set_result((result, error))
 
     async def result(self) -> Json:
-        return await asyncio.shield(asyncio.wrap_future(self._ended))
+        result, error = await asyncio.shield(asyncio.wrap_future(self._ended))
+        if error is not None:
+            raise _failed(error) from error
+        return result
 
     async def _wait_until_ended(self) -> None:
         await asyncio.wait([asyncio.wrap_future(self._ended)], timeout=_KILL_AFTER_S)

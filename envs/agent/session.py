@@ -18,7 +18,7 @@ from envs.agent.conversation import Conversation, Place
 from envs.agent.messages import Answer, ChatMessage, ModelRequest
 from envs.agent.runner import Access, AgentFailed, Runner, Running
 from trace_async.env import EnvTimeoutError, ReplayDivergedError
-from trace_async.types import Json
+from trace_async.types import Json, Message
 
 _SHOWN_CHARS = 120
 _Event = TypeVar("_Event")
@@ -169,6 +169,10 @@ class Session:
     def _keep(self, exchange: Exchange) -> None:
         self.record.append(exchange)
         self._conversation.add(exchange.key, exchange.answer)
+
+    def in_own_tokens(self, message: ChatMessage) -> Message:
+        """A message for the template; the policy's own words in the tokens that it wrote them in."""
+        return replace(message.as_text(), token_ids=self._conversation.tokens_of(message))
 
     async def receive(self, request: ModelRequest, *, is_retry: bool) -> Answer:
         """A request from the endpoint. `is_retry`: the client says that it asks the same once more."""

@@ -46,6 +46,7 @@ def read_turn(turn: PolicyTurn, request: ModelRequest, *, number: int, created: 
         completion_tokens=len(completion.token_ids),
         pieces=tuple((turn.decode([token]), logprob) for token, logprob in scored),
         created=created,
+        token_ids=completion.token_ids if turn.truncated else completion.token_ids[:-1],
     )
 
 

@@ -122,6 +122,53 @@ def plain_adder(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
         messages += answers
 
 
+async def compacting_adder(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
+    """Sums its history up after every second turn and goes on from that; the last turn of the model stays."""
+    messages = first_messages(task)
+    for turn in range(8):
+        message = (await ask(base_url, api_key, body(messages)))["choices"][0]["message"]
+        messages.append(message)
+        answers = use_tools(message)
+        if not answers:
+            return str(message["content"])
+        messages += answers
+        if turn % 2:
+            messages = [messages[0], {"role": "user", "content": f"turn {turn} is over"}, *messages[-2:]]
+    return ""
+
+
+async def delegating_adder(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
+    """Asks for a plan, has a helper look things up in a conversation of its own, and goes on with its own one."""
+    messages = first_messages(task)
+    plan = (await ask(base_url, api_key, body(messages)))["choices"][0]["message"]
+    helper = [{"role": "user", "content": "help"}]
+    found = (await ask(base_url, api_key, body(helper)))["choices"][0]["message"]
+    helper += [found, *use_tools(found)]
+    told = (await ask(base_url, api_key, body(helper)))["choices"][0]["message"]
+    messages += [plan, {"role": "user", "content": f"the helper says {told['content']}"}]
+    return str((await ask(base_url, api_key, body(messages)))["choices"][0]["message"]["content"])
+
+
+async def voting_adder(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
+    """Asks the same three times at once and goes on from each of the answers in turn."""
+    messages = first_messages(task)
+    votes = await asyncio.gather(*(ask(base_url, api_key, body(messages)) for _ in range(3)))
+    last = ""
+    for vote in votes:
+        heard = [*messages, vote["choices"][0]["message"], {"role": "user", "content": "sure?"}]
+        last = (await ask(base_url, api_key, body(heard)))["choices"][0]["message"]["content"]
+    return last
+
+
+async def wordy(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
+    """Answers the model at length."""
+    messages = first_messages(task)
+    for _ in range(2):
+        message = (await ask(base_url, api_key, body(messages)))["choices"][0]["message"]
+        messages += [message, {"role": "user", "content": "word " * 200}]
+    return ""
+
+
 async def sleeper(task: Mapping[str, Any], base_url: str, api_key: str) -> None:
     """Asks nothing and does not end."""
     await asyncio.sleep(3600)

@@ -18,8 +18,12 @@ def random_tree(
     continuations: int = 4,
     max_turn_tokens: int = 6,
     policy_version: int = 2,
+    conversations: float = 0.0,
 ) -> RolloutTree:
-    """Turns of 1 … max_turn_tokens tokens, some all generated, some a single token; continuations of continuations."""
+    """Turns of 1 … max_turn_tokens tokens, some all generated, some a single token; continuations of continuations.
+
+    `conversations`: how often a turn belongs to another conversation of the rollout than the turn before.
+    """
     nodes = [
         Node(
             parent=-1, rollout=-1, token_ids=tuple(rng.randrange(vocab) for _ in range(prompt_tokens)), num_generated=0
@@ -27,9 +31,22 @@ def random_tree(
     ]
     rollouts: list[Rollout] = []
 
+    def context(parent: int) -> Node:
+        """A conversation of its own, one that goes on from an earlier node, or the prompt asked again."""
+        line = [parent]
+        while line[-1]:
+            line.append(nodes[line[-1]].parent)
+        follows = rng.choice([-1, -1, *line, 0])
+        length = rng.randint(0 if follows == 0 else 1, max_turn_tokens)
+        tokens = tuple(rng.randrange(vocab) for _ in range(length))
+        return Node(parent=parent, rollout=len(rollouts), token_ids=tokens, num_generated=0, follows=follows)
+
     def write(anchor: int, kind: str) -> None:
         parent = anchor
         for _ in range(rng.randint(1, max_turns)):
+            if conversations and rng.random() < conversations:
+                nodes.append(context(parent))
+                parent = len(nodes) - 1
             length = rng.randint(1, max_turn_tokens)
             generated = rng.randint(1, length)
             spans = [VersionSpan(0, rng.randint(policy_version - 2, policy_version))]
@@ -52,7 +69,7 @@ def random_tree(
         write(0, "root")
     for _ in range(continuations):
         leaves = {rollout.leaf for rollout in rollouts}
-        inner = [node for node in range(1, len(nodes)) if node not in leaves]
+        inner = [n for n in range(1, len(nodes)) if n not in leaves and nodes[n].follows is None]
         if inner:
             write(rng.choice(inner), "continuation")
     return RolloutTree(task=TASK, nodes=tuple(nodes), rollouts=tuple(rollouts), policy_version_started=policy_version)

@@ -20,7 +20,7 @@ import torch
 
 from trace_async.method.credit import NodeCredit
 from trace_async.policy.cpu_linear import round_rows
-from trace_async.trees.tree import ROOT, RolloutTree
+from trace_async.trees.tree import RolloutTree
 
 Packing = Literal["tree", "flat"]
 
@@ -100,10 +100,10 @@ def lay_out_tree(tree: RolloutTree, ends: Mapping[int, int]) -> tuple[Layout, di
     """
     wanted = set(ends)
     for node in ends:
-        while node != ROOT and tree.nodes[node].parent not in wanted:
-            node = tree.nodes[node].parent
+        while (before := tree.nodes[node].before) >= 0 and before not in wanted:
+            node = before
             wanted.add(node)
-    inner = {tree.nodes[node].parent for node in wanted}
+    inner = {tree.nodes[node].before for node in wanted}
     tokens: list[int] = []
     positions: list[np.ndarray] = []
     first_row: dict[int, int] = {}
@@ -111,7 +111,7 @@ def lay_out_tree(tree: RolloutTree, ends: Mapping[int, int]) -> tuple[Layout, di
     order = _depth_first(tree, wanted)
     for node in order:
         kept = tree.nodes[node].token_ids if node in inner else tree.nodes[node].token_ids[: ends[node]]
-        depth = depth_after[tree.nodes[node].parent]
+        depth = depth_after[tree.nodes[node].before]
         first_row[node] = len(tokens)
         tokens.extend(kept)
         positions.append(np.arange(depth, depth + len(kept)))
@@ -120,8 +120,8 @@ def lay_out_tree(tree: RolloutTree, ends: Mapping[int, int]) -> tuple[Layout, di
     subtree_end: dict[int, int] = {}
     for node in reversed(order):
         subtree_end[node] = max(subtree_end.get(node, 0), end_row[node])
-        parent = tree.nodes[node].parent
-        subtree_end[parent] = max(subtree_end.get(parent, 0), subtree_end[node])
+        before = tree.nodes[node].before
+        subtree_end[before] = max(subtree_end.get(before, 0), subtree_end[node])
     layout = Layout(
         token_ids=np.array(tokens, dtype=np.int64),
         positions=np.concatenate(positions).astype(np.int64) if positions else np.zeros(0, np.int64),
@@ -133,11 +133,12 @@ def lay_out_tree(tree: RolloutTree, ends: Mapping[int, int]) -> tuple[Layout, di
 
 
 def _depth_first(tree: RolloutTree, wanted: set[int]) -> list[int]:
-    order, stack = [], [ROOT] if wanted else []
+    """By tokens: a conversation of its own stands beside the prompt's, and neither sees the other."""
+    order, stack = [], [node for node in reversed(tree.token_children[-1]) if node in wanted]
     while stack:
         node = stack.pop()
         order.append(node)
-        stack.extend(child for child in reversed(tree.children[node]) if child in wanted)
+        stack.extend(child for child in reversed(tree.token_children[node]) if child in wanted)
     return order
 
 
@@ -166,14 +167,14 @@ def rounded(layout: Layout, multiple: int = 1) -> Layout:
 def pack_values(trees: Sequence[RolloutTree]) -> tuple[Layout, list[np.ndarray]]:
     """All tokens of all trees in one row, and per tree the row [num_nodes] where each node's history ends.
 
-    The hidden state there is what the predictor reads V(H) from. A node without tokens reads its parent's row.
+    The hidden state there is what the predictor reads V(H) from. A node without tokens reads the row before it.
     """
     layouts, ends, start = [], [], 0
     for tree in trees:
         layout, first_row = lay_out_tree(tree, {n: len(node.token_ids) for n, node in enumerate(tree.nodes)})
         last = np.zeros(len(tree.nodes), dtype=np.int64)
         for n, node in enumerate(tree.nodes):
-            last[n] = start + first_row[n] + len(node.token_ids) - 1 if node.token_ids else last[node.parent]
+            last[n] = start + first_row[n] + len(node.token_ids) - 1 if node.token_ids else last[node.before]
         layouts.append(layout)
         ends.append(last)
         start += layout.num_tokens
@@ -193,7 +194,7 @@ def pieces_of(
     order = _depth_first(tree, set(range(len(tree.nodes))))
     targets = [node for node in order if trained[node] and tree.nodes[node].num_generated]
     if packing == "flat":
-        ancestors = {above for node in targets for above in tree.path(node)[:-1]}
+        ancestors = {above for node in targets for above in tree.token_path(node)[:-1]}
         groups, group = [], []
         for node in targets:
             group.append(node)
@@ -212,7 +213,7 @@ def pieces_of(
 
 
 def _num_rows(tree: RolloutTree, targets: Sequence[int]) -> int:
-    inner = {above for node in targets for above in tree.path(node)[:-1]}
+    inner = {above for node in targets for above in tree.token_path(node)[:-1]}
     context = sum(len(tree.nodes[node].token_ids) for node in inner)
     return context + sum(tree.nodes[node].num_generated - 1 for node in targets if node not in inner)
 
@@ -297,9 +298,9 @@ def _node_entries(
     """Columns of `Entries` for one node: its first token is predicted where its history ends."""
     record = tree.nodes[node]
     count = record.num_generated
-    above = record.parent
+    above = record.before
     while not tree.nodes[above].token_ids:
-        above = tree.nodes[above].parent
+        above = tree.nodes[above].before
         assert above >= 0, "a prompt has tokens"
     rows = start + first_row[node] + np.arange(-1, count - 1)
     rows[0] = start + first_row[above] + len(tree.nodes[above].token_ids) - 1

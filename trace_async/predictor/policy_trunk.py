@@ -185,7 +185,7 @@ class PolicyTrunkPredictor:
         for tree, own in zip(trees, nodes, strict=True):
             for node in (node for node, key in own.items() if key not in self.asked):
                 tokens = tree.prefix_tokens(node)
-                logprobs = tuple(tree.nodes[above].logprobs for above in tree.path(node)[1:])
+                logprobs = tuple(tree.nodes[above].logprobs for above in tree.token_path(node) if above != ROOT)
                 queries.append(PrefixQuery(token_ids=tokens, positions=(len(tokens),), turn_logprobs=logprobs))
         self.predict(queries)
         return len(queries)
@@ -303,7 +303,7 @@ def _taught_nodes(tree: RolloutTree, *, prefixes: bool) -> dict[int, bytes]:
     digests: dict[int, xxhash.xxh3_128] = {}
     found: dict[int, bytes] = {}
     for index, node in enumerate(tree.nodes):
-        digest = digests[node.parent].copy() if index else xxhash.xxh3_128()
+        digest = digests[node.before].copy() if node.before >= 0 else xxhash.xxh3_128()
         digest.update(np.array(node.token_ids, dtype=np.int64).tobytes())
         digests[index] = digest
         is_asked = prefixes and node.value is not None and tree.children[index]

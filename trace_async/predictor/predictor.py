@@ -298,7 +298,7 @@ def _lay_out_inner(trees: Sequence[RolloutTree]) -> tuple[Layout, np.ndarray, li
         layout, first_row = lay_out_tree(tree, {node: len(tree.nodes[node].token_ids) for node in nodes})
         for node in nodes:
             while not tree.nodes[node].token_ids:
-                node = tree.nodes[node].parent
+                node = tree.nodes[node].before
             rows.append(start + first_row[node] + len(tree.nodes[node].token_ids) - 1)
         layouts.append(layout)
         inner.append(nodes)

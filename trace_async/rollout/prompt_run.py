@@ -11,7 +11,7 @@ one request at a time (actors/router.py), and not here.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +21,7 @@ from trace_async.engine import EngineError
 from trace_async.env import EnvError, EnvValueError, PromptTooLongError, ReplayDivergedError
 from trace_async.method.anchors import find_anchors
 from trace_async.printable import printable
+from trace_async.rollout.context import place_context
 from trace_async.rollout.expansion import Expansion, Value
 from trace_async.rollout.guard import EnvGuard, GuardedEnv, named
 from trace_async.rollout.limits import RolloutLimits
@@ -28,7 +29,17 @@ from trace_async.rollout.renderer import MAX_CHARS_PER_TOKEN, Renderer
 from trace_async.rollout.values import shown_task
 from trace_async.trees.builder import Branch, TreeBuilder
 from trace_async.trees.tree import ROOT, Fault, RolloutKind, RolloutTree
-from trace_async.types import Completion, LossKind, PolicyTurn, PrefixQuery, Prompt, SamplingParams, Task
+from trace_async.types import (
+    Completion,
+    LossKind,
+    Message,
+    PolicyTurn,
+    PrefixQuery,
+    Prompt,
+    SamplingParams,
+    StepResult,
+    Task,
+)
 
 log = logging.getLogger(__name__)
 
@@ -115,21 +126,21 @@ class PromptRun:
         builder = self._builder
         missing = [node for node in self._states if builder.nodes[node].value is None]
         rollouts = sorted({builder.nodes[node].rollout for node in missing})
-        turns = [[node for node in builder.fresh_nodes(rollout) if node in self._states] for rollout in rollouts]
+        asked = [chain for rollout in rollouts for chain in self._conversations(rollout)]
         queries = []
-        for nodes in turns:
-            path = builder.path(nodes[-1])
+        for path, nodes in asked:
             tokens = tuple(token for node in path for token in builder.nodes[node].token_ids)
             ends = np.cumsum([len(builder.nodes[node].token_ids) for node in path])[-len(nodes) :]
-            logprobs = tuple(builder.nodes[node].logprobs for node in path[1:])
+            logprobs = tuple(builder.nodes[node].logprobs for node in path if node != ROOT)
             positions = tuple(int(end) for end in ends)
             states = tuple(builder.states[node] for node in nodes if node in builder.states)
             if len(states) < len(nodes):
                 states = ()
             queries.append(PrefixQuery(token_ids=tokens, positions=positions, turn_logprobs=logprobs, states=states))
-        for nodes, values in zip(turns, await value(queries), strict=True):
+        for (_, nodes), values in zip(asked, await value(queries), strict=True):
             for node, estimate in zip(nodes, values, strict=True):
-                builder.set_value(node, float(estimate))
+                if node in self._states:
+                    builder.set_value(node, float(estimate))
 
     async def _measure_values(self, count: int) -> None:
         """V of every turn that can be continued: the mean outcome of `count` continuations from it."""
@@ -216,7 +227,10 @@ class PromptRun:
         self._builder.set_prompt(prompt_ids)
 
     async def _turn(self, env: GuardedEnv, branch: Branch, history: list[int]) -> _Outcome | None:
-        """One turn of the policy, and what the environment says to it; `history` grows by both."""
+        """One turn of the policy, and what the environment says to it.
+
+        `history`, what the policy sees, grows by both, or becomes that of another conversation of the rollout.
+        """
         room = self._limits.max_context_tokens - len(history)
         if room < 1:
             # The policy filled its context without an answer: its own doing, a reward of 0.
@@ -231,18 +245,48 @@ class PromptRun:
             message=self._renderer.read_message(completion.token_ids),
         )
         result = await env.step(turn)
+        follows_another = result.prompt is not None or result.after is not None
         observed: tuple[int, ...] = ()
         if not result.done:
-            # Beyond the context nothing is read, so of a text of many megabytes only its beginning is tokenised.
-            most = self._limits.max_context_tokens * MAX_CHARS_PER_TOKEN
-            messages = [replace(message, content=message.content[:most]) for message in result.messages]
+            result = self._readable(result)
+        if not result.done and not follows_another:
             with _template_errors(self._task, "step"):
-                observed = self._renderer.render_observation(messages, turn_ended=ended)
+                observed = self._renderer.render_observation(result.messages, turn_ended=ended)
         branch.append(completion, observed)
-        history.extend((*completion.token_ids, *observed))
-        if result.reward is None:
-            return None
-        return _Outcome(result.reward, result.metrics)
+        if result.reward is not None:
+            return _Outcome(result.reward, result.metrics)
+        if follows_another:
+            with _template_errors(self._task, "step"):
+                context = place_context(self._builder.line(branch), result, self._renderer)
+            branch.append_context(context.follows, context.token_ids)
+            history[:] = self._builder.history(branch)
+        else:
+            history.extend((*completion.token_ids, *observed))
+        return None
+
+    def _conversations(self, rollout: int) -> list[tuple[list[int], list[int]]]:
+        """Of each conversation of a rollout: the nodes whose tokens the policy saw up to the last one that can be
+        continued, and the last of them, from the first on that can be. Of most rollouts there is one."""
+        left = {node for node in self._builder.fresh_nodes(rollout) if node in self._states}
+        found = []
+        for node in sorted(left, reverse=True):
+            if node in left:
+                path = self._builder.token_path(node)
+                first = next(number for number, index in enumerate(path) if index in left)
+                found.append((path, path[first:]))
+                left.difference_update(path)
+        return found
+
+    def _readable(self, result: StepResult) -> StepResult:
+        """Beyond the context nothing is read, so of a text of many megabytes only its beginning is tokenised."""
+        most = self._limits.max_context_tokens * MAX_CHARS_PER_TOKEN
+
+        def cut(messages: Sequence[Message]) -> tuple[Message, ...]:
+            return tuple(replace(message, content=message.content[:most]) for message in messages)
+
+        if result.prompt is not None:
+            return replace(result, prompt=replace(result.prompt, messages=cut(result.prompt.messages)))
+        return replace(result, messages=cut(result.messages))
 
     async def _sampling(self, env: GuardedEnv, room: int) -> SamplingParams:
         """The run's sampling within what is left of the context and what the environment asks for."""

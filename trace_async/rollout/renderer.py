@@ -138,7 +138,10 @@ class Renderer:
             if text:
                 token_ids += self._encode_template(text)
             if index is not None:
-                token_ids += self._encode_content(messages[index].content, max_content_tokens)
+                written = messages[index].token_ids
+                token_ids += (
+                    self._encode_content(messages[index].content, max_content_tokens) if written is None else written
+                )
         return tuple(token_ids)
 
     def _encode_content(self, text: str, max_tokens: int) -> list[int]:

@@ -78,7 +78,9 @@ def checked_result(result: object, reward_range: RewardRange) -> StepResult:
     if not isinstance(result, StepResult):
         raise EnvValueError(f"gives {_kind(result)} instead of a StepResult")
     if not result.done:
-        return StepResult(messages=_checked_messages(result.messages))
+        if result.prompt is not None:
+            return StepResult(prompt=checked_prompt(result.prompt))
+        return StepResult(messages=_checked_messages(result.messages), after=result.after)
     reward = _mapped(plain_number(result.reward, "reward"), reward_range)
     return StepResult(done=True, reward=reward, metrics=checked_metrics(result.metrics))
 

@@ -33,7 +33,7 @@ def eval_rollout(tree: RolloutTree) -> EvalRollout:
         reward=rollout.reward if rollout else None,
         metrics=rollout.metrics if rollout else {},
         generated_tokens=tree.num_generated_tokens,
-        num_turns=len(tree.nodes) - 1,
+        num_turns=sum(node.follows is None for node in tree.nodes) - 1,
         error=", ".join(tree.failures),
     )
 

@@ -20,8 +20,8 @@ from trace_async.types import Completion, HiddenState, Task
 class Branch:
     """A rollout under way below node `anchor` of a tree.
 
-    `round`: the round of Stage 2 that bought it, as in `Rollout`. `turns`: its nodes so far, whose `parent` and
-    `rollout` are filled in when the branch enters the tree.
+    `round`: the round of Stage 2 that bought it, as in `Rollout`. `turns`: its nodes so far, those of context included,
+    whose `parent` and `rollout` are filled in when the branch enters the tree; until then `follows` is a depth.
     """
 
     kind: RolloutKind
@@ -46,6 +46,21 @@ class Branch:
                 cached_tokens=completion.cached_tokens,
             )
         )
+
+    def append_context(self, follows: int, token_ids: Sequence[int]) -> None:
+        """What the next turn goes on from: these tokens, behind those of the node at depth `follows` (-1: of none)."""
+        self.turns.append(Node(parent=-1, rollout=-1, token_ids=tuple(token_ids), num_generated=0, follows=follows))
+
+
+def tokens_before(line: Sequence[Node], depth: int | None = None) -> list[int]:
+    """The tokens that the policy saw up to the end of the node at `depth` (None: the last) of a line by depth."""
+    at = len(line) - 1 if depth is None else depth
+    chain = []
+    while at >= 0:
+        chain.append(line[at])
+        follows = line[at].follows
+        at = at - 1 if follows is None else follows
+    return [token for node in reversed(chain) for token in node.token_ids]
 
 
 class TreeBuilder:
@@ -73,9 +88,17 @@ class TreeBuilder:
         self.nodes[node] = replace(self.nodes[node], value=value)
 
     def history(self, branch: Branch) -> list[int]:
-        """All tokens up to the end of the branch's last turn."""
-        nodes = [*(self.nodes[index] for index in self.path(branch.anchor)), *branch.turns]
-        return [token for node in nodes for token in node.token_ids]
+        """All tokens that the policy saw up to the end of the branch's last turn."""
+        return tokens_before(self.line(branch))
+
+    def line(self, branch: Branch) -> list[Node]:
+        """All nodes from the prompt to the end of the branch, by depth; `follows` is a depth in all of them."""
+        above = [self.nodes[index] for index in self.path(branch.anchor)]
+        placed = [
+            replace(node, follows=self.depths[node.follows]) if node.follows is not None and node.follows >= 0 else node
+            for node in above
+        ]
+        return [*placed, *branch.turns]
 
     def add(self, branch: Branch, reward: float, metrics: Mapping[str, float]) -> range:
         """Enter a finished branch; returns the indices of its nodes."""
@@ -84,7 +107,10 @@ class TreeBuilder:
         for number, turn in enumerate(branch.turns):
             if number in branch.prompt_states:
                 self.states[parent] = branch.prompt_states[number]
-            self.nodes.append(replace(turn, parent=parent, rollout=len(self.rollouts)))
+            follows = turn.follows
+            if follows is not None and follows >= 0:
+                follows = self.path(parent)[follows]
+            self.nodes.append(replace(turn, parent=parent, rollout=len(self.rollouts), follows=follows))
             self.children[parent].append(len(self.nodes) - 1)
             self.children.append([])
             self.depths.append(self.depths[parent] + 1)
@@ -106,6 +132,13 @@ class TreeBuilder:
         path = [node]
         while path[-1] != ROOT:
             path.append(self.nodes[path[-1]].parent)
+        return path[::-1]
+
+    def token_path(self, node: int) -> list[int]:
+        """The nodes whose tokens the policy saw up to the end of `node`, in order."""
+        path = [node]
+        while (before := self.nodes[path[-1]].before) >= 0:
+            path.append(before)
         return path[::-1]
 
     def fresh_nodes(self, rollout: int) -> list[int]:

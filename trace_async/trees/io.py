@@ -107,6 +107,7 @@ def _read_fault(value: Json, name: str) -> Fault:
 
 
 def _node_record(node: Node) -> Mapping[str, object]:
+    context = {} if node.follows is None else {"follows": node.follows}  # only few trees have it
     return {
         "parent": node.parent,
         "rollout": node.rollout,
@@ -117,6 +118,7 @@ def _node_record(node: Node) -> Mapping[str, object]:
         "value": node.value,
         "prompt_tokens": node.prompt_tokens,
         "cached_tokens": node.cached_tokens,
+        **context,
     }
 
 
@@ -134,6 +136,7 @@ def _read_node(record: "_Reader") -> Node:
         value=None if record.value("value") is None else record.number("value"),
         prompt_tokens=record.integer("prompt_tokens"),
         cached_tokens=record.integer("cached_tokens"),
+        follows=record.integer("follows") if record.has("follows") else None,
     )
 
 
@@ -160,6 +163,9 @@ class _Reader:
             raise ValueError(f"{name}: expected an object, found {type(record).__name__}")
         self._record = record
         self.name = name
+
+    def has(self, field: str) -> bool:
+        return field in self._record
 
     def value(self, field: str) -> Json:
         if field not in self._record:

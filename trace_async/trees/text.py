@@ -41,6 +41,7 @@ class NodeView:
     cached_share: float | None
     reward: float | None
     is_continuation: bool
+    is_context: bool
 
 
 def view_nodes(tree: RolloutTree, decode: Decode, credit: Sequence[float] | None = None) -> list[NodeView]:
@@ -48,13 +49,15 @@ def view_nodes(tree: RolloutTree, decode: Decode, credit: Sequence[float] | None
     if credit is not None and len(credit) != len(tree.nodes):
         raise ValueError(f"{len(credit)} credits for {len(tree.nodes)} nodes")
     succeeded = _succeeded_under(tree)
+    turns = _num_turns(tree)
     views = []
     for index, node in enumerate(tree.nodes):
         views.append(
             NodeView(
                 index=index,
                 parent=node.parent,
-                turn=tree.depths[index],
+                turn=turns[index],
+                is_context=node.follows is not None,
                 rollout=node.rollout,
                 value=node.value,
                 num_leaves=tree.num_leaves[index],
@@ -71,6 +74,14 @@ def view_nodes(tree: RolloutTree, decode: Decode, credit: Sequence[float] | None
             )
         )
     return views
+
+
+def _num_turns(tree: RolloutTree) -> list[int]:
+    """Per node, the turns up to and including it; nodes of context are none."""
+    turns = [0]
+    for node in tree.nodes[1:]:
+        turns.append(turns[node.parent] + (node.follows is None))
+    return turns
 
 
 def _succeeded_under(tree: RolloutTree) -> list[int]:
@@ -132,6 +143,8 @@ def _walk(tree: RolloutTree) -> Iterator[tuple[int, str, str]]:
 def node_name(view: NodeView) -> str:
     if view.index == ROOT:
         return "prompt"
+    if view.is_context:
+        return f"another conversation of rollout {view.rollout}"
     return f"turn {view.turn}, {'continuation' if view.is_continuation else 'rollout'} {view.rollout}"
 
 

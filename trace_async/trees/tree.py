@@ -7,6 +7,13 @@
 
 A node's history H is the path from the root up to and including the node; its tokens are the concatenation of the
 tokens on that path. Node 0 is the prompt (depth 0); parents come before their children.
+
+A rollout may hold several conversations, such as those of an agent that sums up its history and goes on:
+
+        prompt ─ turn ─ turn ─ context ─ turn ─ turn ✓        context.follows = -1: its tokens begin anew
+
+`parent` is what came before in the rollout, and all of it shares the outcome. What the policy saw is another chain, by
+`before`: nodes of context, in which nothing is generated, say where it goes on from.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +35,9 @@ class Node:
     the sampling temperature; the rest are the observation and are never trained on. `value` is the predictor's
     estimate of V(H) when the allocation was made (None: not asked). `cached_tokens` of the `prompt_tokens` of the
     turn's request came from the KV cache.
+
+    `follows` makes the node one of context: its tokens go on from those of this earlier node of the rollout (-1: they
+    begin a conversation), and the policy's next turn goes on from it. None: a turn, which goes on from its parent.
     """
 
     parent: int
@@ -39,6 +49,7 @@ class Node:
     value: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    follows: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.num_generated <= len(self.token_ids):
@@ -47,6 +58,15 @@ class Node:
             raise ValueError(f"{self.num_generated} generated tokens but {len(self.logprobs)} log-probabilities")
         if self.num_generated and (not self.version_spans or self.version_spans[0].start != 0):
             raise ValueError("version_spans must start at token 0")
+        if self.follows is not None and self.num_generated:
+            raise ValueError("a node of context (follows) holds nothing that was generated")
+        if self.follows == -1 and not self.token_ids:
+            raise ValueError("a conversation begins with tokens")
+
+    @property
+    def before(self) -> int:
+        """The node whose tokens these go on from; -1: none."""
+        return self.parent if self.follows is None else self.follows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +133,8 @@ class RolloutTree:
                 raise ValueError(f"node {index}: parent {node.parent} must come before it")
             if not 0 <= node.rollout < len(self.rollouts):
                 raise ValueError(f"node {index}: there is no rollout {node.rollout}")
+            if node.follows is not None and node.follows != -1 and node.follows not in self.path(node.parent):
+                raise ValueError(f"node {index}: it follows {node.follows}, which is not earlier in its rollout")
         owned = [0] * len(self.rollouts)
         for node in self.nodes[1:]:
             owned[node.rollout] += 1
@@ -133,6 +155,15 @@ class RolloutTree:
         found: list[list[int]] = [[] for _ in self.nodes]
         for index, node in enumerate(self.nodes[1:], start=1):
             found[node.parent].append(index)
+        return tuple(tuple(c) for c in found)
+
+    @cached_property
+    def token_children(self) -> tuple[tuple[int, ...], ...]:
+        """Per node, the nodes whose tokens go on from its own, ascending; in the last place (index -1), the nodes that
+        begin a conversation, the prompt first."""
+        found: list[list[int]] = [[] for _ in range(len(self.nodes) + 1)]
+        for index, node in enumerate(self.nodes):
+            found[node.before].append(index)
         return tuple(tuple(c) for c in found)
 
     @cached_property
@@ -165,9 +196,17 @@ class RolloutTree:
             path.append(self.nodes[path[-1]].parent)
         return tuple(reversed(path))
 
+    def token_path(self, node: int) -> tuple[int, ...]:
+        """The nodes whose tokens the policy saw up to the end of `node`, in order: its path, unless the rollout holds
+        several conversations."""
+        path = [node]
+        while (before := self.nodes[path[-1]].before) >= 0:
+            path.append(before)
+        return tuple(reversed(path))
+
     def prefix_tokens(self, node: int) -> tuple[int, ...]:
-        """All tokens of the history up to and including `node`."""
-        return tuple(token for index in self.path(node) for token in self.nodes[index].token_ids)
+        """All tokens that the policy saw up to and including `node`."""
+        return tuple(token for index in self.token_path(node) for token in self.nodes[index].token_ids)
 
     def fresh_nodes(self, rollout: int) -> tuple[int, ...]:
         """The nodes that `rollout` itself wrote, in order of turns."""

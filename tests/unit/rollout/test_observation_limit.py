@@ -35,6 +35,8 @@ def wordy_task(name: str, tmp_path: Path) -> tuple[list[str], dict[str, Json], s
     rows = [{"_id": f"{k}", "question": f"how long is {k} ?", "answer": "9", "context": context} for k in range(20)]
     questions.write_text(json.dumps(rows))
     problems.write_text('{"problem": "?", "answer": "1"}\n{"problem": "??", "answer": "2"}\n')
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"keys": ["a"], "answer": "1"}\n{"keys": ["b"], "answer": "2"}\n')
     problem: dict[str, Json] = {"question": "?", "answer": "1"}
     look: dict[str, Json] = {"state": {"folders": {"desk": ["notes"] * 60}}, "requests": ["look", "again"], "calls": []}
     return {
@@ -45,6 +47,16 @@ def wordy_task(name: str, tmp_path: Path) -> tuple[list[str], dict[str, Json], s
         "functions": ([], look, write_call("list_files", {"folder": "desk"})),
         "bfcl": ([], {}, write_call("echo", {"content": "word " * 200})),
         "mixed": (["env.args.domains.math={}"], problem, PRINTS),
+        "agent": (
+            [
+                f"env.args.tasks={tasks}",
+                "env.args.num_heldout=1",
+                "env.args.agent=tests.support.agents:wordy",
+                "env.args.verifier=tests.support.agents:right_sum",
+            ],
+            {},
+            "go on",
+        ),
         "gymnasium": ([f"env.args.env={__name__}:Wordy"], {}, "hm"),
     }[name]
 

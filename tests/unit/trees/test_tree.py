@@ -95,3 +95,38 @@ def test_a_round_below_zero_or_of_a_root_rollout_is_refused():
                 nodes=nodes,
                 rollouts=(Rollout(kind="root", anchor=0, leaf=1, reward=1.0, round=bought),),
             )
+
+
+def test_nodes_of_context_go_on_from_earlier_nodes_of_their_rollout_or_begin_anew():
+    def context(follows: int, *token_ids: int, num_generated: int = 0) -> Node:
+        return Node(parent=1, rollout=0, token_ids=token_ids, num_generated=num_generated, follows=follows)
+
+    def tree(follows: int) -> RolloutTree:
+        turn = Node(parent=0, rollout=0, token_ids=(2,), num_generated=0)
+        other = Node(parent=0, rollout=1, token_ids=(5,), num_generated=0)
+        last = Node(parent=3, rollout=0, token_ids=(4,), num_generated=0)
+        prompt = Node(parent=-1, rollout=-1, token_ids=(1,), num_generated=0)
+        rollouts = tuple(Rollout(kind="root", anchor=0, leaf=leaf, reward=1.0) for leaf in (4, 2))
+        nodes = (prompt, turn, other, context(follows, 3), last)
+        return RolloutTree(task=Task(id="t", domain="d", kind="k", data={}), nodes=nodes, rollouts=rollouts)
+
+    assert tree(-1).prefix_tokens(4) == (3, 4)
+    assert tree(0).prefix_tokens(4) == (1, 3, 4)
+    assert tree(1).prefix_tokens(4) == (1, 2, 3, 4)
+    assert tree(0).path(4) == (0, 1, 3, 4)
+    assert tree(-1).token_children[-1] == (0, 3)
+    for other in (2, 4):
+        with pytest.raises(ValueError, match=f"it follows {other}, which is not earlier in its rollout"):
+            tree(other)
+    with pytest.raises(ValueError, match="a conversation begins with tokens"):
+        context(-1)
+    with pytest.raises(ValueError, match="holds nothing that was generated"):
+        Node(
+            parent=1,
+            rollout=0,
+            token_ids=(3,),
+            num_generated=1,
+            logprobs=(0.0,),
+            version_spans=(VersionSpan(0, 0),),
+            follows=0,
+        )

@@ -57,7 +57,7 @@ def text(tree: RolloutTree, node: int) -> str:
 async def test_an_agent_is_a_chain_of_turns_with_the_tools_in_its_prompt(make_domain):
     policy = says(call("a"), f"and\n{call('b')}", "3")
     tree = await grow(make_domain(), policy)
-    assert [(r.kind, r.reward, r.metrics) for r in tree.rollouts] == [("root", 1.0, {"turns": 3.0})]
+    assert [(r.kind, r.reward, r.metrics) for r in tree.rollouts] == [("root", 1.0, {"requests": 3.0})]
     assert [node.parent for node in tree.nodes] == [-1, 0, 1, 2]
     prompt = text(tree, 0)
     assert prompt.startswith("<|im_start|>system\nYou add numbers.")
@@ -113,7 +113,7 @@ async def test_plain_functions_and_commands_are_agents_too(make_domain):
 async def test_an_agent_that_goes_on_for_ever_ends_without_reward(make_domain):
     tree = await grow(make_domain(max_turns=4), ScriptedPolicy(lambda _: call("a")))
     assert tree.rollouts[0].reward == 0.0
-    assert tree.rollouts[0].metrics == {"turns": 4.0, "max_turns_reached": 1.0}
+    assert tree.rollouts[0].metrics == {"requests": 4.0, "max_turns_reached": 1.0}
 
 
 async def test_an_agent_that_does_not_answer_is_a_failure_and_names_the_setting(make_domain, caplog):
