@@ -173,7 +173,9 @@ async def compare(args: argparse.Namespace, player: Player, gradient: Gradient) 
             candidates = iterator.take(args.candidates)[: config.budget.pool_size]
             trees = await player.update(config, candidates, seed=number)
             credits = compute_credits(config.loss.advantage, trees, normalize_std=config.loss.normalize_std)
-            credits = normalize_credits(trees, credits, config.loss.aggregation)
+            credits = normalize_credits(
+                trees, credits, config.loss.aggregation, divisor_tokens=config.loss.divisor_tokens
+            )
             found = gradient(trees, credits, config.learner.max_tokens_per_micro_batch)
             both = sum(tree.has_both_outcomes for tree in trees)
             tokens = sum(tree.num_generated_tokens for tree in trees)

@@ -6,6 +6,12 @@ from pydantic import Field
 
 from trace_async.config.section import require, section
 from trace_async.method.combinations import budget_faults, credit_faults
+from trace_async.method.registry import CREDIT, STAGE1, STAGE2
+
+_OWN = {"type": "string", "pattern": r"^[\w.]+:\w+$", "examples": ["package.module:Class"]}
+Stage1Name = Annotated[str, Field(json_schema_extra={"anyOf": [{"type": "string", "enum": [*STAGE1]}, _OWN]})]
+Stage2Name = Annotated[str, Field(json_schema_extra={"anyOf": [{"type": "string", "enum": [*STAGE2]}, _OWN]})]
+CreditName = Annotated[str, Field(json_schema_extra={"anyOf": [{"type": "string", "enum": [*CREDIT]}, _OWN]})]
 
 
 @section("budget")
@@ -30,11 +36,11 @@ class BudgetConfig:
     """Root rollouts of every prompt under stage1=uniform and its relatives (alias n, group size, num_generations)."""
     max_per_prefix: Annotated[int, Field(ge=1)] | None = None
     """The most continuations that one prefix gets. null: as many as the prompt has."""
-    stage1: str = "beta"
+    stage1: Stage1Name = "beta"
     """How root rollouts are shared among prompts: uniform (every prompt the same) | point and beta (TRACE, from a point
     estimate or a posterior of the success rate) | thompson (MoPPS) | pcl | vip | dapo (dynamic sampling) |
     package.module:Class of your own (trace_async.method.stage1.rule)."""
-    stage2: str = "contrast"
+    stage2: Stage2Name = "contrast"
     """Which prefixes are continued: none | random | contrast (TRACE) | contrast_per_token (its value per generated
     token) | contrast_value_only | package.module:Class of your own (trace_async.method.stage2.rule)."""
     stage2_rounds: Annotated[int, Field(ge=1)] = 1
@@ -133,9 +139,9 @@ class PredictorConfig:
 class LossConfig:
     """The policy-gradient loss. Clipping is on the ratio learner / generator at the sampling temperature."""
 
-    advantage: str = "trace"
-    """Credit of a token: trace | tree_grpo | tree_rpo | treepo | grpo | package.module:Class of your own
-    (trace_async.method.credit.rule). Alias adv_estimator."""
+    advantage: CreditName = "trace"
+    """Credit of a token: trace | trace_fresh (its baseline without the rollout that passed) | tree_grpo | tree_rpo |
+    treepo | grpo | package.module:Class of your own (trace_async.method.credit.rule). Alias adv_estimator."""
     normalize_std: bool = False
     """Divide a group's advantages by their standard deviation, as GRPO does (alias norm_adv_by_std_in_grpo)."""
     eps_clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -155,8 +161,13 @@ class LossConfig:
     importance weights)."""
     tis_cap: Annotated[float, Field(ge=1)] = 2.0
     """Where correction=tis truncates its weights (alias tis_imp_ratio_cap)."""
-    aggregation: Literal["token", "sequence", "prompt"] = "prompt"
-    """Over what the loss is averaged: token | sequence | prompt (alias loss_agg_mode)."""
+    aggregation: Literal["constant", "token", "sequence", "prompt"] = "prompt"
+    """What the loss is divided by (alias loss_agg_mode): constant (`divisor_tokens` a prompt; alone unbiased) | token |
+    sequence | prompt (a weighted mean over tokens, rollouts, prompts; biased towards short successes and long
+    failures)."""
+    divisor_tokens: Annotated[float, Field(gt=0)] = 64.0
+    """With aggregation=constant: tokens of a rollout, roughly. Adam is indifferent to it; learner.max_grad_norm is
+    not."""
 
     def __post_init__(self) -> None:
         for setting, found, rule in credit_faults(self.advantage, self.normalize_std):

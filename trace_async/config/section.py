@@ -178,7 +178,8 @@ def described(schema: Mapping[str, Any]) -> str:
         members = schema["anyOf"]
         if any(member.get("type") == "null" for member in members):
             return " or ".join(described(member) for member in members)
-        kind = "a number" if any(member["type"] == "number" for member in members) else "a whole number"
+        kinds = {member["type"] for member in members}
+        kind = "text" if "string" in kinds else "a number" if "number" in kinds else "a whole number"
         return f"{kind}: {bounds_text(schema)}"
     if schema["type"] == "array":
         least = f" of at least {schema['minItems']}" if "minItems" in schema else ""
@@ -204,6 +205,8 @@ def bounds_text(schema: Mapping[str, Any]) -> str:
         return ", ".join(filter(None, [least, each and f"each {each}"]))
     if "minLength" in schema:
         return "not empty"
+    if "pattern" in schema:
+        return " or ".join(schema["examples"])
     multiple = f"a multiple of {schema['multipleOf']}" if "multipleOf" in schema else ""
     return ", ".join(filter(None, [_interval(schema), multiple]))
 

@@ -227,7 +227,7 @@ class Learner:
 
     def _plan(self, trees: Sequence[RolloutTree], credits: Sequence[NodeCredit]) -> _Minibatch:
         loss, learner = self.config.loss, self.config.learner
-        credits = normalize_credits(trees, credits, loss.aggregation)
+        credits = normalize_credits(trees, credits, loss.aggregation, divisor_tokens=loss.divisor_tokens)
         pieces = [
             piece
             for index, (tree, credit) in enumerate(zip(trees, credits, strict=True))

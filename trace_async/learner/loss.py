@@ -18,20 +18,37 @@ from trace_async.method.credit import NodeCredit
 from trace_async.packing.layout import Entries, round_rows
 from trace_async.trees.tree import RolloutTree
 
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are held within ± this, so that loss and gradient stay finite (e^20 ≈ 5e8; e^89 is too much for fp32)."""
+
+
+def bounded_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp(log_ratio), the exponent held within ±MAX_LOG_RATIO; beyond, no gradient passes. `LossMetrics` counts them.
+
+    A token at −2 for the learner and −92 for the generator would be inf, and inf times a credit of 0 is not a number.
+    """
+    return log_ratio.clamp(min=-MAX_LOG_RATIO, max=MAX_LOG_RATIO).exp()
+
 
 def normalize_credits(
-    trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], aggregation: str
+    trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], aggregation: str, *, divisor_tokens: float = 64.0
 ) -> list[NodeCredit]:
-    """Scale credits so that the plain sum over all entries' losses is the batch's loss. All three are weighted means,
-    hence indifferent to how an advantage scales its weights: one learning rate suits all.
+    """Scale credits so that the plain sum over all entries' losses is the batch's loss.
 
     With l_t the loss of token t (linear in its credit), w_t its weight, over all generated tokens of all trees:
 
-    - `token`: Σ l_t / Σ w_t. (DAPO, arXiv 2503.14476, eq. 8, when every weight is 1.)
+    - `constant`: (1/P) Σ_t l_t / C over P trees that carry weight, C = `divisor_tokens`. Nothing in it depends on an
+      outcome, so the gradient is unbiased where the advantage is (test_exact_gradients.py). The idea is that of Dr.
+      GRPO (arXiv 2503.20783). The three others are weighted means, hence indifferent to how an advantage scales its
+      weights, and biased, because the outcome is part of what they divide by:
+    - `token`: Σ l_t / Σ w_t. (DAPO, arXiv 2503.14476, eq. 8, when every weight is 1.) Towards short successes and long
+      failures, too, but this bias falls as 1 / number of prompts in the batch.
     - `sequence`: Σ_r (1/n_r) Σ_{t∈r} l_t / Σ_r (1/n_r) Σ_{t∈r} w_t, r over the rollouts, each with the n_r tokens it
-      wrote itself. (GRPO, arXiv 2402.03300, eq. 3, when nothing is shared and every weight is 1.)
+      wrote itself. (GRPO, arXiv 2402.03300, eq. 3, when nothing is shared and every weight is 1.) Towards short
+      successes and long failures.
     - `prompt`: (1/P) Σ_i Σ_{t∈i} l_t / Σ_{t∈i} w_t over the P trees that carry weight: every prompt counts alike,
-      however many rollouts it was given; tokens of one tree share one divisor, so long rollouts are not favoured.
+      however many rollouts it was given. Towards short successes and long failures, as a tree's own outcomes decide
+      its divisor: where lengths go with outcomes the gradient's sign can turn, and more prompts do not help.
 
     Tokens without advantage stay in the divisors, whether or not they are computed.
     """
@@ -49,7 +66,10 @@ def normalize_credits(
         float((credit.weight * tokens * share).sum())
         for credit, tokens, share in zip(credits, generated, shares, strict=True)
     ]
-    if aggregation == "prompt":
+    if aggregation == "constant":
+        scale = 1 / (divisor_tokens * max(1, sum(total > 0 for total in sums)))
+        scales = [share * scale for share in shares]
+    elif aggregation == "prompt":
         num_trees = sum(total > 0 for total in sums)
         scales = [
             share / (total * num_trees) if total > 0 else 0 * share for share, total in zip(shares, sums, strict=True)
@@ -136,10 +156,10 @@ def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple
     if config.correction != "none":
         assert terms.proximal_logprobs is not None
         anchor = terms.proximal_logprobs.detach()
-        importance = (anchor - entries.generator_logprobs).exp()
+        importance = bounded_ratio(anchor - entries.generator_logprobs)
         if config.correction == "tis":
             importance = importance.clamp(max=config.tis_cap)
-    ratio = (learner - anchor).exp()
+    ratio = bounded_ratio(learner - anchor)
     gain = ratio.clamp(max=1 + config.eps_clip_high)
     harm = ratio.clamp(min=1 - config.eps_clip_low)
     if config.dual_clip:
@@ -164,13 +184,13 @@ def kl_estimate(learner: torch.Tensor, reference: torch.Tensor, config: LossConf
         return difference
     if config.kl_estimator == "k2":
         return difference.square() / 2
-    return (-difference).exp() - 1 + difference
+    return bounded_ratio(-difference) - 1 + difference
 
 
 class LossMetrics:
     """Sums over entries, reduced over ranks before they become means: plain averages over trained tokens."""
 
-    SUMS = ("tokens", "ratio", "clipped", "entropy", "kl", "mismatch", "mismatch_kl", "staleness", "loss")
+    SUMS = ("tokens", "ratio", "clipped", "entropy", "kl", "mismatch", "mismatch_kl", "extreme", "staleness", "loss")
 
     def __init__(self) -> None:
         self.sums = torch.zeros(len(self.SUMS), dtype=torch.float64)
@@ -182,7 +202,7 @@ class LossMetrics:
     ) -> None:
         """Count one micro-batch. The mismatch is learner − generator log-probability of the same token."""
         gap = (terms.learner_logprobs - entries.generator_logprobs).double()
-        ratio = gap.exp()
+        ratio = bounded_ratio(gap)
         values = {
             "tokens": torch.ones_like(gap),
             "ratio": ratio,
@@ -191,18 +211,22 @@ class LossMetrics:
             "kl": torch.zeros_like(gap),
             "mismatch": gap.abs(),
             "mismatch_kl": ratio - 1 - gap,
+            "extreme": gap.abs() > MAX_LOG_RATIO,
             "staleness": policy_version - entries.policy_versions,
         }
         if terms.reference_logprobs is not None:
             difference = (terms.learner_logprobs - terms.reference_logprobs).double()
-            values["kl"] = (-difference).exp() - 1 + difference
+            values["kl"] = bounded_ratio(-difference) - 1 + difference
         sums = [values[name].double().sum() for name in self.SUMS[:-1]]
         self.sums += torch.stack([*sums, loss.double()]).cpu()
         if entries.count:
             self.mismatch_max = torch.maximum(self.mismatch_max, gap.abs().max().cpu())
 
     def result(self) -> dict[str, float]:
-        """Means per trained token, by name; `mismatch_kl` estimates KL(generator ‖ learner) (k3 on its samples)."""
+        """Means per trained token, by name; `mismatch_kl` estimates KL(generator ‖ learner) (k3 on its samples).
+
+        `extreme_ratios`: how many tokens had a log-ratio beyond ±MAX_LOG_RATIO.
+        """
         sums = dict(zip(self.SUMS, self.sums.tolist(), strict=True))
         tokens = max(sums["tokens"], 1.0)
         return {
@@ -215,5 +239,6 @@ class LossMetrics:
             "mismatch": sums["mismatch"] / tokens,
             "mismatch_kl": sums["mismatch_kl"] / tokens,
             "mismatch_max": float(self.mismatch_max),
+            "extreme_ratios": sums["extreme"],
             "staleness_mean": sums["staleness"] / tokens,
         }

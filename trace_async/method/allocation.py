@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from trace_async.method.knapsack import Cut, FloatArray, IntArray, Marginals, cut, hand_out, spend
 
+_TOKEN_STEPS = 4096  # resolution of a budget in tokens
+
 
 def root_value(success: ArrayLike, num_rollouts: ArrayLike, *, strength: ArrayLike | None = None) -> FloatArray:
     """V_root: the probability that `num_rollouts` rollouts (≥ 0) of a prompt hold both outcomes; broadcasts.
@@ -156,6 +158,46 @@ def allocate_prefixes(
         return np.cumprod(same, axis=1, dtype=np.float64)
 
     return _spend_on_prefixes(marginals, len(v), budget, max_per_prefix, cost)
+
+
+def allocate_prefixes_by_tokens(
+    success: ArrayLike, rewards: ArrayLike, tokens: float, cost: ArrayLike, *, max_per_prefix: int | None = None
+) -> IntArray:
+    """As `allocate_prefixes`, with a budget in tokens: Σ V_pref is greatest while Σ cost·k ≤ `tokens`.
+
+    `cost` [prefixes] > 0: expected generated tokens of one continuation. A knapsack, solved by dynamic programming
+    over the budget in `_TOKEN_STEPS` steps, costs rounded up: exact where budget and costs are integers and the budget
+    at most `_TOKEN_STEPS`, else short of the best by what rounding wastes.
+    """
+    v, r = _probabilities("success", success), _probabilities("rewards", rewards)
+    price = np.asarray(cost, dtype=float)
+    if price.shape != v.shape or r.shape != v.shape or not (price > 0).all():
+        raise ValueError(f"need as many rewards and costs > 0 as prefixes, {len(v)}")
+    if not (tokens >= 0 and (max_per_prefix is None or max_per_prefix >= 0)):
+        raise ValueError(f"need {tokens=} ≥ 0 and {max_per_prefix=} ≥ 0")
+    step = max(1.0, tokens / _TOKEN_STEPS)
+    room = int(tokens / step + 1e-9)
+    units = np.maximum(1, np.ceil(price / step - 1e-9)).astype(np.int64)
+    best = np.zeros(room + 1)
+    chosen = np.zeros((len(v), room + 1), dtype=np.int64)
+    for item, (value, reward, unit) in enumerate(zip(v, r, units, strict=True)):
+        before = best.copy()
+        most = room // unit if max_per_prefix is None else min(max_per_prefix, room // unit)
+        worth = prefix_value(value, reward, np.arange(most + 1))
+        for k in range(1, most + 1):
+            # Stop where further continuations are worth nothing, as they are of a certain outcome.
+            if worth[k] <= worth[k - 1]:
+                break
+            found = before[: room + 1 - k * unit] + worth[k]
+            better = found > best[k * unit :] + 1e-12
+            best[k * unit :][better] = found[better]
+            chosen[item, k * unit :][better] = k
+    counts = np.zeros(len(v), dtype=np.int64)
+    left = room
+    for item in range(len(v) - 1, -1, -1):
+        counts[item] = chosen[item, left]
+        left -= int(counts[item] * units[item])
+    return counts
 
 
 def allocate_prefixes_by_value(

@@ -36,6 +36,7 @@ STAGE2 = {
 }
 CREDIT = {
     "trace": "trace_async.method.credit.trace:Trace",
+    "trace_fresh": "trace_async.method.credit.trace:TraceFresh",
     "grpo": "trace_async.method.credit.grpo:Grpo",
     "tree_grpo": "trace_async.method.credit.tree_grpo:TreeGrpo",
     "treepo": "trace_async.method.credit.treepo:TreePo",

@@ -15,7 +15,6 @@ from trace_async.config.section import subsections
 # Any text is fine for these; what it names is checked where it is used (rules: tests/unit/method/test_registry.py).
 FREE_TEXT = {
     "policy.path", "predictor.path", "engine.python", "engine.url", "actors.ray_address", "tracking.uri",
-    "budget.stage1", "budget.stage2", "loss.advantage",
 }  # fmt: skip
 
 
@@ -90,6 +89,7 @@ def test_the_schema_for_editors_describes_every_setting_and_refuses_unknown_ones
         "description": "M: root rollouts of a round (alias train_batch_size × n).",
     }  # fmt: skip
     assert schema["$defs"]["EngineConfig"]["properties"]["weight_sync"]["enum"] == ["memory", "disk", "collective"]
+    assert "uniform" in budget["stage1"]["anyOf"][0]["enum"]
 
 
 def test_defaults_as_they_are_listed_are_defaults_as_they_are_read():

@@ -1,5 +1,7 @@
 """Allocation against exhaustive dynamic programming, and literal numbers worked out by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from trace_async.config import BudgetConfig
 from trace_async.method.allocation import (
     allocate_prefixes,
+    allocate_prefixes_by_tokens,
     allocate_prefixes_by_value,
     allocate_roots,
     prefix_value,
@@ -144,6 +147,38 @@ def test_cost_ranks_by_value_per_token():
     # per token: .5/10, .25/10 … against .4/4, .24/4
     assert allocate_prefixes([0.5, 0.6], [1, 1], 2, cost=[10, 4]).tolist() == [0, 2]
     assert allocate_prefixes([0.5, 0.6], [1, 1], 2, cost=[10, 10]).tolist() == [1, 1]
+
+
+def test_a_budget_in_tokens_buys_what_is_worth_most_for_them():
+    # Contrast spends 400 tokens on the first: .9375. For them, 200 of the second, one token each, go with 2 of the
+    # first: .75 + 1 − .99^200 = 1.616; with 3 there are 100 of them: .875 + .634 = 1.509.
+    assert allocate_prefixes([0.5, 0.99], [1, 1], 4).tolist() == [4, 0]
+    assert allocate_prefixes_by_tokens([0.5, 0.99], [1, 1], 400, [100, 1]).tolist() == [2, 200]
+    assert allocate_prefixes_by_tokens([0.5, 0.99], [1, 1], 400, [100, 1], max_per_prefix=4).tolist() == [4, 0]
+    assert allocate_prefixes_by_tokens([0.5, 0.99], [1, 1], 99, [100, 1], max_per_prefix=4).tolist() == [0, 4]
+    assert allocate_prefixes_by_tokens([1.0, 0.0], [1, 0], 400, [1, 1]).tolist() == [0, 0]
+    assert allocate_prefixes_by_tokens([], [], 400, []).tolist() == []
+    # Far more tokens than steps: the costs are rounded up to the grid, never down.
+    counts = allocate_prefixes_by_tokens([0.5, 0.4], [1, 0], 1.002e6, [3e5, 2e5])
+    assert counts @ [3e5, 2e5] <= 1.002e6
+    assert prefix_value([0.5, 0.4], [1, 0], counts).sum() == pytest.approx(0.75 + 0.64)
+
+
+@given(
+    data=st.lists(st.tuples(probability, st.sampled_from([0.0, 1.0, 0.4]), st.integers(1, 9)), min_size=1, max_size=4),
+    tokens=st.integers(0, 24),
+    cap=st.one_of(st.none(), st.integers(0, 4)),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_budget_in_tokens_equals_exhaustive_search(data, tokens, cap):
+    success, rewards, cost = (np.array(part, dtype=float) for part in zip(*data, strict=True))
+    counts = allocate_prefixes_by_tokens(success, rewards, tokens, cost, max_per_prefix=cap)
+    assert counts @ cost <= tokens
+    assert cap is None or (counts <= cap).all()
+    most = [int(tokens // c) if cap is None else min(cap, int(tokens // c)) for c in cost]
+    every = itertools.product(*(range(m + 1) for m in most))
+    best = max(prefix_value(success, rewards, np.array(k)).sum() for k in every if np.array(k) @ cost <= tokens)
+    assert prefix_value(success, rewards, counts).sum() == pytest.approx(best, abs=1e-9)
 
 
 @pytest.mark.parametrize("bad", [[float("nan")], [-0.1], [1.1], [[0.5]]])
@@ -318,8 +353,10 @@ def test_prefix_rules():
     # differs with probability .7, .1, .2; then .7·.3 = .21, .16 …
     assert plan("contrast", 3) == [2, 0, 1]
     assert plan("contrast", 3, cap=1) == [1, 1, 1]
-    # per token: .7/6.5, .1/4, .2/6.5 and .21/6.5
+    # contrast would spend 2·6.5 = 13 tokens, worth .91; 6.5 + 4 are worth .8, 2·6.5 it stays
     assert plan("contrast_per_token", 2) == [2, 0, 0]
+    # contrast: [2, 0, 1], 19.5 tokens worth 1.11; 13 + 4 are worth 1.01, 6.5 + 3·4 .97
+    assert plan("contrast_per_token", 3) == [2, 0, 1]
     # 2u = .42, .18, .32, then u = .21, .09, .16
     assert plan("contrast_value_only", 3) == [2, 0, 1]
     assert plan("none", 3) == [0, 0, 0]

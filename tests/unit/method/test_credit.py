@@ -1,5 +1,7 @@
 """Advantages on trees small enough to work out by hand; the numbers in the comments are the working."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -186,3 +188,46 @@ def test_trace_at_nested_anchors_compares_with_the_rollout_that_passed_there():
     assert positive.tolist() == [0, 0, 0, 1, 1, 0]  # at node 1: 1 − 0, weight 1/(1·1)
     assert negative.tolist() == [0, 0, 0, 0, 0, -1]  # at node 3: 0 − 1
     assert weight.tolist() == [0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3])
+@pytest.mark.parametrize("name", ["trace", "trace_fresh", "grpo", "treepo", "tree_rpo"])
+def test_equal_rewards_of_any_size_give_exactly_no_credit(name, reward):
+    """The mean of three times .1 is .10000000000000002, and a credit of −4.6e-18 would count as an update."""
+    trees = [
+        make_tree([0, 0, 0], [([1], reward), ([2], reward), ([3], reward)]),
+        make_tree([0, 1, 0, 1, 1], [([1, 2], reward), ([3], reward), ([4], reward), ([5], reward)]),
+    ]
+    for credit in compute_credits(name, trees):
+        assert not credit.positive.any()
+        assert not credit.negative.any()
+
+
+def test_treepo_takes_a_batch_in_which_nothing_was_generated():
+    silent = make_tree([0, 0], [([1], 1.0), ([2], 0.0)], tokens={1: 0, 2: 0})
+    assert compute_credit("treepo", silent).weight.tolist() == [0, 0, 0]
+    assert compute_credit("treepo", make_tree([0], [([1], 1.0)])).positive.tolist() == [0, 0]
+
+
+def in_rounds(tree, *rounds):
+    return replace(tree, rollouts=tuple(replace(r, round=n) for r, n in zip(tree.rollouts, rounds, strict=True)))
+
+
+def test_trace_credits_a_continuation_with_what_was_known_when_it_was_bought():
+    # Root 1-2 ✗; at node 1: 3 ✓ and 4 ✗ in round 0, 5 ✓ in round 1.
+    tree = in_rounds(make_tree([0, 1, 1, 1, 1], [([1, 2], 0.0), ([3], 1.0), ([4], 0.0), ([5], 1.0)]), 0, 0, 0, 1)
+    credit = compute_credit("trace", tree)
+    # 3: 1 − (0 + 0)/2, weight 1/2; 4: 0 − (0 + 1)/2, weight 1/2; 5: 1 − (0 + 1 + 0)/3, weight 1
+    assert credit.positive.tolist() == pytest.approx([0, 0, 0, 0.5, 0, 2 / 3])
+    assert credit.negative.tolist() == pytest.approx([0, 0, 0, 0, -0.25, 0])
+    assert credit.weight.tolist() == [0, 1, 1, 0.5, 0.5, 1]
+
+
+def test_trace_fresh_leaves_out_the_rollout_that_passed_where_it_can():
+    tree = in_rounds(make_tree([0, 1, 1, 1, 1], [([1, 2], 0.0), ([3], 1.0), ([4], 0.0), ([5], 1.0)]), 0, 0, 0, 1)
+    credit = compute_credit("trace_fresh", tree)
+    # 3: 1 − 0, 4: 0 − 1, 5: 1 − (1 + 0)/2
+    assert credit.positive.tolist() == [0, 0, 0, 0.5, 0, 0.5]
+    assert credit.negative.tolist() == [0, 0, 0, 0, -0.5, 0]
+    alone = compute_credit("trace_fresh", make_tree([0, 1, 1], [([1, 2], 0.0), ([3], 1.0)]))
+    assert alone.positive.tolist() == [0, 0, 0, 1]

@@ -2,7 +2,9 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
+from trace_async.method.allocation import allocate_roots
 from trace_async.method.posterior import Estimates, SuccessEstimator, fit_strength
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
@@ -104,3 +106,48 @@ def test_measured_outcomes_alone_make_a_posterior_that_is_never_certain():
     found = Estimates.of_outcomes([[1.0, 0.0, 1.0], [0.0], []])
     assert found.a.tolist() == [2.5, 0.5, 0.5]
     assert found.b.tolist() == [1.5, 1.5, 0.5]
+
+
+def simulated(seed, *, with_counts):
+    """Stage 1 `beta` for 50 rounds on 600 prompts of V ≡ .5 and true logits N(0, 2²): strength, coverage of 90 %."""
+    rng = np.random.default_rng(seed)
+    success = 1 / (1 + np.exp(-rng.normal(0, 2, 600)))
+    wins, losses, observed, strength, inside = np.zeros(600), np.zeros(600), [], 4.0, []
+    for number in range(50):
+        pool = rng.choice(600, 192, replace=False)
+        a, b = strength * 0.5 + wins[pool], strength * 0.5 + losses[pool]
+        counts = allocate_roots(a / (a + b), 64, max_rollouts=4, strength=a + b)
+        some = counts > 1
+        chosen, hits = pool[some], rng.binomial(counts[some], success[pool[some]])
+        if number >= 25:
+            low, high = (stats.beta.ppf(q, a[some], b[some]) for q in (0.05, 0.95))
+            inside += ((success[chosen] >= low) & (success[chosen] <= high)).tolist()
+        misses = counts[some] - hits
+        observed += zip([0.5] * len(chosen), hits, misses, wins[chosen], losses[chosen], strict=True)
+        wins[chosen] += hits
+        losses[chosen] += misses
+        rows = np.array(observed[-512:]).T
+        strength = fit_strength(*(rows if with_counts else rows[:3]))
+    return strength, np.mean(inside)
+
+
+def test_choosing_prompts_by_their_counts_does_not_inflate_the_prior():
+    """The prior that fits N(0, 2²) logits best has a strength of about 1; blind to the counts, 4 and more come out."""
+    found = np.array([simulated(seed, with_counts=True) for seed in range(3)])
+    blind = np.array([simulated(seed, with_counts=False) for seed in range(3)])
+    assert found[:, 0].max() < 2.1 < 3.9 < blind[:, 0].min()
+    assert found[:, 1].mean() > 0.83
+    assert blind[:, 1].mean() < found[:, 1].mean() - 0.08
+
+
+def test_the_estimator_remembers_the_counts_before_each_outcome():
+    estimator = SuccessEstimator(4.0, fit=False, half_life=0)
+    estimator.observe([tree_of("t", [1, 0])], np.array([0.3]), version=0)
+    estimator.observe([tree_of("t", [1, 1, 0])], np.array([0.4]), version=0)
+    assert list(estimator.observed) == [(0.3, 1, 1, 0, 0), (0.4, 2, 1, 1, 1)]
+
+
+def test_what_an_earlier_version_kept_is_refused_in_words():
+    state = SuccessEstimator(4.0).state() | {"observed": [[0.5, 1, 1]]}
+    with pytest.raises(ValueError, match="earlier version"):
+        SuccessEstimator(4.0).load_state(state)

@@ -1,5 +1,7 @@
 """Ours, the default to beat (METHOD 3)."""
 
+from collections.abc import Sequence
+
 from trace_async.method.credit.groups import leave_one_out
 from trace_async.method.credit.rule import CreditRule, Term
 from trace_async.trees.tree import RolloutTree
@@ -9,12 +11,19 @@ class Trace(CreditRule):
     """A root term fixed before Stage 2, and a leave-one-out branch term for fresh suffixes.
 
     Root term: A_j = r_j − mean of the other root rollouts, on all turns of root rollout j, weight 1/m. Branch term of
-    continuation c, one of K_h at node h: A_c = r_c − mean of the other outcomes at h (the rollout that passed there and
-    the other continuations), only on the turns that c itself wrote, weight 1/(m·K_h). `normalize_std`: each group of
-    outcomes is divided by its standard deviation + 1e-6. A root rollout without others has advantage 0.
+    continuation c, one of the K that one round of Stage 2 bought at node h: A_c = r_c − mean of the other outcomes
+    known at h (the rollout that passed there, the continuations of earlier rounds, the others of this round), only on
+    the turns that c itself wrote, weight 1/(m·K). `normalize_std`: each group of outcomes is divided by its standard
+    deviation + 1e-6. A root rollout without others has advantage 0.
+
+    Each group is an unbiased estimate of ∇V(h)/m, whatever made Stage 2 choose h: its weight and its baseline use only
+    what was known when it was bought. Outcomes of later rounds must stay out: that another round came here says
+    something about how this one ended (test_exact_gradients.py).
     """
 
     normalizes = True
+    compares_with_passed = True
+    """Whether the rollout that passed at the anchor is part of the baseline."""
 
     def terms(self, tree: RolloutTree) -> list[Term]:
         roots = [index for index, rollout in enumerate(tree.rollouts) if rollout.kind == "root"]
@@ -22,14 +31,36 @@ class Trace(CreditRule):
         advantages = leave_one_out(rewards, normalize_std=self.normalize_std)
         m = len(roots)
         terms = [Term(tree.fresh_nodes(index), a, 1 / m) for index, a in zip(roots, advantages, strict=True)]
-        at_anchor: dict[int, list[int]] = {}
-        for index, rollout in enumerate(tree.rollouts):
-            if rollout.kind == "continuation":
-                at_anchor.setdefault(rollout.anchor, []).append(index)
-        for anchor, continuations in at_anchor.items():
-            passed = tree.rollouts[tree.nodes[anchor].rollout].reward
-            outcomes = [passed, *(tree.rollouts[index].reward for index in continuations)]
-            found = leave_one_out(outcomes, normalize_std=self.normalize_std)[1:]
-            for index, a in zip(continuations, found, strict=True):
-                terms.append(Term(tree.fresh_nodes(index), a, 1 / (m * len(continuations))))
+        for anchor, rounds in _continuations(tree).items():
+            known = [tree.rollouts[tree.nodes[anchor].rollout].reward]
+            for _, bought in sorted(rounds.items()):
+                fresh = [tree.rollouts[index].reward for index in bought]
+                for index, a in zip(bought, self._advantages(known, fresh), strict=True):
+                    terms.append(Term(tree.fresh_nodes(index), a, 1 / (m * len(bought))))
+                known += fresh
         return terms
+
+    def _advantages(self, known: Sequence[float], fresh: Sequence[float]) -> list[float]:
+        """Of the continuations with rewards `fresh`; `known`: the rollout that passed, then those of earlier rounds."""
+        enough = not self.compares_with_passed and len(known) + len(fresh) > 2
+        before = known[1:] if enough else known
+        return leave_one_out([*before, *fresh], normalize_std=self.normalize_std)[len(before) :]
+
+
+class TraceFresh(Trace):
+    """As `Trace`, but where an anchor has at least two continuations their baseline leaves out the one that passed.
+
+    Stage 2 picked that rollout for its outcome, so as a baseline it is far off on purpose: the gradient stays unbiased
+    either way, and which of the two varies less depends on K. A lone continuation has nothing else to compare with.
+    """
+
+    compares_with_passed = False
+
+
+def _continuations(tree: RolloutTree) -> dict[int, dict[int, list[int]]]:
+    """Anchor → round → the continuations that this round bought there."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for index, rollout in enumerate(tree.rollouts):
+        if rollout.kind == "continuation":
+            found.setdefault(rollout.anchor, {}).setdefault(rollout.round, []).append(index)
+    return found

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trace_async.method.allocation import allocate_prefixes, allocate_prefixes_by_value
+from trace_async.method.allocation import (
+    allocate_prefixes,
+    allocate_prefixes_by_tokens,
+    allocate_prefixes_by_value,
+    prefix_value,
+)
 from trace_async.method.anchors import Anchor
 from trace_async.method.knapsack import IntArray
 from trace_async.method.stage2.rule import Stage2Rule
@@ -19,12 +24,21 @@ class Contrast(Stage2Rule):
 
 
 class ContrastPerToken(Stage2Rule):
-    """Beyond the paper: the best value per expected token first, since a late prefix is cheaper than an early one."""
+    """Beyond the paper: Σ V_pref is greatest for the tokens that `Contrast` would spend, since late prefixes are cheap.
+
+    So at equal expected tokens it is never worse, and what it saves buys further continuations: their number is not
+    that of the budget.
+    """
 
     def plan(self, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:
         values, rewards = [a.value for a in anchors], [a.reward for a in anchors]
-        cost = [a.expected_tokens for a in anchors]
-        return allocate_prefixes(values, rewards, budget, max_per_prefix=self.settings.max_per_prefix, cost=cost)
+        cap, cost = self.settings.max_per_prefix, np.array([a.expected_tokens for a in anchors])
+        published = allocate_prefixes(values, rewards, budget, max_per_prefix=cap)
+        tokens = float(published @ cost)
+        found = allocate_prefixes_by_tokens(values, rewards, tokens, cost, max_per_prefix=cap)
+        # Rounding may cost a little of a large budget.
+        worth = [prefix_value(values, rewards, counts).sum() for counts in (found, published)]
+        return found if worth[0] > worth[1] else published
 
 
 class ContrastValueOnly(Stage2Rule):

@@ -37,4 +37,4 @@ class Stage2Rule(ABC):
 
     @abstractmethod
     def plan(self, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:
-        """Continuations of each anchor, integers [anchors], at most `budget` in all. `anchors` is not empty."""
+        """Continuations of each anchor, integers [anchors]. `anchors` is not empty; `budget` is the published K_i."""
