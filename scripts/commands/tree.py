@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from scripts.viewer.source import RunSource, update_of
+from scripts.viewer.source import RunSource, read, update_of
 from trace_async.config import ConfigError
 from trace_async.tracking.log import write_whole
-from trace_async.trees.io import read_trees, tree_files
+from trace_async.trees.io import tree_files
 from trace_async.trees.text import summary, tree_text
 from trace_async.trees.tree import RolloutTree
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     source = RunSource(args.run)
     if args.list:
         for path in tree_files(args.run):
-            for index, tree in enumerate(read_trees(path)):
+            for index, tree in enumerate(read(path)):
                 print(f"--update {update_of(path)} --index {index}   {summary(tree)}")
         return 0
     path = source.file_of(args.update)
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         write_whole(args.html, source.page(args.update))
         print(args.html)
         return 0
-    trees = list(read_trees(path))
+    trees = read(path)
     index = _chosen_index(trees, args.index)
     print(f"update {update_of(path)}, tree {index} of {len(trees)}; credit of a token: {source.config.loss.advantage}")
     lines = None if args.full else 6

@@ -7,6 +7,7 @@ Every task gets `--roots` root rollouts and from each `--forks` continuations at
 
 import argparse
 import asyncio
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def report(kind: str, trees: Sequence[RolloutTree], depths: Sequence[Depth], min
     ]
     for d in depths:
         if d.pairs >= min_pairs:
-            pays = " ".join("yes" if s > d.threshold else "no" for s in (d.share_generated, d.share_turns))
+            shares = (d.share_generated, d.share_turns)
+            pays = " ".join("yes" if s > d.threshold else "no" for s in shares) if math.isfinite(d.rho) else "–"
             lines.append(
                 f"| {d.depth} | {d.pairs} | {d.success:.2f} | {d.rho:.2f} | {d.threshold:.2f} "
                 f"| {d.share_generated:.2f} | {d.share_tokens:.2f} | {d.share_turns:.2f} | {pays} |"
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=24, help="of each kind")
     parser.add_argument("--roots", type=int, default=8)
     parser.add_argument("--forks", type=int, default=4, help="continuations for each root rollout")
+    parser.add_argument("--width", type=int, default=4, help="so many depths are taken together")
     parser.add_argument("--min-pairs", type=int, default=24, help="depths with fewer are not shown")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value")
     args, rest = parser.parse_known_args()
@@ -107,7 +110,7 @@ def main() -> None:
         by_kind.setdefault(task.kind, []).append(task)
     for kind in args.kind or sorted(by_kind):
         trees = asyncio.run(grow(config, policy, by_kind[kind][: args.tasks], args.roots, args.forks))
-        print(report(kind, trees, decided_by_depth(trees), args.min_pairs) + "\n", flush=True)
+        print(report(kind, trees, decided_by_depth(trees, width=args.width), args.min_pairs) + "\n", flush=True)
 
 
 if __name__ == "__main__":

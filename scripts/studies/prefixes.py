@@ -5,6 +5,7 @@ prompt, is the variance of V(H) over its prefixes: ρ = Cov(r, r') / Var(r), wit
 8). A second leaf at the prefix beats a new root rollout only if s > 2ρ/(1+ρ).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from trace_async.trees.tree import ROOT, RolloutTree
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Depth:
-    """Prefixes of `depth` turns. `pairs`: of a root rollout and a continuation from its prefix, over all prompts.
+    """Prefixes of `depth` turns, or a few more.
 
-    `success`: mean outcome of these root rollouts. `rho`: nan where all outcomes are alike. `share_generated`,
-    `share_tokens`, `share_turns`: of a rollout's generated tokens, of all its tokens, and of its turns (its seconds,
-    where tools take them) that lie before the fork.
+    `pairs`: of a root rollout and a continuation from its prefix, over all prompts. `success`: mean outcome of these
+    root rollouts. `rho`: nan where all outcomes are alike. `share_generated`, `share_tokens`, `share_turns`: of a
+    rollout's generated tokens, of all its tokens, and of its turns (its seconds, where tools take them) that lie before
+    the fork.
     """
 
     depth: int
@@ -34,18 +36,18 @@ class Depth:
     @property
     def threshold(self) -> float:
         """The share of the cost above which a continuation beats a root: 2ρ/(1+ρ), with ρ at least 0."""
-        rho = max(0.0, self.rho)
+        rho = max(0.0, self.rho) if math.isfinite(self.rho) else self.rho
         return 2 * rho / (1 + rho)
 
 
-def decided_by_depth(trees: Sequence[RolloutTree]) -> list[Depth]:
-    """One entry for every depth at which some prompt has two root rollouts with continuations; ascending.
+def decided_by_depth(trees: Sequence[RolloutTree], *, width: int = 1) -> list[Depth]:
+    """One entry for every `width` depths at which some prompt has two root rollouts with continuations; ascending.
 
     Only rollouts that go on after the depth are compared, as only those can be forked there.
     """
     pairs: dict[int, list[list[_Pair]]] = defaultdict(list)
     for tree in trees:
-        for depth, found in _pairs(tree).items():
+        for depth, found in _pairs(tree, width).items():
             if len(found) > 1:
                 pairs[depth].append(found)
     return [_depth(depth, pairs[depth]) for depth in sorted(pairs)]
@@ -62,20 +64,21 @@ class _Pair:
     whole: np.ndarray
 
 
-def _pairs(tree: RolloutTree) -> dict[int, list[_Pair]]:
-    """By depth, one pair for each root rollout with a continuation there (the first)."""
+def _pairs(tree: RolloutTree, width: int) -> dict[int, list[_Pair]]:
+    """By depth, one pair for each root rollout with a continuation there (the first: pairs are to be independent)."""
     found: dict[int, list[_Pair]] = defaultdict(list)
-    anchors: set[int] = set()
+    known: set[tuple[int, int]] = set()
     for rollout in tree.rollouts:
-        if rollout.kind != "continuation" or rollout.anchor in anchors:
+        if rollout.kind != "continuation":
             continue
-        passed = tree.rollouts[tree.nodes[rollout.anchor].rollout]
-        if passed.kind != "root":
+        root, depth = tree.nodes[rollout.anchor].rollout, tree.depths[rollout.anchor] // width * width
+        passed = tree.rollouts[root]
+        if passed.kind != "root" or (root, depth) in known:
             continue
-        anchors.add(rollout.anchor)
+        known.add((root, depth))
         whole = (_cost(tree, passed.leaf) + _cost(tree, rollout.leaf)) / 2
         pair = _Pair(passed.reward, rollout.reward, _cost(tree, rollout.anchor), whole)
-        found[tree.depths[rollout.anchor]].append(pair)
+        found[depth].append(pair)
     return found
 
 

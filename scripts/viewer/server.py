@@ -34,9 +34,8 @@ def make_app(source: RunSource) -> web.Application:
         try:
             trees: list[Json] = await asyncio.to_thread(source.trees, number)
         except ConfigError as error:
-            raise web.HTTPNotFound(text=str(error)) from error
-        except ValueError as error:  # a file of trees that is broken, by name and line
-            raise web.HTTPInternalServerError(text=str(error)) from error
+            is_broken = number in source.updates()
+            raise (web.HTTPInternalServerError if is_broken else web.HTTPNotFound)(text=str(error)) from error
         return web.json_response(trees)
 
     app = web.Application(middlewares=[_only_loopback])

@@ -60,7 +60,7 @@ class RunSource:
         return {"name": printable(self.config.name), "about": printable(about), "updates": [*self.updates()]}
 
     def trees(self, update: int) -> list[Json]:
-        """The trees of an update as the page shows them. Raises as `file_of` and `read_trees` do."""
+        """The trees of an update as the page shows them. Raises as `file_of` and `read` do."""
         path = self.file_of(update)
         key = path, path.stat().st_mtime_ns
         if key not in self._cache:
@@ -68,7 +68,7 @@ class RunSource:
                 self._cache.pop(next(iter(self._cache)))
             stage2 = self.config.budget.stage2
             self._cache[key] = [
-                tree_payload(tree, self.decode, self.credit(tree), stage2=stage2) for tree in read_trees(path)
+                tree_payload(tree, self.decode, self.credit(tree), stage2=stage2) for tree in read(path)
             ]
         return self._cache[key]
 
@@ -106,6 +106,14 @@ class RunSource:
             return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
         return decode
+
+
+def read(path: Path) -> list[RolloutTree]:
+    """The trees of a file. Raises ConfigError naming file and line where it is broken, or of another version."""
+    try:
+        return list(read_trees(path))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def update_of(path: Path) -> int:

@@ -7,7 +7,7 @@ from trace_async.config import config_to_yaml, load_config
 from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.tracking.log import Point, write_metrics
 from trace_async.trees.io import trees_path, write_trees
-from trace_async.trees.tree import Node, Rollout, RolloutTree
+from trace_async.trees.tree import Fault, Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 HOSTILE = (
@@ -66,6 +66,7 @@ class ShownRun:
             num_roots_allocated=2,
             num_continuations_allocated=1,
             failures={"timeout": 2},
+            faults={"step.env": Fault(3, f"no server{HOSTILE}")},
         )
 
     def lost(self, task_id: str, kind: str = "1-hop") -> RolloutTree:

@@ -54,6 +54,10 @@ def tree_payload(tree: RolloutTree, decode: Decode, credit: Sequence[float], *, 
         "generated_tokens": tree.num_generated_tokens,
         "unique_tokens": tree.num_unique_tokens,
         "failures": {printable(kind): count for kind, count in tree.failures.items()},
+        "faults": {
+            printable(name): f"{fault.count} times, such as: {printable(fault.words)}"
+            for name, fault in tree.faults.items()
+        },
         "rollouts": [
             {
                 "kind": rollout.kind,

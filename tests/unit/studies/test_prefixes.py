@@ -65,6 +65,18 @@ def test_rho_within_prompts_of_a_known_process() -> None:
     assert found.threshold == pytest.approx(2 * 0.375 / 1.375, abs=0.013)
 
 
+def test_depths_taken_together_count_each_root_rollout_once() -> None:
+    one = tree([(1.0, 1.0), (0.0, 0.0)])
+    again = turn(1, len(one.rollouts), 1)  # a second continuation after the first turn of rollout 0
+    more = RolloutTree(
+        task=one.task,
+        nodes=(*one.nodes, again),
+        rollouts=(*one.rollouts, Rollout(kind="continuation", anchor=1, leaf=len(one.nodes), reward=0.0)),
+    )
+    [found] = decided_by_depth([more], width=4)
+    assert (found.depth, found.pairs, found.rho) == (0, 2, pytest.approx(1.0))
+
+
 def test_outcomes_that_are_all_alike_say_nothing() -> None:
     [found] = decided_by_depth([tree([(1.0, 1.0), (1.0, 1.0)])])
     assert found.rho != found.rho  # nan

@@ -25,6 +25,8 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 
+PRINTABLE_HOSTILE = HOSTILE.replace("\x1b", "\\x1b").replace("\x07", "\\x07").replace("\u202e", "\\u202e")
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -86,6 +88,7 @@ def test_its_numbers_are_the_runs(page: Any, shown: ShownRun) -> None:
         "tokens": "10 generated, 17 in the tree",
         "policy at its start": "version 6",
         "lost: timeout": "2",
+        "broke down: step.env": f"3 times, such as: no server{PRINTABLE_HOSTILE}",
     }
     page.keyboard.press("2")  # to the end of rollout 2, the continuation
     # `trace`: the branch term 1 − 0 with weight 1/(m·K) = 1/2, on the continuation's own turns.
@@ -175,9 +178,8 @@ def test_hostile_text_stays_text(page: Any, tmp_path: Path) -> None:
     assert page.title() == "run"
     assert page.locator("script").count() == 2  # the data and the page's own
     assert page.locator("img").count() == 0
-    shown = HOSTILE.replace("\x1b", "\\x1b").replace("\x07", "\\x07").replace("\u202e", "\\u202e")
-    assert page.locator(".turn.here pre").inner_text() == f"answer {shown}"
-    assert page.locator(".row b").inner_text() == f"q{shown}"
+    assert page.locator(".turn.here pre").inner_text() == f"answer {PRINTABLE_HOSTILE}"
+    assert page.locator(".row b").inner_text() == f"q{PRINTABLE_HOSTILE}"
 
 
 def test_the_browser_itself_refuses_to_read_text_as_markup(browser: Any, shown: ShownRun) -> None:

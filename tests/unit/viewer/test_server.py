@@ -73,6 +73,13 @@ def test_the_oldest_updates_are_left_out_of_a_page_that_would_be_too_large(shown
     assert len(small) < len(whole)
 
 
+def test_a_broken_file_of_trees_is_an_error_in_words(shown: ShownRun, capsys: pytest.CaptureFixture[str]) -> None:
+    (shown.directory / "trees" / "update_000001.jsonl").write_text('{"format": 1}\n')
+    for arguments in ([], ["--list"], ["--html", str(shown.directory / "page.html")]):
+        assert cli.main(["tree", str(shown.directory), *arguments]) == 2
+        assert "update_000001.jsonl:1: tree: format 1 is not" in capsys.readouterr().err
+
+
 def test_wrong_arguments_are_explained(shown: ShownRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["view", str(shown.directory / "nowhere")]) == 2
     assert "there is no run" in capsys.readouterr().err

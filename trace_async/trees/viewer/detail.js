@@ -60,6 +60,7 @@ function factsOf(tree, index) {
     fact("tokens", `${tree.generated_tokens} generated, ${tree.unique_tokens} in the tree`);
     fact("policy at its start", `version ${tree.version_started}`);
     for (const [kind, count] of Object.entries(tree.failures)) fact(`lost: ${kind}`, String(count));
+    for (const [name, what] of Object.entries(tree.faults)) fact(`broke down: ${name}`, what);
   }
   return list;
 }
