@@ -1,6 +1,7 @@
 """Text environments with Gymnasium's interface, as a domain: `reset(seed=…)` and `step(text)` are all that is asked.
 
-A task is a seed. Forking is a deep copy, so the environment must keep all its state in itself.
+A task is a seed. Forking is a deep copy, so the environment must keep all its state in itself; or, with `fork: replay`,
+a fresh environment in which the same is done again (envs/replay.py).
 """
 
 import copy
@@ -8,8 +9,9 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from envs.replay import ReplayEnv
 from trace_async.config import ConfigError
-from trace_async.env import EnvError
+from trace_async.env import Env, EnvError
 from trace_async.types import Json, Message, Prompt, Split, StepResult, Task
 
 
@@ -24,7 +26,7 @@ class TextEnv(Protocol):
 
 
 class GymnasiumEnv:
-    """One episode. Its return (`reward_from` sum) or last reward is the verifier's reward and must lie in [0, 1]."""
+    """One episode. Its return (`reward_from` sum) or last reward is the verifier's reward, in `env.reward_range`."""
 
     def __init__(self, make: Callable[[], TextEnv], seed: int, reward_from: Literal["sum", "last"], max_turns: int):
         self._make = make
@@ -50,8 +52,6 @@ class GymnasiumEnv:
         self._return = self._return + float(reward) if self._reward_from == "sum" else float(reward)
         if not (terminated or ended or self._turns_left <= 0):
             return StepResult(messages=(Message(role="tool", content=_text(observation)),))
-        if not 0 <= self._return <= 1:
-            raise EnvError(f"the reward {self._return} is outside of [0, 1]; see env.args.reward_from")
         return StepResult(done=True, reward=self._return)
 
     async def fork(self) -> "GymnasiumEnv":
@@ -67,7 +67,7 @@ class GymnasiumEnv:
 
 
 class Gymnasium:
-    """`env`: `package.module:callable` that makes a TextEnv, called with `env_args`.
+    """`env`: `package.module:callable` that makes a TextEnv, called with `env_args`. `fork`: copy | replay.
 
     The seeds from 0 on are for training, the next `num_heldout` are held out.
     """
@@ -83,6 +83,7 @@ class Gymnasium:
         num_heldout: int = 200,
         reward_from: Literal["sum", "last"] = "sum",
         max_turns: int = 20,
+        fork: Literal["copy", "replay"] = "copy",
     ) -> None:
         module_name, _, attribute = env.partition(":")
         try:
@@ -91,6 +92,9 @@ class Gymnasium:
             raise ConfigError(f"env.args.env={env}: cannot be found as package.module:callable ({error})") from error
         if reward_from not in ("sum", "last"):
             raise ConfigError(f"env.args.reward_from={reward_from}: sum or last")
+        if fork not in ("copy", "replay"):
+            raise ConfigError(f"env.args.fork={fork}: copy or replay")
+        self._fork = fork
         self._make: Callable[[], TextEnv] = lambda: factory(**dict(env_args or {}))
         self._seeds: dict[Split, range] = {
             "train": range(num_train),
@@ -105,8 +109,11 @@ class Gymnasium:
             for seed in self._seeds[split]
         ]
 
-    def make_env(self, task: Task) -> GymnasiumEnv:
-        return GymnasiumEnv(self._make, int(str(task.data["seed"])), self._reward_from, self._max_turns)
+    def make_env(self, task: Task) -> Env:
+        def make() -> GymnasiumEnv:
+            return GymnasiumEnv(self._make, int(str(task.data["seed"])), self._reward_from, self._max_turns)
+
+        return ReplayEnv(make) if self._fork == "replay" else make()
 
 
 def _text(observation: object) -> str:
