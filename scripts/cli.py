@@ -18,6 +18,7 @@ COMMANDS = {
     "tree": ("scripts.commands.tree", "show a rollout tree of a run, or write the viewer's page"),
     "view": ("scripts.commands.view", "look at a run's trees and curves in a browser, also while it trains"),
     "settings": ("scripts.commands.settings", "print meaning, default and bounds of settings"),
+    "serve-retrieval": ("scripts.commands.serve_retrieval", "serve a corpus to search, on this machine"),
     "get-policy": ("scripts.commands.get_policy", "bring a pretrained policy here, converted and checked"),
     "make-policy": ("scripts.commands.make_policy", "build the small start policy of an environment"),
     "env": ("scripts.commands.env_check", "check an environment's contract"),

@@ -11,6 +11,7 @@ from trace_async.run.dataset import read_json, read_rows
 from trace_async.types import Json, Split, Task
 
 Format = Literal["hotpotqa", "2wiki", "musique"]
+Retrieval = Literal["bm25", "dense", "hybrid"]
 
 INSTRUCTIONS = """\
 Answer the question with the help of a search tool. Think step by step. End every turn with exactly one action, either
@@ -23,7 +24,9 @@ class QaFiles:
 
     `format`: hotpotqa (also used for 2WikiMultihopQA's questions), 2wiki (with `aliases`, its id_aliases.json), or
     musique. `corpus`: a JSON object title → text or sentences, or rows with `title` and `text`; empty: all paragraphs
-    that come with the questions. `retrieval_url`: a Search-R1-style server instead. `heldout`: a file of its own;
+    that come with the questions. `retrieval`: bm25 (words), dense (meaning: nearest vectors of `embedding_model`, which
+    is minilm or a sentence-transformers directory; `query_prefix` and `passage_prefix` as that model wants them) or
+    hybrid (both, joined by rank). `retrieval_url`: a Search-R1-style server instead. `heldout`: a file of its own;
     empty: `heldout_share` of the questions, chosen by a hash of their ids.
     """
 
@@ -38,6 +41,10 @@ class QaFiles:
         aliases: str = "",
         heldout: str = "",
         heldout_share: float = 0.2,
+        retrieval: Retrieval = "bm25",
+        embedding_model: str = "minilm",
+        query_prefix: str = "",
+        passage_prefix: str = "",
         retrieval_url: str = "",
         retrieval_timeout_s: float = 20.0,
         instructions: str = INSTRUCTIONS,
@@ -72,7 +79,13 @@ class QaFiles:
             self._retriever = HttpRetriever(retrieval_url, timeout_s=retrieval_timeout_s)
         else:
             passages = read_corpus(corpus) if corpus else _own_paragraphs([*rows, *other_rows], format)
-            self._retriever = BM25Retriever(passages)
+            self._retriever = make_retriever(
+                passages,
+                retrieval,
+                embedding_model=embedding_model,
+                query_prefix=query_prefix,
+                passage_prefix=passage_prefix,
+            )
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return self._tasks[split]
@@ -92,6 +105,25 @@ class QaFiles:
         both = texts["train"] & texts["heldout"]
         if both:
             raise ValueError(f"env.args.questions={questions}: {len(both)} questions are in both splits: {both.pop()}")
+
+
+def make_retriever(
+    passages: Sequence[Passage],
+    retrieval: Retrieval,
+    *,
+    embedding_model: str = "minilm",
+    query_prefix: str = "",
+    passage_prefix: str = "",
+) -> Retriever:
+    """The retriever that `retrieval` names, over these passages. Raises ValueError for another name."""
+    if retrieval == "bm25":
+        return BM25Retriever(passages)
+    if retrieval not in ("dense", "hybrid"):
+        raise ValueError(f"env.args.retrieval={retrieval}: bm25, dense or hybrid")
+    from envs.multihop.dense import DenseRetriever, HybridRetriever  # only here: it needs an optional package
+
+    dense = DenseRetriever(passages, model=embedding_model, query_prefix=query_prefix, passage_prefix=passage_prefix)
+    return dense if retrieval == "dense" else HybridRetriever(passages, dense)
 
 
 def read_corpus(path: str | Path) -> list[Passage]:

@@ -52,12 +52,16 @@ class BM25Retriever:
 
     def search_now(self, query: str, *, top_k: int) -> tuple[Passage, ...]:
         """Passages that share a word with `query`, best first; of equals the earlier one first."""
+        return tuple(self._passages[number] for number in self.ranked(query, top_k))
+
+    def ranked(self, query: str, top_k: int) -> list[int]:
+        """Numbers of those passages."""
         known = [word for word in _words(query) if word in self._index.vocab_dict]
         if not known:
-            return ()
+            return []
         scores = np.asarray(self._index.get_scores(known))
         best = np.argsort(-scores, kind="stable")[:top_k]
-        return tuple(self._passages[int(i)] for i in best if scores[i] > 0)
+        return [int(i) for i in best if scores[i] > 0]
 
     async def close(self) -> None:
         return None

