@@ -65,7 +65,7 @@ class Agent:
         _at_least_one("max_running", max_running)
         _positive("turn_timeout_s", turn_timeout_s)
         _positive("verifier_timeout_s", verifier_timeout_s)
-        self._split = _split(tasks, heldout, num_heldout)
+        self._split = self._read_split(tasks, heldout, num_heldout)
         self._runner: Runner
         if agent:
             self._runner = FunctionRunner(load_function("agent", agent))
@@ -80,6 +80,9 @@ class Agent:
         self._timeout_s = turn_timeout_s
         self._endpoint = HttpEndpoint(host, advertise)
         self._first_requests = FirstRequests()
+
+    def _read_split(self, tasks: str, heldout: str, num_heldout: int) -> dict[Split, list[Task]]:
+        return _split(tasks, heldout, num_heldout)
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return self._split[split]
