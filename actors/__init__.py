@@ -1,0 +1,1 @@
+"""The actors of a run on Ray: trainer, admission, generators, prompts, predictor and learner. May import envs."""

@@ -1,0 +1,1 @@
+"""The settings that come with the package, found by name by `trace_async.config.find_config`."""

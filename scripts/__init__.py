@@ -1,0 +1,1 @@
+"""What is run: the console command, comparisons, studies and benchmarks. Composes all the rest."""

@@ -215,3 +215,12 @@ class PrefixQuery:
     positions: tuple[int, ...]
     turn_logprobs: tuple[tuple[float, ...], ...] = ()
     states: tuple[HiddenState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The metrics of one step. `time`: Unix seconds."""
+
+    step: int
+    time: float
+    metrics: Mapping[str, float]

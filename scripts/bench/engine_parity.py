@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from envs import load_domain
-from scripts.commands.train import ensure_policy
+from scripts.start_policy import ensure_policy
 from trace_async.config import Config, load_config
 from trace_async.engines import make_engine
 from trace_async.policy.load import load_renderer

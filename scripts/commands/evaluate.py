@@ -4,7 +4,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from scripts.commands.train import ensure_policy
+from scripts.start_policy import ensure_policy
 from trace_async.config import ConfigError, load_config
 from trace_async.printable import one_line
 

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scripts.commands.train import ensure_policy
+from scripts.start_policy import ensure_policy
 from trace_async.config import Config, ConfigError, load_config
 
 

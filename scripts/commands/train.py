@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.start_policy import ensure_policy
 from trace_async.config import Config, ConfigError, config_to_yaml, load_config
-from trace_async.env import Demonstrator
 from trace_async.printable import printable
 from trace_async.trees.tree import RolloutTree
 
@@ -41,19 +41,6 @@ def run(args: argparse.Namespace) -> int:
     (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     _log_to_file(run_dir / "logs" / "trainer.log")
     return _train(config, run_dir, policy_path, resume=args.resume is not None)
-
-
-def ensure_policy(config: Config) -> Path:
-    """The start policy: `policy.path`, or the small one of the environment, built when it is not cached."""
-    if config.policy.path:
-        return Path(config.policy.path).absolute()
-    from envs import load_domain
-    from trace_async.policy.warm_start import make_policy
-
-    domain = load_domain(config.env)
-    if not isinstance(domain, Demonstrator):
-        raise ConfigError(f"policy.path is empty, and {config.env.name} has no demonstrations to build a policy from")
-    return make_policy(domain, config.policy).absolute()
 
 
 def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from envs import load_domain
-from scripts.commands.train import ensure_policy
+from scripts.start_policy import ensure_policy
 from scripts.studies.prefixes import Depth, decided_by_depth
 from trace_async.config import Config, load_config
 from trace_async.engines import make_engine

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from envs import load_domain
-from scripts.commands.train import ensure_policy
 from scripts.comparison.plan import load_comparison
+from scripts.start_policy import ensure_policy
 from trace_async.config import Config, LossConfig
 from trace_async.engine import Engine
 from trace_async.engines import make_engine

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from scripts.commands.train import ensure_policy
+from scripts.start_policy import ensure_policy
 from trace_async.config import Config, ConfigError, load_config
 from trace_async.method.credit import compute_credit
 from trace_async.policy.load import load_tokenizer

@@ -7,20 +7,12 @@ step 0 is the start policy. Several lines may have the same step (figures of the
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
+from trace_async.types import Point
+
 METRICS_FILE = "metrics.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The metrics of one step. `time`: Unix seconds."""
-
-    step: int
-    time: float
-    metrics: Mapping[str, float]
 
 
 def read_metrics(run_dir: str | Path) -> list[Point]:

@@ -7,10 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from trace_async.printable import printable
-from trace_async.tracking.log import Point
 from trace_async.trees.text import Decode, summary, view_nodes
 from trace_async.trees.tree import ROOT, Node, RolloutTree
-from trace_async.types import Json
+from trace_async.types import Json, Point
 
 MAX_TEXT_CHARS = 20_000
 """Of one observation or prompt; what is longer ends with a note. A page of a run stays a page."""
