@@ -6,6 +6,7 @@ unpickled or evaluated.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,11 @@ def read_trees(path: str | Path) -> Iterator[RolloutTree]:
 
 
 def tree_to_json(tree: RolloutTree) -> str:
-    """One line. Raises ValueError when a number is not finite (no tree of ours has one)."""
+    """One line. Raises ValueError naming the field where something is written that could not be read back; no tree of
+    ours holds it, since whatever an environment gives is made plain before (rollout/values.py)."""
+    for field in ("id", "domain", "kind"):
+        if not isinstance(getattr(tree.task, field), str):
+            raise ValueError(f"task.{field} must be text, not {getattr(tree.task, field)!r}")
     record = {
         "format": FORMAT,
         "task": {"id": tree.task.id, "domain": tree.task.domain, "kind": tree.task.kind, "data": tree.task.data},
@@ -68,14 +73,28 @@ def tree_to_json(tree: RolloutTree) -> str:
                 "kind": r.kind,
                 "anchor": r.anchor,
                 "leaf": r.leaf,
-                "reward": r.reward,
-                "metrics": dict(r.metrics),
+                "reward": _finite(r.reward, f"rollout {number}: reward"),
+                "metrics": {n: _finite(v, f"rollout {number}: metrics.{n}") for n, v in r.metrics.items()},
                 "round": r.round,
             }
-            for r in tree.rollouts
+            for number, r in enumerate(tree.rollouts)
         ],
     }
-    return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    try:
+        return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    except TypeError as error:
+        raise ValueError(f"task {tree.task.id!r}: {error}") from error
+
+
+def _finite(value: float, name: str) -> float:
+    """A truth value or a numpy scalar as the float that it is; ValueError where it is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return number
 
 
 def tree_from_json(line: str) -> RolloutTree:

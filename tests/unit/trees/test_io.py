@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_async.trees.io import read_trees, tree_files, tree_from_json, tree_to_json, trees_path, write_trees
-from trace_async.trees.tree import Node, Rollout, RolloutTree
+from trace_async.trees.tree import Fault, Node, Rollout, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -66,6 +68,7 @@ def trees(draw: st.DrawFn) -> RolloutTree:
         policy_version_started=draw(st.integers(0, 99)),
         num_roots_allocated=draw(st.integers(0, 99)),
         num_continuations_allocated=draw(st.integers(0, 99)),
+        faults={draw(any_text): Fault(draw(st.integers(1, 9)), draw(any_text)) for _ in range(draw(st.integers(0, 2)))},
         failures=draw(st.dictionaries(any_text, st.integers(0, 9), max_size=2)),
     )
 
@@ -103,7 +106,7 @@ def test_a_file_keeps_trees_in_order_and_is_replaced_whole(tmp_path: Path) -> No
     path = trees_path(tmp_path, 12)
     write_trees(path, [small_tree(1.0), small_tree(0.0)])
     assert [tree.rollouts[0].reward for tree in read_trees(path)] == [1.0, 0.0]
-    with pytest.raises(ValueError, match="Out of range float"):
+    with pytest.raises(ValueError, match="rollout 0: reward must be a finite number, not nan"):
         write_trees(path, [small_tree(0.5), small_tree(float("nan"))])
     assert [tree.rollouts[0].reward for tree in read_trees(path)] == [1.0, 0.0]
     assert [file.name for file in path.parent.iterdir()] == ["update_000012.jsonl"]
@@ -157,3 +160,20 @@ def test_bytes_that_are_not_text_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match=r"trees\.jsonl:1: .*utf-8"):
         list(read_trees(path))
+
+
+@pytest.mark.parametrize("plain", [True, 1, np.float32(1.0), np.int64(1)])
+def test_whatever_plainly_is_a_number_is_written_so_that_it_is_read_back(plain: object) -> None:
+    tree = small_tree(plain)  # type: ignore[arg-type]
+    assert tree_from_json(tree_to_json(tree)).rollouts[0].reward == 1.0
+
+
+def test_what_could_not_be_read_back_is_refused_by_its_field() -> None:
+    tree = small_tree(1.0)
+    odd = replace(tree, task=replace(tree.task, id=8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"task\.id must be text, not 8"):
+        tree_to_json(odd)
+    with pytest.raises(ValueError, match="rollout 0: reward must be a finite number, not None"):
+        tree_to_json(small_tree(None))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is not JSON serializable"):
+        tree_to_json(replace(tree, task=replace(tree.task, data={"made": {1, 2}})))  # type: ignore[dict-item]
