@@ -1,6 +1,6 @@
 """Where continuations should pay with a policy as it stands: ρ and s by depth, kind by kind.
 
-    python -m scripts.studies.continuation configs/quickstart_quest.yaml [--policy RUN/policy] [--kind middle-late]
+    python -m scripts.studies.continuation configs/quickstart/quest.yaml [--policy RUN/policy] [--kind middle-late]
 
 Every task gets `--roots` root rollouts and from each `--forks` continuations at turns drawn at random.
 """
