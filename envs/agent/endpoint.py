@@ -17,8 +17,10 @@ from typing import Any
 
 from aiohttp import web
 
+from envs.agent.anthropic import read_anthropic, stream_anthropic, write_anthropic
 from envs.agent.chat import read_chat, stream_chat, write_chat
 from envs.agent.messages import Answer, ModelRequest, RequestError
+from envs.agent.responses import read_responses, stream_responses, write_responses
 from envs.agent.runner import Access
 from envs.agent.session import Receiver, RolloutOverError
 from trace_async.config import ConfigError
@@ -50,7 +52,21 @@ def _write_chat(answer: Answer, body: Mapping[str, Any]) -> "dict[str, Any] | It
     return write_chat(answer, model)
 
 
-PROTOCOLS = {"chat/completions": Protocol(read_chat, _write_chat)}
+def _write_responses(answer: Answer, body: Mapping[str, Any]) -> "dict[str, Any] | Iterable[str]":
+    write = stream_responses if body.get("stream") else write_responses
+    return write(answer, str(body.get("model") or MODEL_NAME), body)
+
+
+def _write_anthropic(answer: Answer, body: Mapping[str, Any]) -> "dict[str, Any] | Iterable[str]":
+    write = stream_anthropic if body.get("stream") else write_anthropic
+    return write(answer, str(body.get("model") or MODEL_NAME))
+
+
+PROTOCOLS = {
+    "chat/completions": Protocol(read_chat, _write_chat),
+    "responses": Protocol(read_responses, _write_responses),
+    "messages": Protocol(read_anthropic, _write_anthropic),
+}
 
 
 @dataclass(slots=True, eq=False)

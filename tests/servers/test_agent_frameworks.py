@@ -14,6 +14,7 @@ from trace_async.rollout.expansion import Expansion
 
 PYTHON = ROOT / ".venvs" / "agents" / "bin" / "python"
 FRAMEWORKS = ["openai_loop", "openai_agents_sdk", "pydantic_ai_agent", "langgraph_agent", "smolagents_agent"]
+FRAMEWORKS += ["anthropic_loop", "openai_responses"]
 
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no .venvs/agents: scripts/setup_agents.sh makes it")
 
