@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ray.actor import ActorHandle
 
 from actors.prompt_group import PromptGroup, PromptLostError
 from trace_async.config import Config
+from trace_async.method.market import Market
 from trace_async.method.posterior import Estimates
 from trace_async.method.registry import stage1_rule
 from trace_async.run.buffer import TreeBuffer
@@ -41,6 +43,7 @@ class Admission:
         self.position = self.iterator.state()
         self.state = RunState()
         self.rule = stage1_rule(config.budget)
+        self.market = Market(config.budget)
         self.buffer = TreeBuffer(config.budget.root_rollouts, config.actors.max_staleness)
         self.pending: dict[int, PendingPrompt] = {}
         self.changed = asyncio.Condition()
@@ -127,7 +130,9 @@ class Admission:
 
     async def _grow(self, ticket: int, prompt: PendingPrompt, task: Task) -> None:
         try:
-            await self._arrive(ticket, prompt, await self.prompts.run(ticket, prompt, task))
+            await self._arrive(
+                ticket, prompt, await self.prompts.run(ticket, replace(prompt, offer=self.market.offer()), task)
+            )
         except PromptLostError as loss:
             await self._arrive(ticket, prompt, None, loss.kind)
 
@@ -141,6 +146,7 @@ class Admission:
                 self.state.ledger.lose_tree(prompt.num_roots, loss)
             else:
                 self.state.ledger.arrive(tree)
+                self.market.observe(tree)
                 self.state.generated_tokens += tree.num_generated_tokens
                 if tree.rollouts and not self.rule.trains_on(tree):
                     self.state.ledger.filter(tree)

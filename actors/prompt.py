@@ -57,10 +57,10 @@ class PromptActor:
         settings = self.config.budget
         rng = np.random.default_rng(prompt.seed)
 
-        rule = stage2_rule(settings)
+        rule = stage2_rule(settings, prompt.offer)
 
         def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
-            return rule.plan(anchors, budget, rng)
+            return rule.spend(anchors, budget, rng)
 
         expansion = Expansion(
             plan=plan,

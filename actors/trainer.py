@@ -178,19 +178,23 @@ class Trainer:
         phases = self.clock.read()
         ledger = self.state.ledger
         estimate_s, self.admission.estimate_s = self.admission.estimate_s, 0.0
-        return phases | {
-            "time/step_s": step_s,
-            "time/estimate_s": estimate_s,
-            "time/elapsed_s": self.state.elapsed_s,
-            "idle/learner_share": phases.get("time/wait_for_trees_s", 0.0) / step_s,
-            "idle/generator_share": 1 - sum(s.busy_s for s in stats) / max(1e-9, sum(s.alive_s for s in stats)),
-            "generators/ready": float(len(self.pool.ready)),
-            "generators/lost": float(self.pool.num_lost),
-            "tokens/generated_total": float(self.state.generated_tokens),
-            "budget/failed_rollouts": float(sum(ledger.failed.values())),
-            "budget/filtered_rollouts": float(sum(ledger.filtered.values())),
-            "budget/trained_rollouts": float(sum(ledger.trained.values())),
-        }
+        return (
+            phases
+            | self.admission.market.metrics()
+            | {
+                "time/step_s": step_s,
+                "time/estimate_s": estimate_s,
+                "time/elapsed_s": self.state.elapsed_s,
+                "idle/learner_share": phases.get("time/wait_for_trees_s", 0.0) / step_s,
+                "idle/generator_share": 1 - sum(s.busy_s for s in stats) / max(1e-9, sum(s.alive_s for s in stats)),
+                "generators/ready": float(len(self.pool.ready)),
+                "generators/lost": float(self.pool.num_lost),
+                "tokens/generated_total": float(self.state.generated_tokens),
+                "budget/failed_rollouts": float(sum(ledger.failed.values())),
+                "budget/filtered_rollouts": float(sum(ledger.filtered.values())),
+                "budget/trained_rollouts": float(sum(ledger.trained.values())),
+            }
+        )
 
     async def evaluate(self) -> dict[str, float]:
         """Held-out success of the current weights, at every temperature of `eval.temperatures`."""

@@ -102,7 +102,7 @@ class Player:
         counts = roots.plan(estimates, budget.root_rollouts, rng)
 
         def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
-            return continuations.plan(anchors, budget, rng)
+            return continuations.spend(anchors, budget, rng)
 
         expansion = None
         if continuations.spends and budget.continuations_per_root:

@@ -10,13 +10,14 @@ class Anchor:
     """A prefix where Stage 2 can spend: a turn of a finished rollout that is not its last.
 
     `value`: V(H) of the history up to and including `node`; `reward`: outcome of the rollout that passed there;
-    `expected_tokens`: generated tokens that a continuation is expected to cost.
+    `expected_tokens`: generated tokens that a continuation is expected to cost; `depth`: turns up to and including it.
     """
 
     node: int
     value: float
     reward: float
     expected_tokens: float
+    depth: int = 1
 
 
 def find_anchors(tree: Grown) -> list[Anchor]:
@@ -31,6 +32,7 @@ def find_anchors(tree: Grown) -> list[Anchor]:
             value=0.5 if node.value is None else node.value,
             reward=tree.rollouts[node.rollout].reward,
             expected_tokens=after[tree.depths[index]],
+            depth=tree.depths[index],
         )
         for index, node in enumerate(tree.nodes)
         if index != ROOT and tree.children[index]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trace_async.method.credit.rule import CreditRule
+    from trace_async.method.market import Offer
     from trace_async.method.settings import BudgetSettings
     from trace_async.method.stage1.rule import Stage1Rule
     from trace_async.method.stage2.rule import Stage2Rule
@@ -32,6 +33,7 @@ STAGE2 = {
     "random": "trace_async.method.stage2.random:Random",
     "contrast": "trace_async.method.stage2.contrast:Contrast",
     "contrast_per_token": "trace_async.method.stage2.contrast:ContrastPerToken",
+    "price": "trace_async.method.stage2.price:Price",
     "contrast_value_only": "trace_async.method.stage2.contrast:ContrastValueOnly",
 }
 CREDIT = {
@@ -85,9 +87,9 @@ def stage1_rule(settings: "BudgetSettings", num_rounds: int | None = None) -> "S
     return rule
 
 
-def stage2_rule(settings: "BudgetSettings") -> "Stage2Rule":
-    """The rule that spends the continuations of every prompt."""
-    return stage2_class(settings.stage2)(settings)
+def stage2_rule(settings: "BudgetSettings", offer: "Offer | None" = None) -> "Stage2Rule":
+    """The rule that spends the continuations of one prompt; `offer`: what the market says to it."""
+    return stage2_class(settings.stage2)(settings, offer)
 
 
 def credit_rule(name: str, *, normalize_std: bool = False) -> "CreditRule":

@@ -94,7 +94,7 @@ class PromptRun:
             # A turn whose replay diverged has no state any more: nothing can be continued from it.
             anchors = [anchor for anchor in find_anchors(self._builder) if anchor.node in self._states]
             share = -(-(budget - allocated) // (expansion.rounds - round_number))
-            if not anchors or share == 0:
+            if not anchors or share <= 0:  # a rule may have spent more than its share
                 break
             counts = expansion.plan(anchors, share)
             chosen = [anchor.node for anchor, count in zip(anchors, counts, strict=True) for _ in range(int(count))]

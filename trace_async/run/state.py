@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from trace_async.method.market import Offer
 from trace_async.run.ledger import Ledger
 from trace_async.trees.io import read_trees, write_trees
 from trace_async.trees.tree import RolloutTree
@@ -20,6 +21,8 @@ class PendingPrompt:
     policy_version: int
     root_value: float | None
     seed: int
+    offer: Offer | None = None
+    """What the market says to its Stage 2; given when it is sent off and in no checkpoint."""
 
 
 @dataclass(slots=True)

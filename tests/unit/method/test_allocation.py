@@ -337,7 +337,7 @@ def test_anchors_are_turns_that_are_not_the_last():
     # beyond depth 1: 3 + 4 and 6 tokens; beyond depth 2: 4
     assert anchors == [
         Anchor(node=1, value=0.3, reward=1.0, expected_tokens=6.5),
-        Anchor(node=2, value=0.9, reward=1.0, expected_tokens=4.0),
+        Anchor(node=2, value=0.9, reward=1.0, expected_tokens=4.0, depth=2),
         Anchor(node=4, value=0.2, reward=0.0, expected_tokens=6.5),
     ]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from trace_async.method.anchors import Anchor
 from trace_async.method.knapsack import IntArray
+from trace_async.method.market import Offer
 from trace_async.method.settings import BudgetSettings
 
 
@@ -32,8 +33,18 @@ class Stage2Rule(ABC):
     uses: ClassVar[frozenset[str]] = frozenset({"max_per_prefix", "stage2_rounds"})
     """Which of the optional settings `max_per_prefix` and `stage2_rounds` it obeys; setting another one is refused."""
 
-    def __init__(self, settings: BudgetSettings) -> None:
+    def __init__(self, settings: BudgetSettings, offer: Offer | None = None) -> None:
+        """`offer`: what the market says to this prompt."""
         self.settings = settings
+        self.offer = offer or Offer()
+
+    def spend(self, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:
+        """`plan` over the anchors at which continuations pay (`budget.continuations=auto`); the others get none."""
+        counts = np.zeros(len(anchors), dtype=np.int64)
+        open_ = [index for index, anchor in enumerate(anchors) if anchor.depth not in self.offer.closed_depths]
+        if open_:
+            counts[open_] = self.plan([anchors[index] for index in open_], budget, rng)
+        return counts
 
     @abstractmethod
     def plan(self, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:

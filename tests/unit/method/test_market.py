@@ -1,0 +1,163 @@
+"""One price for all prompts, ρ and s by depth, and the decision whether continuations pay."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.method.test_credit import make_tree
+from trace_async.config import BudgetConfig, ConfigError
+from trace_async.method.allocation import allocate_prefixes
+from trace_async.method.anchors import Anchor
+from trace_async.method.market import MIN_ANCHORS, PROBE_EVERY, DepthFigures, Market, Offer, marginal_contrast
+from trace_async.method.registry import stage2_rule
+
+RNG = np.random.default_rng(0)
+
+
+def anchor(value, reward=1.0, tokens=10.0, depth=1):
+    return Anchor(node=1, value=value, reward=reward, expected_tokens=tokens, depth=depth)
+
+
+@given(
+    data=st.lists(st.tuples(st.floats(0.01, 0.99), st.sampled_from([0.0, 1.0])), min_size=1, max_size=8),
+    budget=st.integers(0, 12),
+)
+@settings(max_examples=200, deadline=None)
+def test_at_a_price_of_its_own_that_spends_k_a_prompt_buys_as_published(data, budget):
+    anchors = [anchor(value, reward) for value, reward in data]
+    rates = np.sort(np.concatenate([marginal_contrast(a, 20) / 10 for a in anchors]))[::-1]
+    price = (rates[budget] + rates[budget - 1]) / 2 if budget else rates[0] + 1
+    if budget and rates[budget - 1] - rates[budget] < 1e-9:
+        return  # a tie at the price: the published rule breaks it by order
+    config = BudgetConfig(stage2="price", max_per_prefix=20)
+    found = stage2_rule(config, Offer(price=price)).spend(anchors, 99, RNG)
+    published = allocate_prefixes([a.value for a in anchors], [a.reward for a in anchors], budget, max_per_prefix=20)
+    assert found.tolist() == published.tolist()
+
+
+def test_an_easy_prompt_buys_nothing_at_the_price_at_which_an_even_one_buys():
+    rule = stage2_rule(BudgetConfig(stage2="price"), Offer(price=0.02))
+    # per token: .5/10 and .25/10 of the even one; .03/10 of the sure one; .5/40 where it costs four times as much
+    assert rule.spend([anchor(0.5), anchor(0.97), anchor(0.5, tokens=40)], 4, RNG).tolist() == [2, 0, 0]
+    # What was seen of others at this depth comes before what the prompt's own rollouts did.
+    dear = stage2_rule(BudgetConfig(stage2="price"), Offer(price=0.02, tokens_after=(0.0, 40.0)))
+    assert dear.spend([anchor(0.5), anchor(0.5, depth=2)], 4, RNG).tolist() == [0, 2]
+
+
+def test_without_a_price_yet_the_budget_is_spent_as_published():
+    rule = stage2_rule(BudgetConfig(stage2="price"))
+    assert rule.spend([anchor(0.2), anchor(0.5)], 3, RNG).tolist() == [1, 2]
+
+
+def grown(values, rewards, counts):
+    """One root rollout of two turns of 10 tokens per value; `counts` continuations of 30 at each first turn."""
+    parents, rollouts, tokens = [], [], {}
+    for value_index in range(len(values)):
+        first = len(parents) + 1
+        parents += [0, first]
+        rollouts.append(([first, first + 1], rewards[value_index]))
+        tokens |= {first: 10, first + 1: 10}
+    for index, count in enumerate(counts):
+        for _ in range(count):
+            parents.append(2 * index + 1)
+            rollouts.append(([len(parents)], float(RNG.random() < values[index])))
+            tokens[len(parents)] = 30
+    tree = make_tree(parents, rollouts, tokens)
+    nodes = list(tree.nodes)
+    for index, value in enumerate(values):
+        nodes[2 * index + 1] = replace(nodes[2 * index + 1], value=value)
+    return replace(tree, nodes=tuple(nodes))
+
+
+@pytest.mark.parametrize("per_root", [1, 2, 6])
+def test_spending_meets_the_budget_in_tokens_though_continuations_are_dearer_than_thought(per_root):
+    """Roots write 20 tokens, of which 10 after the fork; continuations write 30. Values differ from prompt to prompt.
+
+    The budget: N·20/2 tokens for a root. As published, N continuations of 30 tokens would cost three times as much.
+    """
+    config = BudgetConfig(stage2="price", continuations_per_root=per_root)
+    market, spent, budget = Market(config), 0.0, 0.0
+    for number in range(400):
+        values = RNG.beta(0.6, 0.6, 3)
+        offer = market.offer()
+        rewards = (RNG.random(3) < values).astype(float).tolist()
+        anchors = [anchor(float(value), reward) for value, reward in zip(values, rewards, strict=True)]
+        counts = stage2_rule(config, offer).spend(anchors, 3 * per_root, RNG)
+        market.observe(grown(values.tolist(), rewards, counts))
+        if number >= 100:
+            spent += 30 * counts.sum()
+            budget += 3 * per_root * 20 / 2
+    assert spent == pytest.approx(budget, rel=0.15)
+
+
+def test_figures_by_hand():
+    # Roots 1-2 ✓ and 3-4 ✗; at 1 the continuations 5 ✓ and 6 ✗; at 3 one, 7 ✗, which says nothing of the variance.
+    tree = make_tree(
+        [0, 1, 0, 3, 1, 1, 3],
+        [([1, 2], 1.0), ([3, 4], 0.0), ([5], 1.0), ([6], 0.0), ([7], 0.0)],
+        tokens={1: 4, 2: 6, 3: 2, 4: 8, 5: 5, 6: 7, 7: 6},
+    )
+    market = Market(BudgetConfig())
+    market.observe(tree)
+    found = market.figures()
+    # Before the forks 4 + 4 + 2 tokens, after them 5 + 7 + 6. Variance ½ among two that differ, ½ among the roots.
+    assert found == {1: DepthFigures(num_anchors=1, rho=0.0, share_before=10 / 28)}
+    assert market.tokens_after() == (0.0, 6.0)
+    assert DepthFigures(99, 0.2, 0.33).break_even == pytest.approx(1 / 3)
+    assert not DepthFigures(99, 0.2, 0.33).pays
+    assert DepthFigures(99, 0.2, 0.34).pays
+    assert DepthFigures(3, 0.9, 0.1).pays  # too little was measured to say no
+    assert set(market.metrics()) == {"stage2/price", "stage2/share_before/turn_1"}
+
+
+def decided_prompt(reward):
+    """Two roots that differ; both continuations at the first end as it did: the prefix has decided everything."""
+    return make_tree([0, 1, 0, 1, 1], [([1, 2], reward), ([3], 1 - reward), ([4], reward), ([5], reward)])
+
+
+def open_prompt():
+    """Two roots that differ; the continuations after a long prefix differ, too: nothing was decided by it."""
+    return make_tree(
+        [0, 1, 0, 1, 1], [([1, 2], 1.0), ([3], 0.0), ([4], 1.0), ([5], 0.0)], tokens={1: 9, 2: 1, 4: 1, 5: 1}
+    )
+
+
+def test_auto_stops_where_continuations_do_not_pay_says_why_and_looks_again(caplog):
+    config = BudgetConfig(continuations="auto")
+    market = Market(config, window=64)
+    with caplog.at_level(logging.INFO):
+        for number in range(MIN_ANCHORS - 1):
+            market.observe(decided_prompt(float(number % 2)))
+        assert market.offer().closed_depths == frozenset()
+        market.observe(decided_prompt(1.0))
+    assert "after turn 1 do not pay: s = 0.50" in caplog.text
+    assert "2ρ/(1+ρ) = 1.00 (ρ = 1.00, 16 anchors)" in caplog.text
+    offers = [market.offer() for _ in range(2 * PROBE_EVERY)]
+    assert sum(offer.closed_depths == frozenset() for offer in offers) == 2
+    closed = next(offer for offer in offers if offer.closed_depths)
+    counts = stage2_rule(config, closed).spend([anchor(0.5), anchor(0.5, depth=2)], 3, RNG)
+    assert counts.tolist() == [0, 3]
+    assert stage2_rule(config, closed).spend([anchor(0.5)], 3, RNG).tolist() == [0]
+    with caplog.at_level(logging.INFO):
+        for _ in range(64):
+            market.observe(open_prompt())
+    assert "after turn 1 are bought again: s = 0." in caplog.text
+    assert market.figures()[1] == DepthFigures(num_anchors=64, rho=0.0, share_before=0.9)
+    assert market.offer().closed_depths == frozenset()
+
+
+def test_always_buys_whatever_was_measured():
+    market = Market(BudgetConfig())
+    for _ in range(64):
+        market.observe(decided_prompt(1.0))
+    assert market.offer().closed_depths == frozenset()
+    assert market.metrics()["stage2/pays/turn_1"] == 0.0
+
+
+def test_auto_without_a_stage_2_is_refused():
+    with pytest.raises(ConfigError, match=r"budget.continuations=auto: budget.stage2=none buys none"):
+        BudgetConfig(stage2="none", continuations="auto")
