@@ -1,37 +1,70 @@
-"""Admission: which prompts start, when, with how many root rollouts; and the trees that come of them.
+"""Admission: prompts start, grow and arrive; what may happen when is decided by the books (trace_async/run/rounds.py).
 
-        next candidates ─► V(prompt) ─► Stage 1: m_i ─► one coroutine per prompt ─► ledger ─► TreeBuffer
+What each part waits for, and what unblocks it:
 
-A round spends M root rollouts over a pool of candidates; it starts as soon as `max_staleness` allows.
+| part             | waits for                               | unblocked by                                        |
+|------------------|-----------------------------------------|-----------------------------------------------------|
+| `_plan_rounds`   | a round to be wanted                    | a start (few planned prompts are left), an update   |
+| `_start_planned` | a planned prompt that may start         | a planned round, a prompt that ended, an update     |
+| a grower         | its prompt's tree                       | the PromptActor, within its limit                   |
+| `take`           | an update's worth of trees, all due ones | a prompt that ended; silence for too long is an error |
 """
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from ray.actor import ActorHandle
 
-from actors.prompt_group import PromptGroup, PromptLostError
+from actors.calls import PromptLostError
 from trace_async.config import Config
 from trace_async.method.market import Market
 from trace_async.method.posterior import Estimates
 from trace_async.method.registry import stage1_rule
-from trace_async.run.buffer import TreeBuffer
 from trace_async.run.dataset import TaskIterator
-from trace_async.run.state import PendingPrompt, RunState, SavedTrainer
+from trace_async.run.rounds import NothingToLearnError, Rounds, RunLimits
+from trace_async.run.state import PendingPrompt, PlannedPrompt, RunState, SavedTrainer
 from trace_async.trees.tree import RolloutTree
-from trace_async.types import LossKind, Task
+from trace_async.types import LossKind, PrefixQuery, Task
+
+log = logging.getLogger(__name__)
+
+
+class Prompts(Protocol):
+    """What admission asks of the PromptActors; see `PromptGroup`."""
+
+    async def run(self, ticket: int, prompt: PendingPrompt, task: Task) -> RolloutTree:
+        """The finished tree. Raises PromptLostError."""
+        ...
+
+    async def prompt_queries(self, tasks: Sequence[Task]) -> Sequence[PrefixQuery | LossKind]: ...
+
+    async def measure(self, tasks: Sequence[Task], count: int) -> Sequence[Sequence[float]]: ...
+
+
+class Estimator(Protocol):
+    """What admission asks of the predictor; see `Predictor`."""
+
+    async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates: ...
 
 
 class Admission:
-    """Owns the run's counters, the buffer, and the prompts under way. `run` beside the updates, which call `take`."""
+    """Awaits what the books ask for. `run` goes on beside the updates, which call `take` and `account`."""
 
     def __init__(
-        self, config: Config, tasks: Sequence[Task], prompts: PromptGroup, predictor: ActorHandle, log_dir: Path
+        self,
+        config: Config,
+        tasks: Sequence[Task],
+        prompts: Prompts,
+        predictor: Estimator,
+        log_dir: Path,
+        *,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.prompts = prompts
@@ -39,188 +72,156 @@ class Admission:
         self.log_dir = log_dir
         self.tasks = tasks
         self.iterator = TaskIterator(tasks, seed=config.seed)
-        # Where the data stands once the prompts of the last round are under way: a checkpoint skips none.
-        self.position = self.iterator.state()
-        self.state = RunState()
         self.rule = stage1_rule(config.budget)
         self.market = Market(config.budget)
-        self.buffer = TreeBuffer(config.budget.root_rollouts, config.actors.max_staleness)
-        self.pending: dict[int, PendingPrompt] = {}
-        self.changed = asyncio.Condition()
-        self.learner_waits = False
-        self.growers: set[asyncio.Task[None]] = set()
-        self.grower_error: BaseException | None = None
-        self.last_tree_at = time.monotonic()
-        self.failed_before_update = 0
+        limits = RunLimits(
+            roots_per_update=config.budget.root_rollouts,
+            max_staleness=config.actors.max_staleness,
+            num_updates=config.num_updates,
+            max_generated_tokens=config.max_generated_tokens,
+        )
+        self.rounds = Rounds(limits, self.iterator.state())
         self.estimate_s = 0.0
+        self._by_id: Mapping[str, Task] = {task.id: task for task in tasks}
+        self._changed = asyncio.Event()
+        self._now = now
+        self._progress_at = now()
+
+    @property
+    def state(self) -> RunState:
+        return self.rounds.state
+
+    async def run(self) -> None:
+        """Plan and start for ever; the trainer cancels this at the end. Raises what a part of it raised first."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for ticket, prompt in self.rounds.pending.items():  # of a checkpoint: grown again at once
+                    group.create_task(self._grow(ticket, prompt))
+                group.create_task(self._plan_rounds())
+                group.create_task(self._start_planned(group))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     # ── Stage 1 ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def run(self) -> None:
-        """Start rounds for ever, each as soon as it may; the trainer cancels this at the end."""
-        try:
-            while True:
-                async with self.changed:
-                    await self.changed.wait_for(self._may_admit)
-                await self._admit_round()
-        finally:
-            for grower in self.growers:
-                grower.cancel()
-            await asyncio.gather(*self.growers, return_exceptions=True)
+    async def _plan_rounds(self) -> None:
+        while True:
+            await self._until(self.rounds.wants_round)
+            prompts = await self._plan_round()
+            self.rounds.add_round(prompts, self.iterator.state())
+            self._notify()
 
-    def _may_admit(self) -> bool:
-        if self._spent():
-            return False
-        if self.learner_waits and self.buffer.exhausted():
-            return True  # whatever the count says: failures and filters may have left too little for an update
-        enough = self.state.admitted_roots >= self.config.num_updates * self.config.budget.root_rollouts
-        return not enough and self.buffer.may_admit(self.state.admitted_roots, self.state.num_updates)
-
-    def _spent(self) -> bool:
-        """The run's updates are done, or its tokens are generated."""
-        limit = self.config.max_generated_tokens
-        return self.state.num_updates >= self.config.num_updates or 0 < limit <= self.state.generated_tokens
-
-    async def _admit_round(self) -> None:
+    async def _plan_round(self) -> list[PlannedPrompt]:
         """Draw candidates, estimate them, spend M root rollouts on them; the others are skipped for this round."""
-        rule = stage1_rule(self.config.budget, self.state.num_rounds)
-        tasks = self.iterator.take(self.config.budget.pool_size)
-        estimates = await self._estimates(tasks) if rule.needs_estimates else Estimates.unknown(len(tasks))
-        rng = np.random.default_rng((self.config.seed, self.state.num_rounds))
-        counts = rule.plan(estimates, self.config.budget.root_rollouts, rng)
-        for task, count, success in zip(tasks, counts, estimates.mean, strict=True):
-            if count:
-                prompt = PendingPrompt(
-                    task_id=task.id,
-                    num_roots=int(count),
-                    policy_version=self.state.policy_version,
-                    root_value=float(success),
-                    seed=int(rng.integers(2**31)),
-                )
-                self.state.ledger.allocate_roots(prompt.num_roots)
-                self._grow_in_background(self.state.num_prompts, prompt, task)
-                self.state.num_prompts += 1
-        self.state.num_rounds += 1
-        self.state.admitted_roots += int(counts.sum())
-        self.position = self.iterator.state()
+        budget, number = self.config.budget, self.state.num_rounds
+        rule = stage1_rule(budget, number)
+        # Once a pool, also where it is larger than the data or one pass over them ends in its midst.
+        tasks = list({task.id: task for task in self.iterator.take(min(budget.pool_size, len(self.tasks)))}.values())
+        estimates = Estimates.unknown(len(tasks))
+        if rule.needs_estimates:
+            tasks, estimates = await self._estimates(tasks)
+            if not tasks:
+                return []
+        rng = np.random.default_rng((self.config.seed, number))
+        counts = rule.plan(estimates, budget.root_rollouts, rng)
+        return [
+            PlannedPrompt(
+                task_id=task.id, num_roots=int(count), root_value=float(success), seed=int(rng.integers(2**31))
+            )
+            for task, count, success in zip(tasks, counts, estimates.mean, strict=True)
+            if count
+        ]
 
-    async def _estimates(self, tasks: Sequence[Task]) -> Estimates:
-        started = time.monotonic()
+    async def _estimates(self, tasks: list[Task]) -> tuple[list[Task], Estimates]:
+        """The candidates that can be asked about, and what is believed of them; the others are left out and counted."""
+        started = self._now()
         if self.config.budget.oracle_rollouts:
             rewards = await self.prompts.measure(tasks, self.config.budget.oracle_rollouts)
-            return Estimates.of_outcomes(rewards)
-        queries = await self.prompts.prompt_queries(tasks)
-        estimates: Estimates = await self.predictor.estimate.remote([task.id for task in tasks], queries)
-        self.estimate_s += time.monotonic() - started
-        return estimates
+            return tasks, Estimates.of_outcomes(rewards)
+        asked = list(zip(tasks, await self.prompts.prompt_queries(tasks), strict=True))
+        found = [(task, query) for task, query in asked if not isinstance(query, LossKind)]
+        self.rounds.lose_candidates([query for _, query in asked if isinstance(query, LossKind)], of=len(tasks))
+        if not found:
+            return [], Estimates.unknown(0)
+        able = [task for task, _ in found]
+        estimates = await self.predictor.estimate([task.id for task in able], [query for _, query in found])
+        self.estimate_s += self._now() - started
+        return able, estimates
 
     # ── prompts under way ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _grow_in_background(self, ticket: int, prompt: PendingPrompt, task: Task) -> None:
-        self.pending[ticket] = prompt
-        self.buffer.admit(ticket, prompt.policy_version)
-        grower = asyncio.create_task(self._grow(ticket, prompt, task))
-        self.growers.add(grower)
-        grower.add_done_callback(self._grower_ended)
+    async def _start_planned(self, group: asyncio.TaskGroup) -> None:
+        while True:
+            await self._until(self.rounds.may_start)
+            if not self.rounds.pending:
+                self._progress_at = self._now()  # nothing was under way: the clock starts with this prompt
+            ticket, prompt = self.rounds.start()
+            self._notify()
+            group.create_task(self._grow(ticket, prompt))
 
-    def _grower_ended(self, grower: asyncio.Task[None]) -> None:
-        self.growers.discard(grower)
-        if not grower.cancelled() and grower.exception() is not None:
-            self.grower_error = grower.exception()
-
-    async def _grow(self, ticket: int, prompt: PendingPrompt, task: Task) -> None:
+    async def _grow(self, ticket: int, prompt: PendingPrompt) -> None:
         try:
-            await self._arrive(
-                ticket, prompt, await self.prompts.run(ticket, replace(prompt, offer=self.market.offer()), task)
+            tree = await self.prompts.run(
+                ticket, replace(prompt, offer=self.market.offer()), self._by_id[prompt.task_id]
             )
         except PromptLostError as loss:
-            await self._arrive(ticket, prompt, None, loss.kind)
-
-    async def _arrive(
-        self, ticket: int, prompt: PendingPrompt, tree: RolloutTree | None, loss: LossKind | None = None
-    ) -> None:
-        async with self.changed:
-            del self.pending[ticket]
-            if tree is None:
-                assert loss is not None
-                self.state.ledger.lose_tree(prompt.num_roots, loss)
-            else:
-                self.state.ledger.arrive(tree)
-                self.market.observe(tree)
-                self.state.generated_tokens += tree.num_generated_tokens
-                if tree.rollouts and not self.rule.trains_on(tree):
-                    self.state.ledger.filter(tree)
-                    self.state.admitted_roots -= prompt.num_roots
-                    tree = None
-            self.buffer.finish(ticket, tree)
-            self.last_tree_at = time.monotonic()
-            self.changed.notify_all()
+            self.rounds.lose(ticket, loss.kind)
+        else:
+            self.rounds.arrive(ticket, tree, keep=self.rule.trains_on(tree))
+            self.market.observe(tree)
+        self._progress_at = self._now()
+        self._notify()
 
     # ── what the updates see ─────────────────────────────────────────────────────────────────────────────────────
 
     async def take(self) -> list[RolloutTree]:
-        """The trees of the next update; none when the budget is spent. RuntimeError when nothing comes any more."""
-        async with self.changed:
-            self.learner_waits = True
-            self.changed.notify_all()
-            try:
-                while not self.buffer.ready(self.state.policy_version, more_to_come=self._may_admit()):
-                    if self.grower_error is not None:
-                        raise self.grower_error
-                    if self._spent() and self.buffer.exhausted():
-                        return []
-                    self._check_progress()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(5.0):
-                            await self.changed.wait()
-                return self.buffer.take(self.state.policy_version)
-            finally:
-                self.learner_waits = False
+        """The trees of the next update; none when the budget is spent. NothingToLearnError when it leads nowhere."""
+        began = self._now()
+        while not self.rounds.ready():
+            if self.rounds.finished():
+                return []
+            self.rounds.check_worth(f"{self.log_dir} and in Ray's logs")
+            self._check_progress(began)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5.0):
+                    await self._changed.wait()
+        return self.rounds.take()
 
-    def _check_progress(self) -> None:
-        failed = sum(self.state.ledger.failed.values())
-        if failed - self.failed_before_update >= 4 * self.config.budget.root_rollouts:
-            raise RuntimeError(
-                f"nearly every rollout breaks down ({dict(self.state.ledger.failed)} so far); the causes are in "
-                f"{self.log_dir} and in Ray's logs"
-            )
-        waited = time.monotonic() - self.last_tree_at
-        if waited > self.config.actors.tree_timeout_s * (self.config.actors.max_rollout_retries + 2):
-            raise RuntimeError(
-                f"no tree has ended for {waited:.0f} s: {len(self.pending)} prompts are under way; see {self.log_dir}"
+    def _check_progress(self, began: float) -> None:
+        """Prompts end or are given up within their limits, so silence for longer means that something hangs.
+
+        The clock starts with the first prompt, with the last that ended, or with this wait, whichever is latest.
+        """
+        waited = self._now() - max(began, self._progress_at)
+        limit = self.config.actors.tree_timeout_s * (self.config.actors.max_rollout_retries + 2)
+        if self.rounds.pending and waited > limit:
+            raise NothingToLearnError(
+                f"no tree has ended for {waited:.0f} s: {len(self.rounds.pending)} prompts are under way; see "
+                f"{self.log_dir}"
             )
 
-    async def account(self, trees: Sequence[RolloutTree], *, updated: bool) -> None:
-        """Enter a finished update. Without a token of credit no weight has changed, and the version stays."""
-        async with self.changed:
-            for tree in trees:
-                self.state.ledger.train(tree)
-            self.state.ledger.check(
-                waiting=self.buffer.num_waiting_rollouts,
-                in_flight_roots=sum(prompt.num_roots for prompt in self.pending.values()),
-            )
-            self.state.num_updates += 1
-            self.state.policy_version += updated
-            self.state.updates_without_credit = 0 if updated else self.state.updates_without_credit + 1
-            self.failed_before_update = sum(self.state.ledger.failed.values())
-            self.changed.notify_all()
+    def account(self, trees: Sequence[RolloutTree], *, updated: bool, elapsed_s: float = 0.0) -> None:
+        """Enter a finished update; more prompts may start."""
+        self.rounds.account(trees, updated=updated, elapsed_s=elapsed_s)
+        self._notify()
 
     def snapshot(self) -> SavedTrainer:
-        """For a checkpoint; nothing of it changes afterwards."""
-        return SavedTrainer(
-            state=self.state.copy(),
-            dataset=self.position,
-            pending=list(self.pending.values()),
-            waiting=list(self.buffer.waiting),
-        )
+        return self.rounds.snapshot()
 
     def restore(self, saved: SavedTrainer) -> None:
-        """Go on from a snapshot; prompts that were under way are grown again at once."""
-        self.state = saved.state
+        """Go on from a snapshot, before `run`. ValueError when its tasks are not this run's."""
         self.iterator.load_state(saved.dataset)
-        self.position = self.iterator.state()
-        self.buffer.waiting = list(saved.waiting)
-        by_id = {task.id: task for task in self.tasks} if saved.pending else {}
-        for number, prompt in enumerate(saved.pending):
-            # Tickets below 0, so that they cannot meet those of new prompts.
-            self._grow_in_background(-1 - number, prompt, by_id[prompt.task_id])
+        wanted = {p.task_id for p in saved.pending.values()} | {p.task_id for p in saved.planned}
+        unknown = wanted - self._by_id.keys()
+        if unknown:
+            raise ValueError(f"the checkpoint has prompts of tasks that are not in the data any more: {min(unknown)} …")
+        self.rounds.restore(saved)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._changed.wait()
+
+    def _notify(self) -> None:
+        """Wakes whoever waits at this moment. All runs in one event loop: nothing changes between check and wait."""
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,8 +1,10 @@
 """GeneratorPool: the generators' lives. They come and go while the run goes on.
 
         start ─► ready ─(died, hung, failed a weight update)─► gone ─► restarted ─► weights synced ─► ready
+                   └────(one too many)─► draining ─(its last request answered)─► closed
 
-A generator is announced to the prompts only while it is ready, that is alive and serving the current weights.
+A generator is announced to the prompts only while it is ready, that is alive and serving the current weights. The watch
+runs from `start` to `close`, so whoever uses the pool, training or an evaluation, has its generators replaced.
 """
 
 import asyncio
@@ -13,8 +15,9 @@ from pathlib import Path
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
+from actors.calls import CallError, CallTimeoutError, ask, ask_all
 from actors.generator import GeneratorStats, remote_generator
 from trace_async.config import Config
 from trace_async.engine import EngineError, EngineTimeoutError
@@ -22,7 +25,9 @@ from trace_async.engine import EngineError, EngineTimeoutError
 log = logging.getLogger(__name__)
 
 Announce = Callable[[Mapping[str, ActorHandle]], Awaitable[None]]
-BROKEN = (RayActorError, RayTaskError, EngineError, TimeoutError)
+BROKEN = (CallError, RayTaskError, EngineError)
+WATCH_EVERY_S = 2.0
+CLOSE_LIMIT_S = 30.0
 
 
 class GeneratorPool:
@@ -39,25 +44,49 @@ class GeneratorPool:
         self.num_lost = 0
         self.weights: Sequence[ObjectRef] = ()  # buckets and, last, their manifest
         self.starting: set[asyncio.Task[None]] = set()
+        self.draining: set[asyncio.Task[None]] = set()
+        self.watching: asyncio.Task[None] | None = None
         self.last_error: BaseException | None = None
         self.one_ready = asyncio.Event()
         self.changing = asyncio.Lock()  # weights never change while a generator is being admitted
 
     async def start(self) -> None:
-        """The first generators, all of them ready; raises what the first one that failed said."""
+        """The first generators, all of them ready, and the watch; raises what the first one that failed said."""
         results = await asyncio.gather(*(self._add() for _ in range(self.target)), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+        self.watching = asyncio.create_task(self.watch())
 
     async def resize(self, num_generators: int) -> None:
-        """Scale to `num_generators` while the run goes on. Those that leave finish nothing: their requests move."""
+        """Scale to `num_generators` while the run goes on; returns before new ones have started.
+
+        One that leaves gets no new request and is closed once it has answered those it has.
+        """
         if num_generators < 1:
             raise ValueError(f"num_generators={num_generators}: keep at least one")
         self.target = num_generators
-        while len(self.ready) > num_generators:
-            await self._remove(next(reversed(self.ready)))
+        await self._shrink()
         self._refill()
+
+    async def _shrink(self) -> None:
+        leaving = [(name, self.ready.pop(name)) for name in list(self.ready)[self.target :]]
+        if leaving:
+            await self.announce(self.ready)
+        for name, handle in leaving:
+            task = asyncio.create_task(self._drain(name, handle))
+            self.draining.add(task)
+            task.add_done_callback(self.draining.discard)
+
+    async def _drain(self, name: str, handle: ActorHandle) -> None:
+        limit_s = self.config.engine.request_timeout_s
+        try:
+            await ask(handle.drained.remote(), who=name, limit_s=limit_s)
+            await ask(handle.close.remote(), who=name, limit_s=CLOSE_LIMIT_S)
+        except BROKEN as error:
+            log.warning("%s was to leave and is killed: %r", name, error)
+        finally:
+            ray.kill(handle)
 
     async def update_weights(self, weights: Sequence[ObjectRef], policy_version: int) -> float:
         """Every ready generator serves `policy_version` when this returns; one that fails is lost and replaced.
@@ -68,13 +97,13 @@ class GeneratorPool:
             self.weights = weights
             handles = dict(self.ready)
             results = await asyncio.gather(
-                *(self._update_one(handle, weights) for handle in handles.values()), return_exceptions=True
+                *(self._update_one(name, handle, weights) for name, handle in handles.items()), return_exceptions=True
             )
             for name, result in zip(handles, results, strict=True):
                 if isinstance(result, BROKEN):
                     log.error("%s failed to take weights version %d: %r", name, policy_version, result)
                     self.last_error = result
-                    await self._remove(name, lost=True)
+                    await self._lose(name)
                 elif isinstance(result, BaseException):
                     raise result
                 else:
@@ -85,31 +114,40 @@ class GeneratorPool:
             await self._wait_for_one()
         return updated / max(1, len(handles))
 
-    async def watch(self, every_s: float = 2.0) -> None:
-        """Runs beside the trainer: finds generators that died or hang, replaces them."""
+    async def watch(self, every_s: float = WATCH_EVERY_S) -> None:
+        """Finds generators that died or hang, replaces them; for ever. `start` begins it."""
+        limit_s = self.config.engine.request_timeout_s
         while True:
             await asyncio.sleep(every_s)
-            for name, handle in list(self.ready.items()):
-                try:
-                    async with asyncio.timeout(self.config.engine.request_timeout_s):
-                        await handle.stats.remote()
-                except BROKEN as error:
-                    log.error("%s is lost: %r", name, error)
-                    self.last_error = error
-                    await self._remove(name, lost=True)
+            handles = dict(self.ready)
+            answers = await ask_all([h.stats.remote() for h in handles.values()], who=list(handles), limit_s=limit_s)
+            for name, answer in zip(handles, answers, strict=True):
+                if isinstance(answer, BROKEN):
+                    log.error("%s is lost: %r", name, answer)
+                    self.last_error = answer
+                    await self._lose(name)
+                elif isinstance(answer, BaseException):
+                    raise answer
+            await self._shrink()
             self._refill()
             # A router leaves out a generator on which a request failed; hearing of it again, it goes back to it.
             await self.announce(self.ready)
 
-    async def stats(self) -> list[GeneratorStats]:
-        results = await asyncio.gather(*(h.stats.remote() for h in self.ready.values()), return_exceptions=True)
-        return [result for result in results if isinstance(result, GeneratorStats)]
+    async def stats(self) -> dict[str, GeneratorStats]:
+        """By name, of those that answer."""
+        handles = dict(self.ready)
+        answers = await ask_all([h.stats.remote() for h in handles.values()], who=list(handles), limit_s=CLOSE_LIMIT_S)
+        found = zip(handles, answers, strict=True)
+        return {name: answer for name, answer in found if isinstance(answer, GeneratorStats)}
 
     async def close(self) -> None:
-        for task in self.starting:
+        tasks = [*self.starting, *self.draining, *([self.watching] if self.watching else [])]
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         handles, self.ready = list(self.ready.values()), {}
-        await asyncio.gather(*(asyncio.wait_for(h.close.remote(), 30) for h in handles), return_exceptions=True)
+        replies = [handle.close.remote() for handle in handles]
+        await ask_all(replies, who=["a generator that closes"] * len(replies), limit_s=CLOSE_LIMIT_S)
         for handle in handles:
             ray.kill(handle)
 
@@ -121,7 +159,7 @@ class GeneratorPool:
             await self._start(name, handle)
             async with self.changing:
                 if self.weights:
-                    await self._update_one(handle, self.weights)
+                    await self._update_one(name, handle, self.weights)
                 self.ready[name] = handle
                 self.one_ready.set()
                 await self.announce(self.ready)
@@ -133,25 +171,24 @@ class GeneratorPool:
     async def _start(self, name: str, handle: ActorHandle) -> None:
         limit_s = self.config.engine.start_timeout_s
         try:
-            await asyncio.wait_for(handle.start.remote(), limit_s)
-        except TimeoutError:
+            await ask(handle.start.remote(), who=name, limit_s=limit_s)
+        except CallTimeoutError:
             raise EngineTimeoutError(
                 f"{name} did not start within engine.start_timeout_s={limit_s:g}; raise it, or see {self.log_dir}"
             ) from None
 
-    async def _update_one(self, handle: ActorHandle, weights: Sequence[ObjectRef]) -> int:
-        return await asyncio.wait_for(handle.receive_weights.remote(*weights), self.config.engine.start_timeout_s)
+    async def _update_one(self, name: str, handle: ActorHandle, weights: Sequence[ObjectRef]) -> int:
+        limit_s = self.config.engine.start_timeout_s
+        return await ask(handle.receive_weights.remote(*weights), who=f"{name}, new weights:", limit_s=limit_s)
 
-    async def _remove(self, name: str, *, lost: bool = False) -> None:
+    async def _lose(self, name: str) -> None:
         handle = self.ready.pop(name, None)
         if handle is None:
             return
-        self.num_lost += lost
+        self.num_lost += 1
         if not self.ready:
             self.one_ready.clear()
         await self.announce(self.ready)
-        if not lost:
-            await asyncio.wait([asyncio.ensure_future(handle.close.remote())], timeout=30)
         ray.kill(handle)
 
     def _refill(self) -> None:

@@ -8,16 +8,16 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.calls import ActorLostError, CallError, ask
 from trace_async.config import Config
 from trace_async.trees.tree import RolloutTree
 from trace_async.weights import WeightBucket, WeightCount, WeightManifest
 
 
-class LearnerRankError(Exception):
+class LearnerRankError(CallError):
     """A learner rank died or did not answer in time; the message names it. The group must be closed."""
 
 
@@ -158,7 +158,8 @@ class LearnerGroup:
         return await self._wait(call, [getattr(rank, call).remote(*arguments) for rank in self._ranks])
 
     async def _wait(self, call: str, replies: Sequence[Awaitable[Any]]) -> list[Any]:
-        futures = [asyncio.ensure_future(reply) for reply in replies]
+        # No limit for each: all ranks share one, and the first failure counts.
+        futures = [asyncio.ensure_future(ask(reply, who=f"rank {rank}")) for rank, reply in enumerate(replies)]
         limit = self._config.learner.step_timeout_s
         done, waiting = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
         failed = {future for future in done if future.exception() is not None}
@@ -167,9 +168,9 @@ class LearnerGroup:
             done, _ = await asyncio.wait(futures, timeout=2)
             failed = {future for future in done if future.exception() is not None}
         errors = [(rank, future.exception()) for rank, future in enumerate(futures) if future in failed]
-        for rank, error in sorted(errors, key=lambda pair: not isinstance(pair[1], RayActorError)):
+        for rank, error in sorted(errors, key=lambda pair: not isinstance(pair[1], ActorLostError)):
             assert error is not None
-            if isinstance(error, RayActorError):
+            if isinstance(error, ActorLostError):
                 raise LearnerRankError(f"learner rank {rank} died during {call}: {error}") from error
             raise error
         if waiting:

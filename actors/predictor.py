@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -12,15 +13,18 @@ from trace_async.config import Config
 from trace_async.method.posterior import Estimates
 from trace_async.predictor.policy_trunk import PolicyTrunkPredictor
 from trace_async.predictor.predictor import ValuePredictor
+from trace_async.run.checkpoint import CheckpointStore
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery
 from trace_async.weights import WeightBucket, WeightManifest
+
+MAX_RESTARTS = 5
 
 
 class PredictorActor:
     """All methods run in the actor's one event loop. Training lets waiting questions in between its steps."""
 
-    def __init__(self, config: Config, policy_path: str) -> None:
+    def __init__(self, config: Config, policy_path: str, checkpoints: str = "") -> None:
         torch.set_num_threads(config.predictor.num_threads)
         device = "cuda" if config.actors.predictor_gpus > 0 else "cpu"
         self.predictor: ValuePredictor | PolicyTrunkPredictor
@@ -28,6 +32,10 @@ class PredictorActor:
             self.predictor = PolicyTrunkPredictor(config.predictor, policy_path, device=device)
         else:
             self.predictor = ValuePredictor(config.predictor, policy_path, seed=config.seed, device=device)
+        if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
+            newest = CheckpointStore(Path(checkpoints), keep=1).newest()
+            if newest is not None:
+                self.predictor.load(str(newest / "predictor"))
         self.waiting: list[PrefixQuery] = []
         self.forward: asyncio.Task[list[np.ndarray]] | None = None
         self.training = asyncio.Lock()
@@ -80,7 +88,17 @@ class PredictorActor:
         self.predictor.load(directory)
 
 
-def remote_predictor(config: Config, policy_path: str) -> ActorHandle:
-    """Starts the actor; `policy_path`: what its model starts from unless `predictor.path` says otherwise."""
-    actor = ray.remote(num_cpus=config.predictor.num_threads, num_gpus=config.actors.predictor_gpus)(PredictorActor)
-    return actor.remote(config, policy_path)
+def remote_predictor(config: Config, policy_path: str, checkpoints: str) -> ActorHandle:
+    """Starts the actor; `policy_path`: what its model starts from unless `predictor.path` says otherwise.
+
+    Ray starts it anew when its process dies, and makes the calls under way again; it then goes on from the newest of
+    the run's `checkpoints`. Not with trunk=policy: a new one would read with old weights, so the run begins anew.
+    """
+    restarts = MAX_RESTARTS if config.predictor.trunk != "policy" else 0
+    actor = ray.remote(
+        num_cpus=config.predictor.num_threads,
+        num_gpus=config.actors.predictor_gpus,
+        max_restarts=restarts,
+        max_task_retries=restarts,
+    )(PredictorActor)
+    return actor.remote(config, policy_path, checkpoints)

@@ -1,6 +1,7 @@
 """PromptActor: hosts prompts, each a coroutine that goes from Stage 1 to Stage 2 without waiting for any other."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -8,9 +9,12 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from actors.generator import GeneratorRouter
+from actors.calls import PromptLostError
+from actors.predictor_handle import Predictor
+from actors.router import GeneratorRouter, RouterStats
 from envs import load_domain
 from trace_async.config import Config
+from trace_async.env import EnvError
 from trace_async.method.anchors import Anchor
 from trace_async.method.registry import stage2_rule
 from trace_async.policy.load import load_renderer
@@ -19,8 +23,9 @@ from trace_async.rollout.grower import make_grower
 from trace_async.run.state import PendingPrompt
 from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
-from trace_async.types import Completion, PrefixQuery, SamplingParams, Task
+from trace_async.types import Completion, LossKind, PrefixQuery, SamplingParams, Task
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_QUESTIONS = 64
@@ -30,7 +35,7 @@ MAX_QUESTIONS = 64
 class PromptActor:
     """A Ray actor with one event loop; `actors.prompts_per_actor` prompts at a time."""
 
-    def __init__(self, config: Config, policy_path: str, predictor: ActorHandle | None) -> None:
+    def __init__(self, config: Config, policy_path: str, predictor: Predictor | None) -> None:
         self.config = config
         self.domain = load_domain(config.env)
         self.renderer = load_renderer(
@@ -52,8 +57,25 @@ class PromptActor:
     async def announce(self, generators: Mapping[str, ActorHandle]) -> None:
         self.router.announce(generators)
 
+    async def router_stats(self) -> RouterStats:
+        return self.router.stats()
+
     async def run_prompt(self, task: Task, prompt: PendingPrompt) -> RolloutTree:
-        """Grow the tree of one prompt; it has no rollouts when all broke down."""
+        """Grow the tree of one prompt; it has no rollouts when all broke down.
+
+        Raises PromptLostError when it outruns `actors.tree_timeout_s`, counted from when it has one of the slots.
+        """
+        async with self.slots:
+            limit = asyncio.timeout(self.config.actors.tree_timeout_s)
+            try:
+                async with limit:
+                    return await self._grow(task, prompt)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise PromptLostError(LossKind.TREE_TIMEOUT) from None
+
+    async def _grow(self, task: Task, prompt: PendingPrompt) -> RolloutTree:
         settings = self.config.budget
         rng = np.random.default_rng(prompt.seed)
 
@@ -69,14 +91,13 @@ class PromptActor:
             value=self._values if rule.needs_values else None,
             oracle_rollouts=settings.oracle_rollouts if rule.needs_values else 0,
         )
-        async with self.slots:
-            return await self.grower.grow(
-                task,
-                prompt.num_roots,
-                expansion if rule.spends and settings.continuations_per_root else None,
-                policy_version=prompt.policy_version,
-                root_value=prompt.root_value,
-            )
+        return await self.grower.grow(
+            task,
+            prompt.num_roots,
+            expansion if rule.spends and settings.continuations_per_root else None,
+            policy_version=prompt.policy_version,
+            root_value=prompt.root_value,
+        )
 
     async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
         """One rollout per task, all at once within the actor's slots."""
@@ -86,16 +107,25 @@ class PromptActor:
         """The rewards of `count` rollouts per task: V(prompt) as the oracle knows it."""
         return await _at_once(tasks, lambda task: self.grower.measure(task, count), self.slots)
 
-    async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery]:
-        """The predictor's question for every task's prompt: its tokens, all of them."""
-        return await _at_once(tasks, self.grower.ask, self.questions)
+    async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery | LossKind]:
+        """The predictor's question for every task's prompt: its tokens, all of them. A LossKind where its environment
+        broke down in every try: that candidate is left out."""
+
+        async def ask(task: Task) -> PrefixQuery | LossKind:
+            try:
+                return await self.grower.ask(task)
+            except EnvError as error:
+                log.warning("task %s is no candidate: %s", task.id, error)
+                return error.loss
+
+        return await _at_once(tasks, ask, self.questions)
 
     async def _generate(self, task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
         return await self.router.generate(task.id, prompt_ids, params)
 
     async def _values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
         assert self.predictor is not None
-        return await self.predictor.values.remote(list(queries))
+        return await self.predictor.values(queries)
 
 
 async def _at_once(tasks: Sequence[Task], call: Callable[[Task], Awaitable[T]], slots: asyncio.Semaphore) -> list[T]:
@@ -106,7 +136,7 @@ async def _at_once(tasks: Sequence[Task], call: Callable[[Task], Awaitable[T]], 
     return list(await asyncio.gather(*map(one, tasks)))
 
 
-def remote_prompt_actor(config: Config, policy_path: str, predictor: ActorHandle | None) -> ActorHandle:
+def remote_prompt_actor(config: Config, policy_path: str, predictor: Predictor | None) -> ActorHandle:
     actor = ray.remote(PromptActor).options(
         num_cpus=0, max_concurrency=8192, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
     )

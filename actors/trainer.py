@@ -1,15 +1,18 @@
 """The asynchronous loop.
 
 ┌── Admission.run ─────────────────────────────────────────────────────────────────────────┐
-│ waits until the next round may start (max_staleness), then                               │
-│ candidate tasks ─► PredictorActor: V(prompt) ─► Stage 1: m_i ─► one coroutine per prompt │
+│ plans rounds (Stage 1: V(prompt) ─► m_i) and starts their prompts one by one, as soon as │
+│ max_staleness allows and others have ended: one coroutine per prompt                     │
 └────────────────────────────────────────────────────────────────────────┬─────────────────┘
    PromptActor.run_prompt: roots ─► values ─► Stage 2 ─► continuations   │ never waits for another prompt
 ┌── Trainer._updates ────────────────────────────────────────────────────▼─────────────────┐
 │ waits for an update's worth of trees in the TreeBuffer, then                             │
 │ LearnerGroup.update ∥ PredictorActor.train ─► weights, version + 1 ─► GeneratorPool      │
-│ ─► admission may go on ─► evaluation, checkpoint, metrics                                │
+│ ─► admission may go on ─► metrics, checkpoint, evaluation                                │
 └──────────────────────────────────────────────────────────────────────────────────────────┘
+
+What is lost is replaced: a generator or a PromptActor by its manager's watch, the predictor by Ray, a learner rank by
+a new session, which starts all parts anew and goes on from the newest checkpoint, within this process.
 """
 
 import asyncio
@@ -21,26 +24,35 @@ from pathlib import Path
 from typing import TypeVar
 
 import ray
-from ray.exceptions import RayActorError
 
 from actors.admission import Admission
+from actors.calls import CallError
 from actors.evaluation import heldout_metrics
+from actors.generator import GeneratorStats
 from actors.generator_pool import GeneratorPool
-from actors.learner import LearnerGroup
-from actors.predictor import remote_predictor
+from actors.parts import Parts
 from actors.prompt_group import PromptGroup
 from envs import load_domain
 from trace_async.config import Config
-from trace_async.run.checkpoint import CheckpointStore
+from trace_async.run.checkpoint import CheckpointStore, latest_checkpoint
 from trace_async.run.state import RunState, load_trainer, save_trainer
+from trace_async.tracking.log import read_metrics
 from trace_async.tracking.metrics import tree_metrics
 from trace_async.trees.tree import RolloutTree
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-MAX_UPDATES_WITHOUT_CREDIT = 20
 
 OnMetrics = Callable[[int, Mapping[str, float], Sequence[RolloutTree]], None]
+OnRollback = Callable[[int, BaseException], None]
+
+
+class StopRequestedError(Exception):
+    """The run was asked to stop, and has; `checkpoint` is the newest, None when there is none."""
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        super().__init__(f"stopped on request; the newest checkpoint is {checkpoint}")
+        self.checkpoint = checkpoint
 
 
 @dataclass(slots=True)
@@ -62,104 +74,143 @@ class Clock:
 
 
 class Trainer:
-    """Runs in the driver's process; every heavy part is an actor. `on_metrics`: update, figures, trees."""
+    """Runs in the driver's process; every heavy part is an actor."""
 
-    def __init__(self, config: Config, run_dir: Path, policy_path: Path, on_metrics: OnMetrics) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        policy_path: Path,
+        on_metrics: OnMetrics,
+        *,
+        on_rollback: OnRollback = lambda step, error: None,
+        make_parts: Callable[[Config, Path, Path], Parts] = Parts.make,
+    ) -> None:
+        """`on_metrics`: update, figures, trees. `on_rollback`: the update to which the run went back (-1: its
+        beginning), and why; figures of later ones come again."""
         self.config = config
         self.run_dir = run_dir
+        self.policy_path = policy_path
         self.on_metrics = on_metrics
+        self.on_rollback = on_rollback
+        self.make_parts = make_parts
         domain = load_domain(config.env)
+        self.train_tasks = domain.tasks("train")
         self.heldout_tasks = domain.tasks("heldout")[: config.eval.num_tasks]
-        self.learner = LearnerGroup(config, policy_path)
-        self.predictor = remote_predictor(config, str(policy_path))
-        self.prompts = PromptGroup(config, policy_path, self.predictor)
-        self.pool = GeneratorPool(config, policy_path, run_dir / "logs", self.prompts.announce)
-        self.admission = Admission(config, domain.tasks("train"), self.prompts, self.predictor, run_dir / "logs")
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep)
         self.clock = Clock({})
+        self._stop = asyncio.Event()
+        self._between_updates = asyncio.Event()
+        self._begin_session()
+
+    def _begin_session(self) -> None:
+        self.parts = self.make_parts(self.config, self.run_dir, self.policy_path)
+        self.admission = Admission(
+            self.config, self.train_tasks, self.parts.prompts, self.parts.predictor, self.run_dir / "logs"
+        )
+        self._started = False
+        self._saved_updates = self._evaluated_updates = -1
+        self._updates_in_session = 0
+        self._stats_before: dict[str, GeneratorStats] = {}
+        self._between_updates.set()
 
     @property
     def state(self) -> RunState:
         return self.admission.state
 
+    @property
+    def pool(self) -> GeneratorPool:
+        return self.parts.pool
+
+    @property
+    def prompts(self) -> PromptGroup:
+        return self.parts.prompts
+
+    def stop(self) -> None:
+        """Ask the run to save a checkpoint at the next update boundary and to end with StopRequestedError."""
+        self._stop.set()
+
     async def run(self, checkpoint: Path | None = None) -> RunState:
         """Train until the configured updates or tokens are spent; from `checkpoint` when resuming."""
+        may_begin_anew = True
+        while True:
+            try:
+                return await self._session(checkpoint)
+            except CallError as error:
+                may_begin_anew = may_begin_anew or self._updates_in_session > 0
+                if not self._started or not may_begin_anew:
+                    raise
+                log.exception("a part of the run was lost; going on from the newest checkpoint")
+                may_begin_anew = False  # until an update shows that it was not the work itself that killed it
+                checkpoint = await asyncio.to_thread(latest_checkpoint, self.run_dir / "checkpoints")
+                step = load_trainer(checkpoint).state.num_updates if checkpoint else -1
+                await asyncio.to_thread(self.on_rollback, step, error)
+                self._begin_session()
+
+    async def _session(self, checkpoint: Path | None) -> RunState:
         try:
-            await self._start(checkpoint)
-            if checkpoint is None:
-                self.on_metrics(0, await self.evaluate(), [])
-            await _race(self._updates(), self.admission.run(), self.pool.watch())
-            if not self._evaluation_due():
-                self.on_metrics(self.state.num_updates, await self.evaluate(), [])
-            await self.save()
-            await self.learner.export(self.run_dir / "policy")
+            await _race(self._start(checkpoint), self._stop_asked())
+            self._started = True
+            await _race(self._train(checkpoint), self.parts.watch(), self._stop_asked())
             return self.state
+        except _StopAsked:
+            raise StopRequestedError(await self._save_at_stop()) from None
         finally:
-            await self._close()
+            await self.parts.close()
 
     async def _start(self, checkpoint: Path | None) -> None:
-        self.prompts.start()
-        await asyncio.gather(self.pool.start(), self.learner.start(), self._predictor_ready())
+        await self.parts.start()
         if checkpoint is not None:
             await self._restore(checkpoint)
 
-    async def _predictor_ready(self) -> None:
-        limit_s = self.config.engine.start_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                await self.predictor.ready.remote()
-        except TimeoutError:
-            raise TimeoutError(
-                f"the predictor did not start within engine.start_timeout_s={limit_s:g}: `ray status` shows whether "
-                "there is room for it"
-            ) from None
-
-    async def _close(self) -> None:
-        for close in (self.pool.close(), self.learner.close()):
-            try:
-                await asyncio.wait_for(close, 60)
-            except (RayActorError, TimeoutError) as error:
-                log.warning("while closing: %r", error)
-        self.prompts.close()
-        ray.kill(self.predictor)
+    async def _train(self, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            await self._report_evaluation()
+        else:
+            self._evaluated_updates = self._last_evaluated()
+            self._stats_before = await self.pool.stats()
+        if self._evaluation_due() and not self._is_evaluated():
+            await self._report_evaluation()  # the run ended between this checkpoint and its evaluation
+        await _race(self._updates(), self.admission.run())
+        await self._save_once()
+        if not self._is_evaluated():
+            await self._report_evaluation()
+        await self.parts.learner.export(self.run_dir / "policy")
 
     async def _updates(self) -> None:
         while self.state.num_updates < self.config.num_updates:
+            if self._stop.is_set():
+                raise _StopAsked
             started = time.monotonic()
             trees = await self.clock.time("wait_for_trees", self.admission.take())
             if not trees:
                 return
+            self._between_updates.clear()
             await self._update(trees, started)
-            if self._evaluation_due():
-                self.on_metrics(self.state.num_updates, await self.evaluate(), [])
+            self._updates_in_session += 1
+            self._between_updates.set()
             every = self.config.checkpoint.every_updates
             if every and self.state.num_updates % every == 0:
-                await self.clock.time("checkpoint", self.save())
-
-    def _evaluation_due(self) -> bool:
-        every = self.config.eval.every_updates
-        return bool(every) and self.state.num_updates % every == 0
+                await self.clock.time("checkpoint", self._save_once())
+            if self._evaluation_due():
+                await self._report_evaluation()
+            self.admission.rounds.check_worth(str(self.run_dir / "logs"))
 
     async def _update(self, trees: list[RolloutTree], started: float) -> None:
         version = self.state.policy_version
+        learner, predictor = self.parts.learner, self.parts.predictor
         learned, predicted = await asyncio.gather(
-            self.clock.time("update", self.learner.update(trees, version)),
-            self.clock.time("predictor", self._train_predictor(trees, version)),
+            self.clock.time("update", learner.update(trees, version)),
+            self.clock.time("predictor", predictor.train(trees, version)),
         )
         updated = bool(learned["learner/updated"])
         if updated:
-            weights = await self.clock.time("gather", self.learner.weights(version + 1))
+            weights = await self.clock.time("gather", learner.weights(version + 1))
             await self.clock.time("sync", self._sync(weights, version + 1))
-        await self.admission.account(trees, updated=updated)
         step_s = time.monotonic() - started
-        self.state.elapsed_s += step_s
+        self.admission.account(trees, updated=updated, elapsed_s=step_s)
         metrics = tree_metrics(trees, version) | learned | predicted | await self._run_metrics(step_s)
         self.on_metrics(self.state.num_updates, metrics, trees)
-        if self.state.updates_without_credit >= MAX_UPDATES_WITHOUT_CREDIT:
-            raise RuntimeError(
-                f"in {MAX_UPDATES_WITHOUT_CREDIT} updates in a row no prompt had both outcomes: nothing can be learnt "
-                "from these tasks with this policy; see train/reward, and choose easier or harder tasks (env.args)"
-            )
 
     async def _sync(self, weights: Sequence[ray.ObjectRef], version: int) -> None:
         """Generators and the predictor that reads the policy's states: nothing goes on with older weights."""
@@ -167,14 +218,13 @@ class Trainer:
 
     async def _sync_predictor(self, weights: Sequence[ray.ObjectRef], version: int) -> None:
         if self.config.predictor.trunk == "policy":
-            serves = await self.predictor.receive_weights.remote(*weights)
+            serves = await self.parts.predictor.receive_weights(weights)
             assert serves == version, f"the predictor reads with version {serves}, not {version}"
 
-    async def _train_predictor(self, trees: list[RolloutTree], version: int) -> dict[str, float]:
-        return await self.predictor.train.remote(trees, version)
+    # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _run_metrics(self, step_s: float) -> dict[str, float]:
-        stats = await self.pool.stats()
+        stats, router = await asyncio.gather(self.pool.stats(), self.prompts.router_stats())
         phases = self.clock.read()
         ledger = self.state.ledger
         estimate_s, self.admission.estimate_s = self.admission.estimate_s, 0.0
@@ -186,15 +236,46 @@ class Trainer:
                 "time/estimate_s": estimate_s,
                 "time/elapsed_s": self.state.elapsed_s,
                 "idle/learner_share": phases.get("time/wait_for_trees_s", 0.0) / step_s,
-                "idle/generator_share": 1 - sum(s.busy_s for s in stats) / max(1e-9, sum(s.alive_s for s in stats)),
+                "idle/generator_share": self._generator_idle_share(stats),
                 "generators/ready": float(len(self.pool.ready)),
                 "generators/lost": float(self.pool.num_lost),
+                "generators/requests_running": float(sum(s.health.num_running for s in stats.values())),
+                "generators/requests_waiting": float(sum(s.health.num_waiting for s in stats.values())),
+                "generators/requests_spilled": float(router.num_spilled),
+                "generators/requests_retried": float(router.num_retried),
                 "tokens/generated_total": float(self.state.generated_tokens),
                 "budget/failed_rollouts": float(sum(ledger.failed.values())),
+                "budget/lost_candidates": float(sum(self.state.lost_candidates.values())),
                 "budget/filtered_rollouts": float(sum(ledger.filtered.values())),
                 "budget/trained_rollouts": float(sum(ledger.trained.values())),
             }
         )
+
+    def _generator_idle_share(self, stats: Mapping[str, GeneratorStats]) -> float:
+        """Of the seconds since the last update or evaluation, the share in which generators had no request."""
+        before, self._stats_before = self._stats_before, dict(stats)
+        known = [(s, before[name]) for name, s in stats.items() if name in before]
+        busy = sum(now.busy_s - then.busy_s for now, then in known)
+        alive = sum(now.alive_s - then.alive_s for now, then in known)
+        return 1 - busy / alive if alive > 0 else 0.0
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval.every_updates
+        return bool(every) and self.state.num_updates % every == 0
+
+    def _is_evaluated(self) -> bool:
+        """Whether the figures of this run have an evaluation of the weights as they are."""
+        return self._evaluated_updates == self.state.num_updates
+
+    async def _report_evaluation(self) -> None:
+        self.on_metrics(self.state.num_updates, await self.evaluate(), [])
+        self._evaluated_updates = self.state.num_updates
+        self._stats_before = await self.pool.stats()
+
+    def _last_evaluated(self) -> int:
+        """The newest update with held-out figures in the run's log; -1 when there is none."""
+        points = read_metrics(self.run_dir)
+        return max((p.step for p in points if any(n.startswith("heldout/") for n in p.metrics)), default=-1)
 
     async def evaluate(self) -> dict[str, float]:
         """Held-out success of the current weights, at every temperature of `eval.temperatures`."""
@@ -206,24 +287,59 @@ class Trainer:
             "tokens/generated_total": float(self.state.generated_tokens),
         }
 
+    # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _save_once(self) -> None:
+        if self._saved_updates == self.state.num_updates:
+            return
+        self._between_updates.clear()  # a stop waits for this checkpoint instead of beginning its own
+        try:
+            await self.save()
+        finally:
+            self._between_updates.set()
+
     async def save(self) -> None:
         """A checkpoint of everything, at an update boundary; trees that arrive meanwhile belong to the next one."""
         saved = self.admission.snapshot()
         async with self.checkpoints.saving(saved.state.num_updates) as folder:
             save_trainer(folder, saved)
             (folder / "learner").mkdir()
-            await self.learner.save(folder / "learner")
-            await self.predictor.save.remote(str(folder / "predictor"))
+            await self.parts.learner.save(folder / "learner")
+            await self.parts.predictor.save(folder / "predictor")
+        self._saved_updates = saved.state.num_updates
 
     async def _restore(self, checkpoint: Path) -> None:
         saved = load_trainer(checkpoint)
         await asyncio.gather(
-            self.learner.load(checkpoint / "learner"), self.predictor.load.remote(str(checkpoint / "predictor"))
+            self.parts.learner.load(checkpoint / "learner"), self.parts.predictor.load(checkpoint / "predictor")
         )
         version = saved.state.policy_version
         if version > 0:
-            await self._sync(await self.learner.weights(version), version)
+            await self._sync(await self.parts.learner.weights(version), version)
         self.admission.restore(saved)
+
+    async def _stop_asked(self) -> None:
+        await self._stop.wait()
+        try:
+            async with asyncio.timeout(self.config.checkpoint.stop_within_s):
+                await self._between_updates.wait()
+        except TimeoutError:
+            log.warning("no update boundary within checkpoint.stop_within_s: the update under way is given up")
+        raise _StopAsked
+
+    async def _save_at_stop(self) -> Path | None:
+        """Save what the run has, within the limit; returns the newest checkpoint either way."""
+        if self._started and self._between_updates.is_set():
+            try:
+                async with asyncio.timeout(self.config.checkpoint.stop_within_s):
+                    await self._save_once()
+            except (TimeoutError, CallError) as error:
+                log.error("the last checkpoint could not be saved: %r", error)
+        return self.checkpoints.newest()
+
+
+class _StopAsked(Exception):
+    """`stop` was called, and no update is under way."""
 
 
 async def _race(main: Awaitable[None], *background: Awaitable[None]) -> None:

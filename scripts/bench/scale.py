@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.generator import GeneratorRouter
 from actors.prompt import PromptActor
+from actors.router import GeneratorRouter
 from scripts.bench.virtual_time import run_in_virtual_time
 from trace_async.config import Config, load_config
 from trace_async.engines.simulated import LatencyModel, SimulatedEngine

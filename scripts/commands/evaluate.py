@@ -2,8 +2,11 @@
 
 import argparse
 import asyncio
+import sys
 from pathlib import Path
 
+from scripts.commands.stopping import interrupted_by_signals, terminated_as_interrupted
+from scripts.commands.train import expected_errors, in_words
 from scripts.start_policy import ensure_policy
 from trace_async.config import ConfigError, load_config
 from trace_async.printable import one_line
@@ -29,12 +32,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = load_config(args.config, args.overrides)
         policy_path = ensure_policy(config)
-    start_ray(config, only_generators=True)
+    log_dir = Path(config.output_dir).absolute() / "eval_logs"
     try:
-        metrics = asyncio.run(evaluate_policy(config, policy_path, Path(config.output_dir).absolute() / "eval_logs"))
+        with terminated_as_interrupted():
+            start_ray(config, only_generators=True)
+        metrics = asyncio.run(interrupted_by_signals(evaluate_policy(config, policy_path, log_dir)))
+    except expected_errors() as error:
+        print(f"trace-async: {in_words(error)}\nThe logs are in {log_dir}", file=sys.stderr)
+        return 1
     finally:
         ray.shutdown()
     print(f"policy {policy_path}")
     for name, value in sorted(metrics.items()):
         print(f"{one_line(name):<44} {value:.4f}")
+    if not any(name.startswith("heldout/success_") for name in metrics):
+        print(f"trace-async: more than one task in ten broke down: no average; see {log_dir}", file=sys.stderr)
+        return 1
     return 0

@@ -4,19 +4,25 @@ import argparse
 import asyncio
 import logging
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from scripts.commands.stopping import run_until_stopped, terminated_as_interrupted
 from scripts.start_policy import ensure_policy
 from trace_async.config import Config, ConfigError, config_to_yaml, load_config
 from trace_async.printable import printable
-from trace_async.trees.tree import RolloutTree
-
-if TYPE_CHECKING:
-    from trace_async.tracking.mlflow import Tracker
+from trace_async.run.session import (
+    SESSION_FILE,
+    RunFolderError,
+    abandoned,
+    at_work,
+    claim_new,
+    free_name,
+    how_it_ended,
+    require_free,
+)
 
 log = logging.getLogger("trace_async")
 
@@ -29,104 +35,125 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config, run_dir = _config_and_run_dir(args)
+    config, wanted = _config_and_run_dir(args)
+    resume = args.resume is not None
+    plan = check_run(config)
     if args.dry_run:
-        return _dry_run(config, run_dir)
+        print(config_to_yaml(config))
+        print("\n".join([plan, f"run directory    {wanted if resume else free_name(wanted)}"]))
+        return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from trace_async.policy.report import describe_policy
 
-    policy_path = ensure_policy(config)
-    print("\n".join(describe_policy(policy_path, config)))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-    _log_to_file(run_dir / "logs" / "trainer.log")
-    return _train(config, run_dir, policy_path, resume=args.resume is not None)
+    _report_abandoned(Path(config.output_dir))
+    try:
+        run_dir = _claim(config, wanted, resume=resume)
+        with at_work(run_dir):
+            _log_to_file(run_dir / "logs" / "trainer.log")
+            policy_path = ensure_policy(config)
+            print("\n".join(describe_policy(policy_path, config)))
+            return _train(config, run_dir, policy_path, resume=resume)
+    except RunFolderError as error:
+        print(f"trace-async: {error}", file=sys.stderr)
+        return 2
+
+
+def _claim(config: Config, wanted: Path, *, resume: bool) -> Path:
+    """The run's folder, which no other process takes; with the config as it is now."""
+    if not resume:
+        return claim_new(wanted, config_to_yaml(config))
+    require_free(wanted)
+    if (ended := how_it_ended(wanted)) is not None:
+        print(f"trace-async: {ended}", file=sys.stderr)
+    (wanted / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    return wanted
+
+
+def _report_abandoned(output_dir: Path) -> None:
+    """Say which runs beside this one ended without a word, once, and end them in MLflow, where they still run."""
+    for run_dir in abandoned(output_dir):
+        print(f"trace-async: {how_it_ended(run_dir)}. Go on with it: {resume_command(run_dir)}", file=sys.stderr)
+        from trace_async.tracking.mlflow import end_abandoned
+
+        end_abandoned(load_config(run_dir / "config.yaml"), run_dir)
+        (run_dir / SESSION_FILE).unlink(missing_ok=True)
+
+
+def resume_command(run_dir: Path) -> str:
+    return f"trace-async train --resume {shlex.quote(str(run_dir))}"
 
 
 def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) -> int:
     import ray
-    from ray.exceptions import RayError, RayTaskError
 
-    from actors.learner import LearnerRankError
     from actors.ray_cluster import start_ray
-    from actors.trainer import Trainer
-    from trace_async.engine import EngineError
+    from actors.trainer import StopRequestedError, Trainer
+    from scripts.commands.recording import Recorder
     from trace_async.run.checkpoint import latest_checkpoint
     from trace_async.run.state import load_trainer
-    from trace_async.tracking.log import read_metrics
-    from trace_async.tracking.mlflow import RunStatus, Tracker, saved_run_id, ui_command
-    from trace_async.tracking.progress import Progress
-    from trace_async.tracking.summary import summarise
-    from trace_async.trees.io import trees_path, write_trees
+    from trace_async.tracking.mlflow import RunStatus
 
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None
     first = load_trainer(checkpoint).state if checkpoint else None
     print(f"Run {run_dir}; policy {policy_path}; starting Ray ...", flush=True)
-    start_ray(config)
-    tracker = Tracker.start(
-        config,
-        run_dir,
-        resume_run_id=saved_run_id(run_dir) if resume else None,
-        # A run that was killed before its first checkpoint starts anew, so none of its points stay.
-        resume_step=(first.num_updates if first else -1) if resume else None,
-    )
-    progress = Progress(
-        config.num_updates,
-        token_budget=config.max_generated_tokens,
-        first_update=first.num_updates if first else 0,
-        tokens_before=first.generated_tokens if first else 0,
-    )
-
-    def on_metrics(step: int, metrics: Mapping[str, float], trees: Sequence[RolloutTree]) -> None:
-        tracker.log(metrics, step)
-        progress.update(step, metrics)
-        if trees and config.tracking.trees_per_artifact:
-            path = trees_path(run_dir, step)
-            write_trees(path, trees[: config.tracking.trees_per_artifact])
-            tracker.log_artifact(path, "trees")
-
+    recorder = Recorder(config, run_dir, resume=resume, first=first)
     status: RunStatus = "FAILED"
     try:
-        with progress:
-            trainer = Trainer(config, run_dir, policy_path, on_metrics)
-            asyncio.run(trainer.run(checkpoint))
+        with terminated_as_interrupted():
+            start_ray(config)
+        with recorder.progress:
+            trainer = Trainer(config, run_dir, policy_path, recorder.on_metrics, on_rollback=recorder.on_rollback)
+            asyncio.run(run_until_stopped(trainer.run(checkpoint), trainer.stop))
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StopRequestedError) as stop:
         status = "KILLED"
-        print(f"\nStopped. Go on with: trace-async train --resume {run_dir}", file=sys.stderr)
-        raise
-    except (RayError, EngineError, LearnerRankError, TimeoutError) as error:
+        kept = f"saved as {stop.checkpoint}" if isinstance(stop, StopRequestedError) else "not saved"
+        print(f"\nStopped; what it has is {kept}. Go on with: {resume_command(run_dir)}", file=sys.stderr)
+        return 130
+    except expected_errors() as error:
         log.exception("the run ended")
-        cause = error.cause if isinstance(error, RayTaskError) else error
         print(
-            f"\ntrace-async: {printable(str(cause), 10_000)}\n"
+            f"\ntrace-async: {printable(str(in_words(error)), 10_000)}\n"
             f"The whole story is in {run_dir / 'logs' / 'trainer.log'}. Go on from the last checkpoint: "
-            f"trace-async train --resume {run_dir}",
+            f"{resume_command(run_dir)}",
             file=sys.stderr,
         )
         return 1
     finally:
-        _log_page(run_dir, tracker)
-        tracker.finish(status)
+        recorder.finish(status)
         ray.shutdown()
+    _print_end(config, run_dir)
+    return 0
+
+
+def expected_errors() -> tuple[type[BaseException], ...]:
+    """What may end a run through no fault in this program; anything else is shown with its traceback."""
+    from ray.exceptions import RayError
+
+    from actors.calls import CallError
+    from trace_async.engine import EngineError
+    from trace_async.run.checkpoint import CheckpointError
+    from trace_async.run.rounds import NothingToLearnError
+
+    return (RayError, EngineError, CallError, NothingToLearnError, CheckpointError, TimeoutError)
+
+
+def in_words(error: BaseException) -> BaseException:
+    """What a method of an actor raised, without the traceback that Ray wraps it in."""
+    from ray.exceptions import RayTaskError
+
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
+def _print_end(config: Config, run_dir: Path) -> None:
+    from trace_async.tracking.log import read_metrics
+    from trace_async.tracking.mlflow import ui_command
+    from trace_async.tracking.summary import summarise
+
     print(summarise(read_metrics(run_dir)))
     print(f"\nPolicy (Hugging Face):  {run_dir / 'policy'}")
     print(f"Its rollout trees:      trace-async view {run_dir}")
     print(f"All figures:            {ui_command(config)}")
-    return 0
-
-
-def _log_page(run_dir: Path, tracker: "Tracker") -> None:
-    """Keep the viewer's page of the run's trees and curves, in its directory and as an artifact."""
-    from scripts.viewer.source import RunSource
-    from trace_async.tracking.log import write_whole
-    from trace_async.trees.io import tree_files
-
-    if not tree_files(run_dir):
-        return
-    page = run_dir / "trees.html"
-    write_whole(page, RunSource(run_dir).page())
-    tracker.log_artifact(page)
 
 
 def _config_and_run_dir(args: argparse.Namespace) -> tuple[Config, Path]:
@@ -138,38 +165,26 @@ def _config_and_run_dir(args: argparse.Namespace) -> tuple[Config, Path]:
             raise ConfigError(f"--resume {args.resume}: there is no run ({saved} is missing)")
         return load_config(saved, args.overrides), args.resume
     config = load_config(args.config, args.overrides)
-    return config, _free_run_dir(Path(config.output_dir) / config.name)
+    return config, Path(config.output_dir) / config.name
 
 
-def _free_run_dir(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, … that holds no run yet."""
-    candidate, number = wanted, 1
-    while (candidate / "config.yaml").exists():
-        number += 1
-        candidate = wanted.with_name(f"{wanted.name}-{number}")
-    return candidate
-
-
-def _dry_run(config: Config, run_dir: Path) -> int:
-    """Resolved config and plan, with model, data and environment checked."""
+def check_run(config: Config) -> str:
+    """The plan of a run in words; model, data and environment are checked. ConfigError when one will not do."""
     from envs import load_domain
     from trace_async.run.plan import plan_run
 
-    print(config_to_yaml(config))
-    print(plan_run(config))
+    lines = [str(plan_run(config))]
     domain = load_domain(config.env)
-    print(f"run directory    {run_dir}")
     for split in ("train", "heldout"):
         tasks = domain.tasks(split)
-        print(f"{split:<16} {len(tasks)} tasks of {domain.name}")
+        lines.append(f"{split:<16} {len(tasks)} tasks of {domain.name}")
         if not tasks:
             raise ConfigError(f"env.name={config.env.name}: there are no {split} tasks")
     if config.policy.path:
-        print(f"policy           {config.policy.path}")
-        print("\n".join(_described(config)))
+        lines += [f"policy           {config.policy.path}", *_described(config)]
     else:
-        print(f"policy           a small one will be built for {domain.name} under {config.policy.cache_dir}")
-    return 0
+        lines.append(f"policy           a small one will be built for {domain.name} under {config.policy.cache_dir}")
+    return "\n".join(lines)
 
 
 def _described(config: Config) -> list[str]:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.calls import ActorLostError
 from actors.prompt import remote_prompt_actor
 from actors.prompt_group import PromptGroup
 from actors.trainer import Trainer
@@ -181,7 +181,7 @@ async def test_a_question_to_prompt_actors_that_die_is_asked_anew(tiny_policy_pa
         assert await group.prompt_queries(tasks) == wanted
     num_dying = 2
     ray.kill(group.actors[1])
-    with pytest.raises(RayActorError):
+    with pytest.raises(ActorLostError, match="PromptActor 1 is lost"):
         await group.prompt_queries(tasks)
     group.close()
 

@@ -56,7 +56,7 @@ def in_store(parts: Sequence[object]) -> list[ray.ObjectRef]:
 
 
 async def served_versions(pool: GeneratorPool) -> list[int]:
-    return [stats.health.policy_version for stats in await pool.stats()]
+    return [stats.health.policy_version for stats in (await pool.stats()).values()]
 
 
 async def until(condition, limit_s: float = 60.0) -> None:

@@ -45,6 +45,9 @@ class CheckpointConfig:
     """A checkpoint after every so many updates (alias save_freq). 0: only at the end."""
     keep: Annotated[int, Field(ge=1)] = 2
     """The newest so many checkpoints are kept."""
+    stop_within_s: Annotated[float, Field(gt=0)] = 60.0
+    """A run that is asked to stop (SIGTERM, Ctrl-C) has so long to end the update under way, and as long again to save.
+    A machine that is taken away gives 30 to 120 s in all."""
 
 
 @section("")

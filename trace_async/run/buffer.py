@@ -2,8 +2,8 @@
 
 The bound: a tree admitted at learner version v is trained at a version ≤ v + max_staleness. It is kept by order: an
 update takes every tree that is due, waiting for those still growing, before it fills up with others, oldest first. No
-tree is ever dropped for being late. Admission keeps the load even: a round of M roots starts only while fewer than
-(updates + max_staleness + 1)·M were admitted, so that what is due at an update is about one update's worth.
+tree is ever dropped for being late. Admission keeps the load even (see rounds.py), so that what is due at an update is
+about one update's worth.
 """
 
 from dataclasses import dataclass, field
@@ -11,21 +11,22 @@ from dataclasses import dataclass, field
 from trace_async.trees.tree import RolloutTree
 
 
+def finished_roots(tree: RolloutTree) -> int:
+    """Root rollouts of the tree that were not lost: those that an update can train on."""
+    return sum(rollout.kind == "root" for rollout in tree.rollouts)
+
+
 @dataclass(slots=True)
 class TreeBuffer:
     """Finished trees, and which admitted prompts are still growing.
 
-    `roots_per_update`: an update takes trees of so many allocated root rollouts (M), or all there is.
+    `roots_per_update`: an update takes trees of so many finished root rollouts (M), or all there is.
     """
 
     roots_per_update: int
     max_staleness: int
     waiting: list[RolloutTree] = field(default_factory=list)
     growing: dict[int, int] = field(default_factory=dict)  # prompt ticket → version at admission
-
-    def may_admit(self, admitted_roots: int, num_updates: int) -> bool:
-        """Whether another round may start; `admitted_roots`: of all rounds so far, less those that were filtered."""
-        return admitted_roots < (num_updates + self.max_staleness + 1) * self.roots_per_update
 
     def admit(self, ticket: int, policy_version: int) -> None:
         self.growing[ticket] = policy_version
@@ -37,23 +38,24 @@ class TreeBuffer:
             self.waiting.append(tree)
 
     def ready(self, policy_version: int, *, more_to_come: bool) -> bool:
-        """Whether an update can be taken now. `more_to_come`: another round can be admitted at this version."""
+        """Whether an update can be taken now. `more_to_come`: another prompt can be admitted at this version."""
         due = any(version + self.max_staleness <= policy_version for version in self.growing.values())
         if due or not self.waiting:
             return False
-        full = sum(tree.num_roots_allocated for tree in self.waiting) >= self.roots_per_update
-        return full or not (self.growing or more_to_come)
+        return self.waiting_roots >= self.roots_per_update or not (self.growing or more_to_come)
 
     def exhausted(self) -> bool:
         """Nothing waits and nothing grows."""
         return not self.waiting and not self.growing
 
-    def take(self, policy_version: int) -> list[RolloutTree]:
-        """The trees of one update, oldest first; call only when `ready`."""
+    def take(self, policy_version: int, *, everything: bool = False) -> list[RolloutTree]:
+        """The trees of one update, oldest first; call only when `ready`. `everything`: of the last update."""
         self.waiting.sort(key=lambda tree: tree.policy_version_started)
         taken, roots = 0, 0
-        while taken < len(self.waiting) and (roots < self.roots_per_update or self._due(taken, policy_version)):
-            roots += self.waiting[taken].num_roots_allocated
+        while taken < len(self.waiting) and (
+            everything or roots < self.roots_per_update or self._due(taken, policy_version)
+        ):
+            roots += finished_roots(self.waiting[taken])
             taken += 1
         trees, self.waiting = self.waiting[:taken], self.waiting[taken:]
         for tree in trees:
@@ -65,6 +67,10 @@ class TreeBuffer:
 
     def _due(self, index: int, policy_version: int) -> bool:
         return self.waiting[index].policy_version_started + self.max_staleness <= policy_version
+
+    @property
+    def waiting_roots(self) -> int:
+        return sum(finished_roots(tree) for tree in self.waiting)
 
     @property
     def num_waiting_rollouts(self) -> int:

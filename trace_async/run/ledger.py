@@ -8,6 +8,11 @@ from trace_async.trees.tree import RolloutTree
 from trace_async.types import LossKind
 
 
+def in_words(counts: Mapping[str, int]) -> str:
+    """`2 env_error, 5 tree_timeout`."""
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
+
+
 @dataclass(slots=True)
 class Ledger:
     """Where every allocated root rollout and continuation went. Continuations are entered when their tree arrives.
@@ -50,8 +55,9 @@ class Ledger:
         found = sum(self.trained.values()) + sum(self.failed.values()) + waiting + in_flight_roots
         found += sum(self.filtered.values())
         assert allocated == found, (
-            f"ledger: {allocated} rollouts allocated, but {dict(self.trained)} trained + {dict(self.failed)} failed + "
-            f"{dict(self.filtered)} filtered + {waiting} waiting + {in_flight_roots} in flight = {found}"
+            f"ledger: {allocated} rollouts allocated, but trained: {in_words(self.trained)}; failed: "
+            f"{in_words(self.failed)}; filtered: {in_words(self.filtered)}; {waiting} waiting and "
+            f"{in_flight_roots} in flight, together {found}"
         )
 
     def state(self) -> dict[str, dict[str, int]]:

@@ -1,24 +1,42 @@
-"""The trainer's part of a checkpoint: counters, ledger, position in the data, trees waiting, prompts under way."""
+"""The trainer's part of a checkpoint: counters, ledger, position in the data, planned and growing prompts, trees."""
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trace_async.method.market import Offer
+from trace_async.run.checkpoint import CheckpointError
 from trace_async.run.ledger import Ledger
 from trace_async.trees.io import read_trees, write_trees
 from trace_async.trees.tree import RolloutTree
 
+FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedPrompt:
+    """A prompt that Stage 1 chose and that has not started: its budget is not spent yet."""
+
+    task_id: str
+    num_roots: int
+    """Root rollouts that Stage 1 gave it (m_i)."""
+    root_value: float | None
+    """V(prompt) as it was believed when the round was planned."""
+    seed: int
+    """Seed of its own random choices, such as those of Stage 2."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingPrompt:
-    """A prompt that was admitted and has not ended; on resume it is grown again from its beginning."""
+    """A prompt that has started and has not ended; on resume it is grown again from its beginning."""
 
     task_id: str
     num_roots: int
     policy_version: int
+    """The learner's version when it started: its tree must be trained at most `max_staleness` versions later."""
     root_value: float | None
     seed: int
     offer: Offer | None = None
@@ -27,22 +45,24 @@ class PendingPrompt:
 
 @dataclass(slots=True)
 class RunState:
-    """Counters of a run.
-
-    `num_updates`: batches trained on. One without a token of credit changes no weight, so no `policy_version`
-    (`updates_without_credit`: of those, how many in a row). `admitted_roots` leaves out what a selection rule filtered
-    afterwards. `generated_tokens`: of all trees that arrived, trained or not; evaluation is not charged. `elapsed_s`:
-    of training, over all its sessions.
-    """
+    """Counters of a run; owned and changed by `Rounds` only."""
 
     policy_version: int = 0
+    """How many times the weights have changed."""
     num_updates: int = 0
+    """Batches trained on. One without a token of credit changes no weight, so no `policy_version`."""
     updates_without_credit: int = 0
+    """Of those without credit, how many in a row up to now."""
     num_rounds: int = 0
-    admitted_roots: int = 0
+    """Rounds of Stage 1 that were planned."""
     num_prompts: int = 0
+    """Prompts that started."""
     generated_tokens: int = 0
+    """Of all trees that arrived, trained or not; evaluation is not charged."""
     elapsed_s: float = 0.0
+    """Seconds of training, over all sessions of the run."""
+    lost_candidates: Counter[str] = field(default_factory=Counter)
+    """Candidates of Stage 1 whose environment could not be started, by kind of loss; nothing was allocated to them."""
     ledger: Ledger = field(default_factory=Ledger)
 
     def copy(self) -> "RunState":
@@ -55,28 +75,40 @@ class SavedTrainer:
 
     state: RunState
     dataset: Mapping[str, int]
-    pending: Sequence[PendingPrompt]
+    planned: Sequence[PlannedPrompt]
+    pending: Mapping[int, PendingPrompt]
+    """By ticket, the prompt's number in the run."""
     waiting: Sequence[RolloutTree]
 
 
 def save_trainer(folder: Path, saved: SavedTrainer) -> None:
     counters = {name: value for name, value in asdict(saved.state).items() if name != "ledger"}
     record = {
+        "format": FORMAT,
         "counters": counters,
         "ledger": saved.state.ledger.state(),
         "dataset": dict(saved.dataset),
-        "pending": [asdict(prompt) for prompt in saved.pending],
+        "planned": [asdict(prompt) for prompt in saved.planned],
+        "pending": [{"ticket": ticket} | asdict(prompt) for ticket, prompt in saved.pending.items()],
     }
     (folder / "trainer.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     write_trees(folder / "waiting.jsonl", saved.waiting)
 
 
 def load_trainer(folder: Path) -> SavedTrainer:
-    record: Mapping = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    state = RunState(**record["counters"], ledger=Ledger.from_state(record["ledger"]))
+    """What `save_trainer` wrote. Raises CheckpointError when another version of this program wrote it."""
+    path = folder / "trainer.json"
+    record: Mapping = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} was written in format {record.get('format', 1)}, and this version of trace_async reads format "
+            f"{FORMAT}: finish the run with the version that began it, or start from its policy (`trace-async export`)"
+        )
+    counters = record["counters"] | {"lost_candidates": Counter(record["counters"]["lost_candidates"])}
     return SavedTrainer(
-        state=state,
+        state=RunState(**counters, ledger=Ledger.from_state(record["ledger"])),
         dataset=record["dataset"],
-        pending=[PendingPrompt(**prompt) for prompt in record["pending"]],
+        planned=[PlannedPrompt(**prompt) for prompt in record["planned"]],
+        pending={prompt.pop("ticket"): PendingPrompt(**prompt) for prompt in record["pending"]},
         waiting=list(read_trees(folder / "waiting.jsonl")),
     )

@@ -1,5 +1,6 @@
 """Figures of one update's trees and of an evaluation, by the names under which they are logged."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from trace_async.trees.tree import RolloutTree
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,16 +93,20 @@ def _cache_metrics(trees: Sequence[RolloutTree]) -> dict[str, float]:
 def eval_metrics(rollouts: Sequence[EvalRollout], temperature: float) -> dict[str, float]:
     """Held-out success at a temperature: all, by kind, by domain, with further metrics of the verifier.
 
-    Raises ValueError when more than one rollout in ten broke down: such an average would mislead.
+    `heldout/lost_tasks`: tasks that broke down; with any, the evaluation is incomplete. When they are more than one in
+    ten there is no success, since the average of the others would mislead.
     """
     suffix = f"t{temperature:.1f}"
     whole = [(rollout, rollout.reward) for rollout in rollouts if rollout.reward is not None]
-    if len(whole) < 0.9 * len(rollouts):
+    num_lost = len(rollouts) - len(whole)
+    metrics = {f"heldout/num_tasks_{suffix}": float(len(whole)), f"heldout/lost_tasks_{suffix}": float(num_lost)}
+    if num_lost:
         errors = _count(rollout.error for rollout in rollouts if rollout.reward is None)
-        raise ValueError(f"evaluation: {len(rollouts) - len(whole)} of {len(rollouts)} rollouts broke down: {errors}")
-    metrics = {
+        log.error("evaluation incomplete: %d of %d rollouts broke down: %s", num_lost, len(rollouts), errors)
+    if len(whole) < 0.9 * len(rollouts):
+        return metrics
+    metrics |= {
         f"heldout/success_{suffix}": float(np.mean([reward for _, reward in whole])),
-        f"heldout/num_tasks_{suffix}": float(len(whole)),
         f"heldout/turns_{suffix}": float(np.mean([r.num_turns for r, _ in whole])),
     }
     groups = [_group((r.kind, reward) for r, reward in whole)]

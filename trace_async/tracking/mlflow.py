@@ -52,6 +52,21 @@ def saved_run_id(run_dir: str | Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
+def end_abandoned(config: Config, run_dir: Path) -> None:
+    """End the MLflow run of a process that was killed, which would stay RUNNING. Says so when the store is away."""
+    run_id = saved_run_id(run_dir)
+    if run_id is None:
+        return
+    quiet_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        MlflowClient(tracking_uri(config)).set_terminated(run_id, status="FAILED")
+    except MlflowException as error:
+        print(f"MLflow run {run_id} could not be ended: {_first_line(error)}")
+
+
 class Tracker:
     """Logs one run. Methods return at once; `finish` waits (at most a minute) until MLflow has everything."""
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from ray.exceptions import ActorDiedError
 
-from actors.generator import GeneratorActor, GeneratorRouter
+from actors.generator import GeneratorActor
+from actors.router import GeneratorRouter, RouterStats
 from trace_async.config import load_config
 from trace_async.engine import EngineDeadError, EngineRequestError, EngineTimeoutError, WeightSyncError
 from trace_async.engines.fake import FakeEngine
@@ -80,16 +81,6 @@ def weights(version: int) -> WeightUpdate:
     return pack_weights({"w": torch.full((4,), float(version))}, version)
 
 
-async def test_a_request_held_by_a_pause_outlives_the_limit(actor: GeneratorActor):
-    await actor.pause()
-    await actor.pause()
-    waiting = asyncio.create_task(actor.generate((1,), PARAMS))
-    await asyncio.sleep(3 * LIMIT_S)
-    assert not waiting.done()
-    await actor.resume()
-    assert (await waiting).token_ids == (7, 8, 9)
-
-
 async def test_a_request_held_by_a_weight_update_outlives_the_limit(actor: GeneratorActor):
     in_flight = asyncio.create_task(actor.generate((1,), PARAMS))
     await asyncio.sleep(0)
@@ -110,14 +101,12 @@ async def test_a_hung_engine_is_found_within_its_limit(actor: GeneratorActor):
         await asyncio.gather(actor.generate((1,), PARAMS), actor.generate((2,), PARAMS))
 
 
-async def test_an_engine_that_hangs_after_a_pause_or_an_update_that_failed_is_found(actor: GeneratorActor):
-    await actor.pause()
+async def test_an_engine_that_hangs_after_an_update_that_failed_is_found(actor: GeneratorActor):
     waiting = asyncio.create_task(actor.generate((1,), PARAMS))
     bad = WeightUpdate(manifest=weights(2).manifest, tensors=weights(1).tensors)
     actor.engine.arrived.set()
     with pytest.raises(WeightSyncError):
         await actor.update_weights(bad)
-    await actor.resume()
     await actor.engine.pause()
     with pytest.raises(EngineTimeoutError, match="1 requests are in flight"):
         await waiting
@@ -156,7 +145,7 @@ async def test_a_request_goes_elsewhere_when_its_generator_dies():
         assert await made.generate(f"task {i}", (1,), PARAMS) is ANSWER
     assert dead.calls == 1  # left out until the pool announces it anew
     assert alive.calls == 20
-    assert made.num_retried == 1
+    assert made.stats() == RouterStats(num_spilled=0, num_retried=1)
     assert sum(made.in_flight.values()) == 0
 
 
@@ -176,6 +165,20 @@ async def test_without_generators_a_request_waits_for_the_pool_and_not_for_ever(
     waiting = asyncio.create_task(made.generate("t", (1,), PARAMS))
     await asyncio.sleep(0.01)
     made.announce({"new": Handle(answers)})
+    assert await waiting is ANSWER
+
+
+async def test_a_generator_that_died_is_left_out_even_when_the_pool_announces_it_before_it_knows():
+    dead, alive = Handle(dies), Handle(answers)
+    made = router(dead=dead)
+    waiting = asyncio.create_task(made.generate("t", (1,), PARAMS))
+    made.wait_s = 5.0
+    while not dead.calls:
+        await asyncio.sleep(0)
+    made.announce({"dead": dead})
+    await asyncio.sleep(0)
+    assert dead.calls == 1
+    made.announce({"dead": dead, "alive": alive})
     assert await waiting is ANSWER
 
 

@@ -1,18 +1,16 @@
 """The staleness bound and the ledger."""
 
-import random
+from collections.abc import Mapping
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from trace_async.run.buffer import TreeBuffer
 from trace_async.run.ledger import Ledger
 from trace_async.trees.tree import Node, Rollout, RolloutTree
-from trace_async.types import Task, VersionSpan
+from trace_async.types import LossKind, Task, VersionSpan
 
 
-def make_tree(name: str, *, version: int, num_roots: int = 2, failures: dict[str, int] | None = None) -> RolloutTree:
+def make_tree(name: str, *, version: int, num_roots: int = 2, failures: Mapping[str, int] | None = None) -> RolloutTree:
     finished = num_roots - sum((failures or {}).values())
     nodes = [Node(parent=-1, rollout=-1, token_ids=(1,), num_generated=0)]
     nodes += [
@@ -57,16 +55,24 @@ def test_an_update_waits_for_what_is_due_and_takes_oldest_first():
     assert [tree.task.id for tree in buffer.waiting] == ["young b"]
 
 
-def test_zero_staleness_is_the_synchronous_trainer():
+def test_zero_staleness_waits_for_all_that_grow():
     buffer = TreeBuffer(roots_per_update=4, max_staleness=0)
-    assert buffer.may_admit(0, 0)
-    assert not buffer.may_admit(4, 0)
     buffer.admit(0, 0)
     buffer.admit(1, 0)
     buffer.finish(0, make_tree("a", version=0, num_roots=4))
     assert not buffer.ready(0, more_to_come=False)
     buffer.finish(1, make_tree("b", version=0))
     assert len(buffer.take(0)) == 2
+
+
+def test_what_a_tree_lost_does_not_count_towards_an_update():
+    buffer = TreeBuffer(roots_per_update=4, max_staleness=1)
+    buffer.admit(0, 0)
+    buffer.admit(1, 0)
+    buffer.finish(0, make_tree("half", version=0, num_roots=4, failures={LossKind.ENV: 2}))
+    assert not buffer.ready(0, more_to_come=True)
+    buffer.finish(1, make_tree("whole", version=0))
+    assert buffer.ready(0, more_to_come=True)
 
 
 def test_an_update_waits_for_the_next_round_while_one_may_still_come():
@@ -85,43 +91,17 @@ def test_training_on_a_tree_older_than_the_bound_is_refused():
         buffer.take(2)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 3), st.integers(2, 12), st.integers(0, 10_000))
-def test_no_order_of_arrivals_breaks_the_bound_or_loses_a_tree(max_staleness: int, per_update: int, seed: int):
-    rng = random.Random(seed)
-    buffer = TreeBuffer(roots_per_update=per_update, max_staleness=max_staleness)
-    version = admitted = trained = ticket = 0
-    growing: dict[int, int] = {}
-    while version < 12:
-        if buffer.may_admit(admitted, version):
-            left = per_update
-            while left > 0:
-                roots = min(left, rng.randint(2, 5))
-                buffer.admit(ticket, version)
-                growing[ticket] = roots
-                admitted, left, ticket = admitted + roots, left - roots, ticket + 1
-            continue
-        while not buffer.ready(version, more_to_come=False):
-            ended = rng.choice(list(growing))
-            tree = make_tree(str(ended), version=buffer.growing[ended], num_roots=growing.pop(ended))
-            buffer.finish(ended, tree)
-        trained += sum(tree.num_roots_allocated for tree in buffer.take(version))  # asserts the bound
-        version += 1
-    waiting = sum(tree.num_roots_allocated for tree in buffer.waiting)
-    assert admitted == trained + waiting + sum(growing.values())
-
-
 def test_the_ledger_adds_up_and_says_where_it_does_not():
     ledger = Ledger()
     ledger.allocate_roots(5)
     ledger.check(waiting=0, in_flight_roots=5)
-    tree = make_tree("a", version=0, num_roots=3, failures={"EnvError": 1})
+    tree = make_tree("a", version=0, num_roots=3, failures={LossKind.ENV: 1})
     ledger.arrive(tree)
     ledger.check(waiting=2, in_flight_roots=2)
     ledger.train(tree)
-    ledger.lose_tree(2, "tree_timeout")
+    ledger.lose_tree(2, LossKind.TREE_TIMEOUT)
     ledger.check(waiting=0, in_flight_roots=0)
-    assert ledger.failed == {"EnvError": 1, "tree_timeout": 2}
+    assert ledger.failed == {LossKind.ENV: 1, LossKind.TREE_TIMEOUT: 2}
     assert Ledger.from_state(ledger.state()) == ledger
     with pytest.raises(AssertionError, match="5 rollouts allocated"):
         ledger.check(waiting=1, in_flight_roots=0)

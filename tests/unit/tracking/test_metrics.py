@@ -76,12 +76,14 @@ def test_eval_metrics_by_kind_and_level():
     assert metrics["heldout/f1_t1.0"] == pytest.approx(1.5 / 4)
 
 
-def test_what_broke_down_is_left_out_and_too_much_of_it_is_an_error():
+def test_what_broke_down_is_left_out_and_marked_and_too_much_of_it_leaves_no_average(caplog: pytest.LogCaptureFixture):
     metrics = eval_metrics([rollout(1.0)] * 19 + [rollout(None)], 0.0)
     assert metrics["heldout/success_t0.0"] == 1.0
     assert metrics["heldout/num_tasks_t0.0"] == 19
-    with pytest.raises(ValueError, match=r"2 of 4 rollouts broke down: {'EnvError': 2}"):
-        eval_metrics([rollout(1.0)] * 2 + [rollout(None)] * 2, 0.0)
+    assert metrics["heldout/lost_tasks_t0.0"] == 1
+    metrics = eval_metrics([rollout(1.0), rollout(None), rollout(1.0), rollout(None)], 0.0)
+    assert metrics == {"heldout/num_tasks_t0.0": 2, "heldout/lost_tasks_t0.0": 2}
+    assert "2 of 4 rollouts broke down: {'EnvError': 2}" in caplog.text
 
 
 def test_an_environments_metric_of_one_of_our_names_does_not_replace_ours():

@@ -1,0 +1,58 @@
+"""The actors of a run: made together, watched together, closed together."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.calls import CallError
+from actors.generator_pool import GeneratorPool
+from actors.learner import LearnerGroup
+from actors.predictor_handle import Predictor
+from actors.prompt_group import PromptGroup
+from trace_async.config import Config
+
+log = logging.getLogger(__name__)
+CLOSE_LIMIT_S = 60.0
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a trainer works with. Tests put plain asyncio objects in their places."""
+
+    learner: LearnerGroup
+    predictor: Predictor
+    prompts: PromptGroup
+    pool: GeneratorPool
+
+    @classmethod
+    def make(cls, config: Config, run_dir: Path, policy_path: Path) -> "Parts":
+        """Nothing runs yet but the predictor's process, which takes longest to start."""
+        predictor = Predictor.start(config, policy_path, run_dir / "checkpoints")
+        prompts = PromptGroup(config, policy_path, predictor)
+        pool = GeneratorPool(config, policy_path, run_dir / "logs", prompts.announce)
+        return cls(LearnerGroup(config, policy_path), predictor, prompts, pool)
+
+    async def start(self) -> None:
+        """All of them ready. Raises what the first one that failed said."""
+        self.prompts.start()
+        await asyncio.gather(self.pool.start(), self.learner.start(), self.predictor.ready())
+
+    async def watch(self) -> None:
+        """Beside all that uses the parts, once they have started: generators and PromptActors that die or hang are
+        replaced. Ends only by an error of the watches themselves."""
+        assert self.pool.watching is not None, "the pool starts its watch"
+        await asyncio.gather(asyncio.shield(self.pool.watching), self.prompts.watch())
+
+    async def close(self) -> None:
+        await asyncio.gather(_closed(self.pool.close()), _closed(self.learner.close()))
+        self.prompts.close()
+        self.predictor.close()
+
+
+async def _closed(closing: Awaitable[None]) -> None:
+    try:
+        await asyncio.wait_for(closing, CLOSE_LIMIT_S)
+    except (CallError, TimeoutError) as error:
+        log.warning("while closing: %r", error)

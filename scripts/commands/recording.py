@@ -1,0 +1,60 @@
+"""A run's figures on their way: to MLflow and metrics.jsonl, to the live table, trees to disk."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from scripts.viewer.source import RunSource
+from trace_async.config import Config
+from trace_async.run.state import RunState
+from trace_async.tracking.log import write_whole
+from trace_async.tracking.mlflow import RunStatus, Tracker, saved_run_id
+from trace_async.tracking.progress import Progress
+from trace_async.trees.io import tree_files, trees_path, write_trees
+from trace_async.trees.tree import RolloutTree
+
+
+class Recorder:
+    """What a trainer reports to. `first`: the state of the checkpoint that a resumed run goes on from."""
+
+    def __init__(self, config: Config, run_dir: Path, *, resume: bool, first: RunState | None) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        # A run that was killed before its first checkpoint starts anew, so none of its points stay.
+        step = (first.num_updates if first else -1) if resume else None
+        self._tracker = self._start_tracker(step)
+        self.progress = Progress(
+            config.num_updates,
+            token_budget=config.max_generated_tokens,
+            first_update=first.num_updates if first else 0,
+            tokens_before=first.generated_tokens if first else 0,
+        )
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float], trees: Sequence[RolloutTree]) -> None:
+        self._tracker.log(metrics, step)
+        self.progress.update(step, metrics)
+        if trees and self.config.tracking.trees_per_artifact:
+            path = trees_path(self.run_dir, step)
+            write_trees(path, trees[: self.config.tracking.trees_per_artifact])
+            self._tracker.log_artifact(path, "trees")
+
+    def on_rollback(self, step: int, error: BaseException) -> None:
+        """The run lost a part and went back to the checkpoint of update `step`; points of later ones come again."""
+        self.progress.message(f"{error}: going on from {f'update {step}' if step >= 0 else 'the beginning'}")
+        self._tracker.finish("KILLED")
+        self._tracker = self._start_tracker(step)
+
+    def finish(self, status: RunStatus) -> None:
+        self._keep_page()
+        self._tracker.finish(status)
+
+    def _keep_page(self) -> None:
+        """Keep the viewer's page of the run's trees and curves, in its directory and as an artifact."""
+        if not tree_files(self.run_dir):
+            return
+        page = self.run_dir / "trees.html"
+        write_whole(page, RunSource(self.run_dir).page())
+        self._tracker.log_artifact(page)
+
+    def _start_tracker(self, step: int | None) -> Tracker:
+        run_id = None if step is None else saved_run_id(self.run_dir)
+        return Tracker.start(self.config, self.run_dir, resume_run_id=run_id, resume_step=step)
