@@ -107,8 +107,9 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
         status = "FINISHED"
     except (KeyboardInterrupt, StopRequestedError) as stop:
         status = "KILLED"
-        kept = f"saved as {stop.checkpoint}" if isinstance(stop, StopRequestedError) else "not saved"
-        print(f"\nStopped; what it has is {kept}. Go on with: {resume_command(run_dir)}", file=sys.stderr)
+        saved = stop.checkpoint if isinstance(stop, StopRequestedError) else None
+        kept = f"what it has is saved as {saved}" if saved else "nothing new was saved"
+        print(f"\nStopped; {kept}. Go on with: {resume_command(run_dir)}", file=sys.stderr)
         return 130
     except expected_errors() as error:
         log.exception("the run ended")

@@ -121,7 +121,7 @@ def test_a_run_that_is_terminated_saves_says_how_to_go_on_and_is_killed_in_mlflo
     assert process.returncode == 130, output
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     assert checkpoint is not None, output
-    assert f"saved as {checkpoint}. Go on with: trace-async train --resume {run_dir}" in output
+    assert f"what it has is saved as {checkpoint}. Go on with: trace-async train --resume {run_dir}" in output
     assert load_trainer(checkpoint).state.num_updates >= 1
     assert mlflow_status(tmp_path, run_dir) == "KILLED"
 
