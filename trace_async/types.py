@@ -155,9 +155,11 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class HiddenState:
-    """What the policy of `policy_version` made of a history: float32 numbers [hidden size], as bytes."""
+    """What the policy of `policy_version` made of a history: float32 numbers [hidden size], as bytes; the mean over its
+    `num_tokens` last tokens."""
 
     policy_version: int
+    num_tokens: int
     values: bytes
 
 

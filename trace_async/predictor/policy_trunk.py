@@ -6,12 +6,13 @@
 
 Prompts and prefixes have a head each: what makes a question hard shows otherwise than what makes a rollout fail.
 
-Where the states of the training rows come from: from the questions themselves. Every prompt that was bought and every
-turn that Stage 2 looked at has been read once already, when it was asked for; its outcome arrives with the finished
-tree, so a training row costs a look-up. The learner's own forward would be no cheaper and would leave out the trees
-without credit, those whose rollouts all agree, which are what the predictor has to tell from the others. And states and
-values are of one side: the same layers, numerics and packing answer and teach. What was asked elsewhere (by another
-replica, or before a restart) is read anew, in one forward for all.
+Where the states come from. The embedded engine computes every history for the turn after it and hands its state on
+with the turn, so Stage 2's questions bring their states, finished trees bring those of all their turns, and no prefix
+is read twice. Prompts of the pool, most of which are never bought, are read by the trunk, and so are prefixes when the
+engine gives no states; what was read for a question is kept for the tree to come, so a training row costs a look-up.
+The learner's own forward would leave out the trees without credit, those whose rollouts all agree, which are what the
+predictor has to tell from the others. States that answer and states that teach are of one side: the same layers, and
+the same engine or trunk. What neither the tree brings nor this process was asked for is read anew, in one forward.
 """
 
 import json
@@ -36,7 +37,7 @@ from trace_async.predictor.questions import portions, prefix_keys
 from trace_async.predictor.states import PolicyTrunk
 from trace_async.predictor.targets import backed_up_targets, learnable
 from trace_async.trees.tree import ROOT, RolloutTree
-from trace_async.types import PrefixQuery
+from trace_async.types import HiddenState, PrefixQuery
 from trace_async.weights import WeightBucket, WeightManifest, WeightUpdate, pack_weights, unpack_weights
 
 # Below so many rows a head would only repeat them.
@@ -97,12 +98,12 @@ class PolicyTrunkPredictor:
 
     def predict(self, queries: Sequence[PrefixQuery]) -> list[FloatArray]:
         """V at each position of each query: arrays [len(query.positions)]. States are kept for the trees to come."""
-        assert self.trunk.version >= self.version, "a value of old weights must not pass for one of the new"
+        assert not self.lacks_weights, "a value of old weights must not pass for one of the new"
         started = time.monotonic()
         found: list[FloatArray] = []
         for some in portions(queries, [_num_unread(query) for query in queries], self.config.max_tokens_per_forward):
-            versions, states = self._states(some)
             keys = [key for query in some for key in prefix_keys(query)]
+            versions, states = self._states(some, keys)
             self.asked.update(zip(keys, zip(versions, states, strict=True), strict=True))
             is_prompt = np.array([not query.turn_logprobs for query in some for _ in query.positions])
             ends = np.cumsum([len(query.positions) for query in some])
@@ -110,7 +111,12 @@ class PolicyTrunkPredictor:
         self.busy_s += time.monotonic() - started
         return found
 
-    def _states(self, queries: Sequence[PrefixQuery]) -> tuple[list[int], np.ndarray]:
+    @property
+    def lacks_weights(self) -> bool:
+        """After a checkpoint was loaded, until the policy's weights of its version have come."""
+        return self.trunk.version < self.version
+
+    def _states(self, queries: Sequence[PrefixQuery], keys: Sequence[bytes]) -> tuple[list[int], np.ndarray]:
         """Of every asked prefix the version under which its state was read, and state with features [prefixes, width].
 
         What the engine gave with its turns is taken; the rest is read by the trunk, in one forward for all.
@@ -118,7 +124,7 @@ class PolicyTrunkPredictor:
         unread = [query for query in queries if not query.states]
         read = iter(self.trunk.read(unread) if unread else ())
         given = [query.states or [None] * len(query.positions) for query in queries]
-        states = [state for some in given for state in some]
+        states = _fullest(keys, [state for some in given for state in some])
         versions = [state.policy_version if state else self.trunk.version for state in states]
         hidden = [np.frombuffer(state.values, dtype=np.float32) if state else next(read) for state in states]
         features = np.array([row for query in queries for row in _features(query)], dtype=np.float32)
@@ -148,6 +154,8 @@ class PolicyTrunkPredictor:
         trees = learnable(trees)
         self.version = policy_version
         nodes = [_taught_nodes(tree, prefixes=self._learns) for tree in trees]
+        for tree, own in zip(trees, nodes, strict=True):
+            self._keep_states(tree, own)
         num_read = self._read_unasked(trees, nodes)
         metrics: dict[str, float] = {}
         if trees:
@@ -178,6 +186,17 @@ class PolicyTrunkPredictor:
         self.num_asked = self.num_given = self.num_older = 0
         self.trunk.synced_bytes, self.trunk.sync_s = 0, 0.0
         return found
+
+    def _keep_states(self, tree: RolloutTree, nodes: Mapping[int, bytes]) -> None:
+        """Those that the tree brings of turns that nobody asked for: of continuations."""
+        for node in nodes.keys() & tree.states.keys():
+            if node != ROOT and nodes[node] not in self.asked:
+                state = tree.states[node]
+                turns, length = tree.path(node)[1:], len(tree.prefix_tokens(node))
+                features = history_features([tree.nodes[above].logprobs for above in turns], length)
+                hidden = np.frombuffer(state.values, dtype=np.float32)
+                row = np.concatenate([hidden, np.array(features, dtype=np.float32)])
+                self.asked[nodes[node]] = state.policy_version, row
 
     def _read_unasked(self, trees: Sequence[RolloutTree], nodes: Sequence[dict[int, bytes]]) -> int:
         """Read the states of taught nodes that nobody asked this process for; returns how many."""
@@ -296,9 +315,10 @@ class PolicyTrunkPredictor:
 
 
 def _taught_nodes(tree: RolloutTree, *, prefixes: bool) -> dict[int, bytes]:
-    """The prompt and, with `prefixes`, the turns of root rollouts whose value was asked for → the key of each history.
+    """The prompt and, with `prefixes`, the turns that something follows → the key of each history.
 
-    Only what is asked for needs to be learnt; and what was not asked would have to be read for that alone.
+    Of these only whose state the tree brings, and turns of root rollouts whose value was asked for: the rest would have
+    to be read for the lesson alone.
     """
     digests: dict[int, xxhash.xxh3_128] = {}
     found: dict[int, bytes] = {}
@@ -306,10 +326,23 @@ def _taught_nodes(tree: RolloutTree, *, prefixes: bool) -> dict[int, bytes]:
         digest = digests[node.before].copy() if node.before >= 0 else xxhash.xxh3_128()
         digest.update(np.array(node.token_ids, dtype=np.int64).tobytes())
         digests[index] = digest
-        is_asked = prefixes and node.value is not None and tree.children[index]
-        if index == ROOT or (is_asked and tree.rollouts[node.rollout].kind == "root"):
+        is_known = index in tree.states or (node.value is not None and tree.rollouts[node.rollout].kind == "root")
+        if index == ROOT or (prefixes and tree.children[index] and is_known):
             found[index] = digest.digest()
     return found
+
+
+def _fullest(keys: Sequence[bytes], states: Sequence[HiddenState | None]) -> list[HiddenState | None]:
+    """Of equal histories (equal keys) the state that was read from the most tokens.
+
+    Rollouts of a prompt often begin alike; the engine then computes what they share for one of them only, and for the
+    others nothing but the last token.
+    """
+    best: dict[bytes, HiddenState] = {}
+    for key, state in zip(keys, states, strict=True):
+        if state is not None and (key not in best or state.num_tokens > best[key].num_tokens):
+            best[key] = state
+    return [best[key] if state is not None else None for key, state in zip(keys, states, strict=True)]
 
 
 def _num_unread(query: PrefixQuery) -> int:

@@ -105,12 +105,14 @@ class TreeBuilder:
         assert branch.turns, "a rollout has at least one turn"
         first, parent = len(self.nodes), branch.anchor
         for number, turn in enumerate(branch.turns):
-            if number in branch.prompt_states:
-                self.states[parent] = branch.prompt_states[number]
             follows = turn.follows
             if follows is not None and follows >= 0:
                 follows = self.path(parent)[follows]
             self.nodes.append(replace(turn, parent=parent, rollout=len(self.rollouts), follows=follows))
+            before = self.nodes[-1].before
+            if number in branch.prompt_states and before >= 0:
+                # What a continuation says of its anchor was read from the one token that was not cached.
+                self.states.setdefault(before, branch.prompt_states[number])
             self.children[parent].append(len(self.nodes) - 1)
             self.children.append([])
             self.depths.append(self.depths[parent] + 1)
@@ -164,4 +166,5 @@ class TreeBuilder:
             num_continuations_allocated=num_continuations,
             failures=dict(failures or {}),
             faults=dict(faults or {}),
+            states=dict(self.states),
         )

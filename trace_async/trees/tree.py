@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
 
-from trace_async.types import Task, VersionSpan
+from trace_async.types import HiddenState, Task, VersionSpan
 
 ROOT = 0
 RolloutKind = Literal["root", "continuation"]
@@ -114,6 +114,7 @@ class RolloutTree:
     `policy_version_started`: learner version at admission. `num_roots_allocated` and
     `num_continuations_allocated`: what Stage 1 and Stage 2 gave. `failures`: rollouts lost, by kind. `faults`: all that
     broke down, tries that were made good by another included, by method and kind (such as `step.env_timeout`).
+    `states`: node → the policy's hidden state at the end of its history, where the engine gave it; not saved.
     """
 
     task: Task
@@ -124,6 +125,7 @@ class RolloutTree:
     num_continuations_allocated: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
     faults: Mapping[str, Fault] = field(default_factory=dict)
+    states: Mapping[int, HiddenState] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.nodes or self.nodes[ROOT].parent != -1 or self.nodes[ROOT].num_generated:

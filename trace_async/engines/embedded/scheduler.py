@@ -237,8 +237,12 @@ class Scheduler:
             self._reading(readers, num_new[readers - first_row], ends[readers - first_row]),
         )
         if states is not None:
-            for row, state in zip(readers.tolist(), states.cpu().numpy(), strict=True):
-                self.running[row].prompt_state = HiddenState(self.policy_version, state.tobytes())
+            for row, state, count in zip(
+                readers.tolist(), states.cpu().numpy(), num_new[readers - first_row], strict=True
+            ):
+                request = self.running[row]
+                num_tokens = min(int(count), request.params.read_tokens)
+                request.prompt_state = HiddenState(self.policy_version, num_tokens, state.tobytes())
         return logits
 
     def _readers(self, rows: np.ndarray, computed: np.ndarray) -> np.ndarray:
