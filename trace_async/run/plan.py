@@ -17,6 +17,8 @@ from trace_async.run.model_folder import read_config, require_context, require_p
 GIB = 2**30
 RESERVE_GIB = 4.0
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+# What Python, torch and transformers take by themselves in the memory of the machine; beside a GPU it does not count.
+LIBRARIES_BYTES = int(0.45 * GIB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,12 @@ class ModelShape:
     vocab_size: int
     tied: bool
     qk_norm: bool
+
+    def num_adapter_parameters(self, rank: int) -> int:
+        """Of LoRA on every linear layer but the head: rank · (in + out) each."""
+        h, d = self.hidden_size, self.head_dim
+        attention = 2 * (h + self.num_heads * d) + 2 * (h + self.num_kv_heads * d)
+        return rank * self.num_layers * (attention + 3 * (h + self.intermediate_size))
 
     @property
     def num_parameters(self) -> int:
@@ -205,13 +213,14 @@ def _policy_shape(config: Config) -> ModelShape:
 def _learner(config: Config, policy: ModelShape) -> ProcessPlan:
     learner, size = config.learner, policy.num_parameters
     width = DTYPE_BYTES[learner.dtype]
+    trained = policy.num_adapter_parameters(learner.lora_rank) if learner.lora_rank else size
     optimizer = 12 if learner.dtype == "bfloat16" else 8
     ranks = learner.num_ranks
     share = [1 if learner.zero_stage < stage else ranks for stage in (3, 2, 1)]
     parts = {
         "weights": width * size // share[0],
-        "gradients": width * size // share[1],
-        "optimizer": optimizer * size // share[2],
+        "gradients": width * trained // share[1],
+        "optimizer": optimizer * trained // share[2],
         "activations": policy.activation_bytes(
             learner.max_tokens_per_micro_batch, width, checkpointing=learner.gradient_checkpointing
         ),
@@ -220,7 +229,12 @@ def _learner(config: Config, policy: ModelShape) -> ProcessPlan:
     }
     if config.loss.kl_loss_coef > 0 and not (config.actors.learner_gpus and learner.reference_device == "cpu"):
         parts["reference"] = width * size // (ranks if learner.reference_is_partitioned else 1)
+    parts |= _libraries(config.actors.learner_gpus)
     return ProcessPlan(name="learner", count=ranks, gpus_each=config.actors.learner_gpus, parts=parts)
+
+
+def _libraries(gpus: float) -> dict[str, int]:
+    return {} if gpus else {"libraries": LIBRARIES_BYTES}
 
 
 def _generator(config: Config, policy: ModelShape) -> ProcessPlan:
@@ -235,10 +249,14 @@ def _generator(config: Config, policy: ModelShape) -> ProcessPlan:
             f"engine.kv_cache_tokens={engine.kv_cache_tokens}: must hold at least one trajectory of "
             f"sampling.max_context_tokens={config.sampling.max_context_tokens}"
         )
-    parts = {
-        "weights": width * policy.num_parameters // split,
-        "KV": engine.kv_cache_tokens * policy.kv_bytes_per_token(width) // split,
-    }
+    kv_tokens = engine.kv_cache_tokens
+    parts = {"weights": width * policy.num_parameters // split}
+    if engine.backend == "torch":
+        # It keeps the KV of running requests beside its cache, and has new weights whole before they replace the old.
+        kv_tokens += engine.max_running_requests * config.sampling.max_context_tokens
+        parts["arriving weights"] = parts["weights"]
+    parts["KV"] = kv_tokens * policy.kv_bytes_per_token(width) // split
+    parts |= _libraries(actors.generator_gpus)
     return ProcessPlan(name="generator", count=actors.num_generators, gpus_each=actors.generator_gpus, parts=parts)
 
 
@@ -259,6 +277,7 @@ def _predictor(config: Config, policy: ModelShape) -> ProcessPlan:
         "weights, gradients, Adam": 16 * shape.num_parameters,
         "activations": shape.activation_bytes(num_tokens, 4, checkpointing=False),
     }
+    parts |= _libraries(config.actors.predictor_gpus)
     return ProcessPlan(name="predictor", count=1, gpus_each=config.actors.predictor_gpus, parts=parts)
 
 
