@@ -1,7 +1,9 @@
 """ScienceWorld (Wang et al. 2022, arXiv 2203.07540): 30 kinds of school experiments in a house, scored by sub-goals."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 from envs.text_worlds.env import Reward, TextWorldEnv, WorldSettings
@@ -29,7 +31,7 @@ class ScienceWorldSimulator:
 
     def step(self, action: str) -> Seen:
         server = self._env.server
-        text, score = str(server.step(action)), float(server.getScore())
+        text, score = in_order(str(server.step(action))), float(server.getScore())
         # A fatal mistake (focus on the wrong thing) is scored −1 and ends the game.
         return Seen(text, min(1.0, max(0.0, score)), done=bool(server.getCompleted()) or score < 0)
 
@@ -114,6 +116,25 @@ class ScienceWorld:
                 data: dict[str, Json] = {"game": name, "number": number}
                 tasks.append(Task(id=f"{name}-{number}", domain=self.name, kind=name, data=data))
         return tasks
+
+
+def in_order(text: str) -> str:
+    """`text` with every list in it sorted: the simulator lists what is in a room or a box in another order each time.
+
+    Lists are the lines that begin with a tab, what stands behind `is:` up to the full stop, and `(containing …)`.
+    """
+    text = re.sub(r"\(containing ([^()]*)\)", lambda found: f"(containing {_sorted_list(found[1])})", text)
+    text = re.sub(r"\bis: ([^.\n]*)", lambda found: f"is: {_sorted_list(found[1])}", text)
+    lines: list[str] = []
+    for is_list, block in groupby(text.split("\n"), key=lambda line: line.startswith("\t")):
+        found = list(block)
+        lines += sorted(found) if is_list else found
+    return "\n".join(lines)
+
+
+def _sorted_list(text: str) -> str:
+    """A list with commas, sorted; a comma within parentheses parts nothing."""
+    return ", ".join(sorted(re.split(r", (?![^()]*\))", text)))
 
 
 def _variations(simulator: ScienceWorldSimulator, name: str, split: Split) -> list[int]:

@@ -1,5 +1,6 @@
 """A run's figures on their way: to MLflow and metrics.jsonl, to the live table, trees to disk."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from trace_async.tracking.mlflow import RunStatus, Tracker, saved_run_id
 from trace_async.tracking.progress import Progress
 from trace_async.trees.io import tree_files, trees_path, write_trees
 from trace_async.trees.tree import RolloutTree
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -52,7 +55,11 @@ class Recorder:
         if not tree_files(self.run_dir):
             return
         page = self.run_dir / "trees.html"
-        write_whole(page, RunSource(self.run_dir).page())
+        try:
+            write_whole(page, RunSource(self.run_dir).page())
+        except (ValueError, OSError):  # a run that ended well, or of something else, does not fail of a page about it
+            log.exception("the page of the run's trees could not be written")
+            return
         self._tracker.log_artifact(page)
 
     def _start_tracker(self, step: int | None) -> Tracker:

@@ -13,6 +13,7 @@ from envs import load_domain
 from envs.contract import check_domain
 from envs.text_worlds.env import TextWorldEnv, WorldSettings, parse_command
 from envs.text_worlds.pool import Game, Seen, SimulatorPool
+from envs.text_worlds.scienceworld import in_order
 from trace_async.config import ConfigError, EnvConfig
 from trace_async.env import EnvError, ReplayDivergedError
 from trace_async.types import Json
@@ -163,6 +164,37 @@ def test_wrong_settings_are_named(settings: dict[str, Json], message: str) -> No
         SimulatorPool(lambda: Counting(Counter()), 0)
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("You see:\n\tan egg\n\ta cup\nAlso:\n\tB\n\tA", "You see:\n\ta cup\n\tan egg\nAlso:\n\tA\n\tB"),
+        (
+            "\ta table. On the table is: b, a cup (containing tea, milk), an egg.",
+            "\ta table. On the table is: a cup (containing milk, tea), an egg, b.",
+        ),
+        ("nothing is listed, here", "nothing is listed, here"),
+    ],
+)
+def test_lists_of_scienceworld_have_one_order(told: str, expected: str) -> None:
+    assert in_order(told) == expected
+    assert in_order(expected) == expected
+
+
+async def test_the_same_words_in_another_order_are_no_other_answer() -> None:
+    class Shuffling(Counting):
+        def step(self, action: str) -> Seen:
+            seen = super().step(action)
+            return Seen(" ".join(reversed(seen.text.split())) if self.log["step"] % 2 else seen.text, seen.score)
+
+    log: Counter[str] = Counter()
+    env = TextWorldEnv(SimulatorPool(lambda: Shuffling(log), 1), ("sum", 3), WorldSettings())
+    await env.init()
+    await told(env, "add 1")
+    fork = await env.fork()
+    await told(env, "add 1", "add 1")
+    assert await told(fork, "add 2") == ["6 have you"]
+
+
 def needs(package: str) -> pytest.MarkDecorator:
     missing = [
         name
@@ -222,6 +254,9 @@ async def test_a_scripted_agent_solves_scienceworld_from_a_fork(scienceworld: An
     won, half = await play_with_a_fork(scienceworld, 4)
     assert won == 1.0
     assert 0.0 < half < 1.0
+    task = scienceworld.tasks("train")[1]
+    prompts = {(await scienceworld.make_env(task).init()).messages for _ in range(4)}
+    assert len(prompts) == 1
     ids = {split: {task.id for task in scienceworld.tasks(split)} for split in ("train", "heldout")}
     assert not ids["train"] & ids["heldout"]
 
