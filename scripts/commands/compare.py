@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from scripts.comparison.document import write_document
+from scripts.comparison.document import Block, Chart, Paragraph, to_markdown, write_document
 from scripts.comparison.plan import (
     FIGURES_FILE,
     SETTINGS_FILE,
@@ -334,12 +334,19 @@ def _figures_of(plan: Plan, cell: Cell) -> RunFigures:
 
 def _write_report(folder: Path) -> Path:
     """The report is made from the kept figures alone, so it can be made again wherever they are."""
+    return write_document(folder, *_report(folder))
+
+
+def _report(folder: Path) -> tuple[str, list[Block]]:
     title, blocks = build_report(read_figures(folder), str(read_settings(folder)["base_config"]))
-    return write_document(folder, title, blocks)
+    return title, list(blocks)
 
 
 def keep(folder: Path, target: Path) -> None:
-    """Copy report and figures. ConfigError when figures of other runs are there."""
+    """Copy the figures and the report in words. ConfigError when figures of other runs are there.
+
+    Charts and the page stay out of what is kept: `trace-async compare TARGET` draws them from the figures.
+    """
     if (target / SETTINGS_FILE).is_file():
         there, here = ({Cell(run.method, run.seed) for run in read_figures(d).runs} for d in (target, folder))
         if lost := sorted(cell.name for cell in there - here):
@@ -348,9 +355,12 @@ def keep(folder: Path, target: Path) -> None:
                 f"with --kept {target}"
             )
     target.mkdir(parents=True, exist_ok=True)
-    for path in (folder / FIGURES_FILE, folder / SETTINGS_FILE, folder / "report.md", *folder.glob("*.svg")):
-        shutil.copy2(path, target)
-    shutil.copy2(folder / "report.html", target)
+    for name in (FIGURES_FILE, SETTINGS_FILE):
+        shutil.copy2(folder / name, target)
+    title, blocks = _report(folder)
+    words: list[Block] = [block for block in blocks if not isinstance(block, Chart)]
+    note = Paragraph(f"Charts are drawn from the figures beside this file: `trace-async compare {target}`.")
+    write_whole(target / "report.md", to_markdown(title, [*words, note]))
 
 
 @functools.cache
