@@ -61,7 +61,8 @@ def test_the_command_prints_a_setting_by_either_name_and_a_whole_section(capsys)
     assert main(["settings", "budget.stage2_rounds", "explore_share", "checkpoint"]) == 0
     text = capsys.readouterr().out
     assert re.findall(r"^(\S+) = ", text, re.MULTILINE) == [
-        "budget.stage2_rounds", "budget.explore_share", "checkpoint.every_updates", "checkpoint.keep",
+        "budget.stage2_rounds", "budget.explore_share",
+        "checkpoint.every_updates", "checkpoint.keep", "checkpoint.stop_within_s",
     ]  # fmt: skip
     assert "a whole number ≥ 1" in text
     assert "Tree-GRPO's L" in text
