@@ -22,6 +22,7 @@ BUILT_IN: dict[str, str] = {
     "mixed": "envs.mixed:Mixed",
     "gymnasium": "envs.gymnasium_adapter:Gymnasium",
     "agent": "envs.agent.domain:Agent",
+    "mcp": "envs.mcp.domain:Mcp",
 }
 
 

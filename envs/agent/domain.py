@@ -70,19 +70,19 @@ class Agent:
         if agent:
             self._runner = FunctionRunner(load_function("agent", agent))
         else:
-            self._runner = CommandRunner(_words("command", command), cwd, max_running)
+            self._runner = CommandRunner(words("command", command), cwd, max_running)
         self._verifier: FunctionVerifier | CommandVerifier
         if isinstance(verifier, str):
             self._verifier = FunctionVerifier(load_function("verifier", verifier), verifier_timeout_s)
         else:
-            self._verifier = CommandVerifier(_words("verifier", verifier), verifier_timeout_s)
+            self._verifier = CommandVerifier(words("verifier", verifier), verifier_timeout_s)
         self._settings = AgentSettings(max_turns=max_turns, model_errors=frozenset([*MODEL_ERRORS, *model_errors]))
         self._timeout_s = turn_timeout_s
         self._endpoint = HttpEndpoint(host, advertise)
         self._first_requests = FirstRequests()
 
     def _read_split(self, tasks: str, heldout: str, num_heldout: int) -> dict[Split, list[Task]]:
-        return _split(tasks, heldout, num_heldout)
+        return read_split(tasks, heldout, num_heldout, self.name)
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return self._split[split]
@@ -117,28 +117,29 @@ def load_function(setting: str, target: str) -> Callable[..., Any]:
     return function
 
 
-def read_tasks(path: str) -> list[Task]:
+def read_tasks(path: str, domain: str) -> list[Task]:
     """One task a row. Raises ValueError naming file and line."""
     tasks = []
     for number, row in enumerate(read_rows(path, {})):
         task_id = row.get("id", f"{Path(path).stem}-{number}")
-        tasks.append(Task(id=str(task_id), domain=Agent.name, kind=str(row.get("kind", "task")), data=row))
+        tasks.append(Task(id=str(task_id), domain=domain, kind=str(row.get("kind", "task")), data=row))
     if len({task.id for task in tasks}) < len(tasks):
         raise ValueError(f"{path}: two rows have the same id")
     return tasks
 
 
-def _split(path: str, heldout_path: str, num_heldout: int) -> dict[Split, list[Task]]:
-    rows = read_tasks(path)
+def read_split(path: str, heldout_path: str, num_heldout: int, domain: str) -> dict[Split, list[Task]]:
+    """The tasks of two files, or of one of which the last `num_heldout` are held out."""
+    rows = read_tasks(path, domain)
     if heldout_path:
-        return {"train": rows, "heldout": read_tasks(heldout_path)}
+        return {"train": rows, "heldout": read_tasks(heldout_path, domain)}
     if not 0 < num_heldout < len(rows):
         raise ConfigError(f"env.args.num_heldout={num_heldout}: {path} has {len(rows)} tasks")
     train, heldout = hold_out(rows, num_heldout)
     return {"train": train, "heldout": heldout}
 
 
-def _words(setting: str, command: Sequence[str]) -> list[str]:
+def words(setting: str, command: Sequence[str]) -> list[str]:
     if isinstance(command, str) or not command or not all(isinstance(word, str) and word for word in command):
         raise ConfigError(f"env.args.{setting}={command!r}: a list of words, such as [python, my_agent.py]")
     return list(command)
