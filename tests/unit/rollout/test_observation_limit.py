@@ -1,6 +1,7 @@
 """`sampling.max_observation_tokens` holds for every domain, end to end: what the model reads is bounded and says so."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from actors.prompt import PromptActor
 from envs import BUILT_IN
 from envs.functions.domain import write_call
+from tests.support.paths import ROOT
 from trace_async.config import ConfigError, load_config
 from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.run.state import PendingPrompt
@@ -36,7 +38,9 @@ def wordy_task(name: str, tmp_path: Path) -> tuple[list[str], dict[str, Json], s
     questions.write_text(json.dumps(rows))
     problems.write_text('{"problem": "?", "answer": "1"}\n{"problem": "??", "answer": "2"}\n')
     tasks = tmp_path / "tasks.jsonl"
-    tasks.write_text('{"keys": ["a"], "answer": "1"}\n{"keys": ["b"], "answer": "2"}\n')
+    tasks.write_text("".join(f'{{"keys": ["{key}"], "prompt": "{key}", "answer": "1"}}\n' for key in "ab"))
+    common = [f"env.args.tasks={tasks}", "env.args.num_heldout=1", "env.args.verifier=tests.support.agents:right_sum"]
+    server = f"{sys.executable},{ROOT / 'tests' / 'support' / 'mcp_server.py'}"
     problem: dict[str, Json] = {"question": "?", "answer": "1"}
     look: dict[str, Json] = {"state": {"folders": {"desk": ["notes"] * 60}}, "requests": ["look", "again"], "calls": []}
     return {
@@ -47,16 +51,8 @@ def wordy_task(name: str, tmp_path: Path) -> tuple[list[str], dict[str, Json], s
         "functions": ([], look, write_call("list_files", {"folder": "desk"})),
         "bfcl": ([], {}, write_call("echo", {"content": "word " * 200})),
         "mixed": (["env.args.domains.math={}"], problem, PRINTS),
-        "agent": (
-            [
-                f"env.args.tasks={tasks}",
-                "env.args.num_heldout=1",
-                "env.args.agent=tests.support.agents:wordy",
-                "env.args.verifier=tests.support.agents:right_sum",
-            ],
-            {},
-            "go on",
-        ),
+        "agent": ([*common, "env.args.agent=tests.support.agents:wordy"], {}, "go on"),
+        "mcp": ([*common, f"env.args.servers.box.command=[{server}]"], {}, write_call("speech", {})),
         "gymnasium": ([f"env.args.env={__name__}:Wordy"], {}, "hm"),
     }[name]
 
@@ -99,6 +95,8 @@ async def play(name: str, limit: int, tmp_path: Path) -> tuple[PromptActor, Roll
 
 @pytest.mark.parametrize("name", BUILT_IN)
 async def test_no_observation_is_longer_than_told(name: str, tmp_path: Path) -> None:
+    if name == "mcp":
+        pytest.importorskip("mcp", reason="the extra mcp is not installed")
     if name == "bfcl":
         pytest.importorskip("bfcl_eval", reason="the package bfcl-eval is not installed")
     build_tokenizer(["[ cut ] word"]).save_pretrained(tmp_path)
