@@ -19,6 +19,7 @@ ORDER = [
     "trace_async.run", "trace_async.rollout", "trace_async.policy", "trace_async.packing", "trace_async.predictor",
     "trace_async.learner", "trace_async.engines",
     "envs", "envs.multihop", "envs.math", "envs.functions", "envs.quest", "envs.text_worlds", "envs.agent",
+    "envs.mcp",
     "actors",
     "scripts.start_policy", "scripts.comparison", "scripts.viewer", "scripts.commands", "scripts.studies",
     "scripts.bench", "scripts.cli",
