@@ -148,6 +148,13 @@ class LossConfig:
     treepo | grpo | package.module:Class of your own (trace_async.method.credit.rule). Alias adv_estimator."""
     normalize_std: bool = False
     """Divide a group's advantages by their standard deviation, as GRPO does (alias norm_adv_by_std_in_grpo)."""
+    objective: Literal["ppo", "cispo"] = "ppo"
+    """ppo: a clipped token has no gradient | cispo: its weight is clipped and every token keeps its gradient
+    (MiniMax-M1, arXiv 2506.13585; only `eps_clip_high` counts)."""
+    mask_low: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Tokens that the learner finds less than so many times as likely as the generator did are left out. 0: none is."""
+    mask_high: Literal[0] | Annotated[float, Field(gt=1)] = 0.0
+    """So are those that it finds more than so many times as likely (IcePop: 0.5 and 5). 0: none is."""
     eps_clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The ratio is clipped below 1 − this (alias clip_ratio_low, epsilon)."""
     eps_clip_high: Annotated[float, Field(gt=0)] = 0.28

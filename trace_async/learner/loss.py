@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trace_async.config import LossConfig
+from trace_async.learner.objectives import OBJECTIVES
 from trace_async.method.credit import NodeCredit
 from trace_async.packing.layout import Entries, round_rows
 from trace_async.trees.tree import RolloutTree
@@ -143,6 +144,8 @@ def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple
 
     - PPO clip (arXiv 1707.06347, eq. 7) with ε_low ≠ ε_high (DAPO, arXiv 2503.14476, eq. 10); the dual clip bounds
       what a very likely token with negative advantage can do (arXiv 1912.09729, eq. 5; 0: off).
+    - That is `objective=ppo`; the others are in objectives.py. `mask_low`, `mask_high` (IcePop, of Ling's Ring-1T
+      report; MIS): tokens with learner / generator out of these bounds count as clipped.
     - correction `none`: the anchor is the generator, c = 1. `decoupled` (AReaL, arXiv 2505.24298, eq. 5): the anchor
       is the proximal policy, c = exp(proximal − generator). `tis` (truncated importance sampling, IMPALA's ρ̄,
       arXiv 1802.01561; for engine mismatch Yao et al. 2025): the same with c ≤ `tis_cap`.
@@ -160,11 +163,13 @@ def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple
         if config.correction == "tis":
             importance = importance.clamp(max=config.tis_cap)
     ratio = bounded_ratio(learner - anchor)
-    gain = ratio.clamp(max=1 + config.eps_clip_high)
-    harm = ratio.clamp(min=1 - config.eps_clip_low)
-    if config.dual_clip:
-        harm = harm.clamp(max=config.dual_clip)
-    loss = -(importance * (entries.positive * gain + entries.negative * harm)).sum()
+    gain, clipped = OBJECTIVES[config.objective](ratio, learner, entries, config)
+    if config.mask_low or config.mask_high:
+        # Of the whole gap to the generator, whatever the anchor is; a token that is out learns nothing, either way.
+        gap = bounded_ratio((learner - entries.generator_logprobs).detach())
+        inside = (gap >= config.mask_low) & ((gap <= config.mask_high) if config.mask_high else True)
+        gain, clipped = torch.where(inside, gain, 0.0), clipped | ~inside
+    loss = -(importance * gain).sum()
     if config.kl_loss_coef:
         assert terms.reference_logprobs is not None
         loss = (
@@ -173,7 +178,6 @@ def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple
     if config.entropy_coef:
         assert terms.entropy is not None
         loss = loss - config.entropy_coef * (entries.weight * terms.entropy).sum()
-    clipped = ((gain < ratio) & (entries.positive > 0)) | ((harm != ratio) & (entries.negative < 0))
     return loss, clipped
 
 

@@ -67,6 +67,25 @@ def test_dual_clip_bounds_a_likely_token_of_negative_credit():
     assert clipped == [False, True]
 
 
+def test_cispo_clips_the_weight_and_keeps_the_gradient():
+    # log π = −1 + log ρ; weights .5, 1, 1.3; credits 2, 2, 2 and −1
+    entries = entries_of([-1.0] * 4, [2, 2, 2, 0], [0, 0, 0, -1])
+    loss, gradient, clipped = evaluate(entries, [0.5, 1.0, 2.0, 2.0], replace(CLIP, objective="cispo"))
+    assert gradient == pytest.approx([-1.0, -2.0, -2.6, 1.3])
+    assert loss == pytest.approx(-(2 * 0.5 * (-1 - LOG2) + 2 * -1 + (2 - 1) * 1.3 * (-1 + LOG2)))
+    assert clipped == [False, False, True, True]
+
+
+def test_tokens_out_of_the_mask_learn_nothing_and_count_as_clipped():
+    entries = entries_of([-3.0] * 4, [1, 1, 0, 0], [0, 0, -1, -1])
+    config = replace(CLIP, mask_low=0.5, mask_high=5.0)
+    loss, gradient, clipped = evaluate(entries, [0.4, 0.6, 4.0, 6.0], config)
+    assert gradient == pytest.approx([0, -0.6, 4.0, 0])
+    assert loss == pytest.approx(-0.6 + 4.0)
+    assert clipped == [True, False, False, True]
+    assert evaluate(entries, [0.4, 0.6, 4.0, 6.0], replace(CLIP, mask_low=0.5))[1] == pytest.approx([0, -0.6, 4, 6])
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     terms=st.lists(st.tuples(st.floats(0.05, 2), st.floats(-2, 2)), min_size=1, max_size=6),

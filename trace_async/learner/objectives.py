@@ -1,0 +1,45 @@
+"""What one token gains by its ratio: the part of the loss that trainers differ in. One function an objective.
+
+Each takes the ratio ρ = learner / anchor [E], with its gradient, the learner's log-probabilities [E] and the entries,
+and returns the gain [E] that is to be maximised and which entries [E] the objective clipped. A new one is a function
+here and a name in `OBJECTIVES` and in `loss.objective`.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from trace_async.config import LossConfig
+from trace_async.packing.layout import Entries
+
+Objective = Callable[[torch.Tensor, torch.Tensor, Entries, LossConfig], tuple[torch.Tensor, torch.Tensor]]
+
+
+def ppo(
+    ratio: torch.Tensor, learner_logprobs: torch.Tensor, entries: Entries, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """P·min(ρ, 1 + ε_high) + N·min(max(ρ, 1 − ε_low), dual_clip): a clipped token has no gradient.
+
+    arXiv 1707.06347, eq. 7, with ε_low ≠ ε_high (DAPO, arXiv 2503.14476, eq. 10) and the dual clip of arXiv 1912.09729.
+    """
+    gain = ratio.clamp(max=1 + config.eps_clip_high)
+    harm = ratio.clamp(min=1 - config.eps_clip_low)
+    if config.dual_clip:
+        harm = harm.clamp(max=config.dual_clip)
+    clipped = ((gain < ratio) & (entries.positive > 0)) | ((harm != ratio) & (entries.negative < 0))
+    return entries.positive * gain + entries.negative * harm, clipped
+
+
+def cispo(
+    ratio: torch.Tensor, learner_logprobs: torch.Tensor, entries: Entries, config: LossConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(ρ, 1 + ε_high)·(P + N)·log π, the weight detached: it is clipped, but every token keeps a gradient.
+
+    MiniMax-M1 (arXiv 2506.13585), eqs. 4 and 5, without a lower bound, as there.
+    """
+    weight = ratio.detach().clamp(max=1 + config.eps_clip_high)
+    credit = entries.positive + entries.negative
+    return weight * credit * learner_logprobs, (ratio > 1 + config.eps_clip_high) & (credit != 0)
+
+
+OBJECTIVES: dict[str, Objective] = {"ppo": ppo, "cispo": cispo}
