@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +29,7 @@ from trace_async.method.registry import stage1_rule
 from trace_async.run.dataset import TaskIterator
 from trace_async.run.rounds import NothingToLearnError, Rounds, RunLimits
 from trace_async.run.state import PendingPrompt, PlannedPrompt, RunState, SavedTrainer
+from trace_async.tracking.faults import FaultBook
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import LossKind, PrefixQuery, Task
 
@@ -64,6 +65,7 @@ class Admission:
         predictor: Estimator,
         log_dir: Path,
         *,
+        faults: FaultBook | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -82,7 +84,8 @@ class Admission:
         )
         self.rounds = Rounds(limits, self.iterator.state())
         self.estimate_s = 0.0
-        self._by_id: Mapping[str, Task] = {task.id: task for task in tasks}
+        self.faults = faults or FaultBook()
+        self._by_id: dict[str, Task] = {}  # of the tasks that were drawn: naming all of a large split takes long
         self._changed = asyncio.Event()
         self._now = now
         self._progress_at = now()
@@ -116,7 +119,8 @@ class Admission:
         budget, number = self.config.budget, self.state.num_rounds
         rule = stage1_rule(budget, number)
         # Once a pool, also where it is larger than the data or one pass over them ends in its midst.
-        tasks = list({task.id: task for task in self.iterator.take(min(budget.pool_size, len(self.tasks)))}.values())
+        tasks = self.iterator.pool(budget.pool_size)
+        self._by_id |= {task.id: task for task in tasks}
         estimates = Estimates.unknown(len(tasks))
         if rule.needs_estimates:
             tasks, estimates = await self._estimates(tasks)
@@ -167,6 +171,7 @@ class Admission:
         except PromptLostError as loss:
             self.rounds.lose(ticket, loss.kind)
         else:
+            self.faults.enter(tree.faults)
             self.rounds.arrive(ticket, tree, keep=self.rule.trains_on(tree))
             self.market.observe(tree)
         self._progress_at = self._now()
@@ -180,7 +185,8 @@ class Admission:
         while not self.rounds.ready():
             if self.rounds.finished():
                 return []
-            self.rounds.check_worth(f"{self.log_dir} and in Ray's logs")
+            example = self.faults.example()
+            self.rounds.check_worth(f"{self.log_dir} and in Ray's logs" + (f", such as: {example}" if example else ""))
             self._check_progress(began)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5.0):
@@ -212,6 +218,7 @@ class Admission:
         """Go on from a snapshot, before `run`. ValueError when its tasks are not this run's."""
         self.iterator.load_state(saved.dataset)
         wanted = {p.task_id for p in saved.pending.values()} | {p.task_id for p in saved.planned}
+        self._by_id |= {task.id: task for task in self.tasks if task.id in wanted} if wanted else {}
         unknown = wanted - self._by_id.keys()
         if unknown:
             raise ValueError(f"the checkpoint has prompts of tasks that are not in the data any more: {min(unknown)} …")

@@ -50,6 +50,8 @@ class PromptActor:
             max_retries=config.actors.max_rollout_retries,
         )
         self.grower = make_grower(config, self.domain, self.renderer, self._generate)
+        # A call that never returns is seen from a thread beside the loop; PromptGroup replaces an actor that hangs.
+        self.grower.guard.watch.patrol(config.env.step_timeout_s, _say_held)
         self.slots = asyncio.Semaphore(config.actors.prompts_per_actor)
         # Of their own: Stage 1 goes on while every slot holds a prompt that grows.
         self.questions = asyncio.Semaphore(MAX_QUESTIONS)
@@ -126,6 +128,12 @@ class PromptActor:
     async def _values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
         assert self.predictor is not None
         return await self.predictor.values(queries)
+
+
+def _say_held(where: str, seconds: float) -> None:
+    log.error(
+        "%s has kept all other prompts of its process waiting for %.0f s and goes on; see env.blocking", where, seconds
+    )
 
 
 async def _at_once(tasks: Sequence[Task], call: Callable[[Task], Awaitable[T]], slots: asyncio.Semaphore) -> list[T]:

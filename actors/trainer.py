@@ -33,9 +33,11 @@ from actors.generator_pool import GeneratorPool
 from actors.parts import Parts
 from actors.prompt_group import PromptGroup
 from envs import load_domain
+from envs.tasks import heldout_sample, load_splits
 from trace_async.config import Config
 from trace_async.run.checkpoint import CheckpointStore, latest_checkpoint
 from trace_async.run.state import RunState, load_trainer, save_trainer
+from trace_async.tracking.faults import FaultBook
 from trace_async.tracking.log import read_metrics
 from trace_async.tracking.metrics import tree_metrics
 from trace_async.trees.tree import RolloutTree
@@ -95,8 +97,10 @@ class Trainer:
         self.on_rollback = on_rollback
         self.make_parts = make_parts
         domain = load_domain(config.env)
-        self.train_tasks = domain.tasks("train")
-        self.heldout_tasks = domain.tasks("heldout")[: config.eval.num_tasks]
+        splits = load_splits(domain)
+        self.train_tasks = splits.train
+        self.heldout_tasks = heldout_sample(domain, splits.heldout, config.eval.num_tasks)
+        self.faults = FaultBook()
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep)
         self.clock = Clock({})
         self._stop = asyncio.Event()
@@ -106,7 +110,12 @@ class Trainer:
     def _begin_session(self) -> None:
         self.parts = self.make_parts(self.config, self.run_dir, self.policy_path)
         self.admission = Admission(
-            self.config, self.train_tasks, self.parts.prompts, self.parts.predictor, self.run_dir / "logs"
+            self.config,
+            self.train_tasks,
+            self.parts.prompts,
+            self.parts.predictor,
+            self.run_dir / "logs",
+            faults=self.faults,
         )
         self._started = False
         self._saved_updates = self._evaluated_updates = -1
@@ -231,6 +240,7 @@ class Trainer:
         return (
             phases
             | self.admission.market.metrics()
+            | self.faults.read()
             | {
                 "time/step_s": step_s,
                 "time/estimate_s": estimate_s,
@@ -280,7 +290,7 @@ class Trainer:
     async def evaluate(self) -> dict[str, float]:
         """Held-out success of the current weights, at every temperature of `eval.temperatures`."""
         started = time.monotonic()
-        metrics = await heldout_metrics(self.prompts, self.heldout_tasks, self.config.eval.temperatures)
+        metrics = await heldout_metrics(self.prompts, self.heldout_tasks, self.config.eval.temperatures, self.faults)
         return metrics | {
             "time/eval_s": time.monotonic() - started,
             "time/elapsed_s": self.state.elapsed_s,

@@ -172,15 +172,18 @@ def _config_and_run_dir(args: argparse.Namespace) -> tuple[Config, Path]:
 def check_run(config: Config) -> str:
     """The plan of a run in words; model, data and environment are checked. ConfigError when one will not do."""
     from envs import load_domain
+    from envs.tasks import load_splits
     from trace_async.run.plan import plan_run
 
     lines = [str(plan_run(config))]
     domain = load_domain(config.env)
-    for split in ("train", "heldout"):
-        tasks = domain.tasks(split)
-        lines.append(f"{split:<16} {len(tasks)} tasks of {domain.name}")
-        if not tasks:
-            raise ConfigError(f"env.name={config.env.name}: there are no {split} tasks")
+    splits = load_splits(domain)
+    lines += [f"train            {len(splits.train)} tasks of {domain.name}", *splits.notes]
+    lines.append(f"heldout          {len(splits.heldout)} tasks of {domain.name}")
+    if len(splits.train) < config.budget.pool_size:
+        lines.append(
+            f"                 fewer than budget.pool_size={config.budget.pool_size}: a pool holds each of them once"
+        )
     if config.policy.path:
         lines += [f"policy           {config.policy.path}", *_described(config)]
     else:
@@ -205,6 +208,10 @@ def _log_to_file(path: Path) -> None:
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+    # What breaks down in environments is shown in the terminal too, once each.
+    shown = logging.StreamHandler()
+    shown.setFormatter(logging.Formatter("trace-async: %(message)s"))
+    logging.getLogger("trace_async.faults").addHandler(shown)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
 

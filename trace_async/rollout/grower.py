@@ -87,6 +87,7 @@ class Grower:
                 finally:
                     await env.close()
             except EnvError as error:
+                self.guard.note(f"{error.method}.{error.loss}", str(error))
                 if isinstance(error, PromptTooLongError) or attempt == self.limits.max_retries:
                     raise
         raise AssertionError("the last try returns or raises")

@@ -3,11 +3,11 @@
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from trace_async.trees.tree import RolloutTree
+from trace_async.trees.tree import Fault, RolloutTree
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ class EvalRollout:
     generated_tokens: int
     num_turns: int
     error: str = ""
+    faults: Mapping[str, Fault] = field(default_factory=dict)
 
 
 def eval_rollout(tree: RolloutTree) -> EvalRollout:
@@ -38,6 +39,7 @@ def eval_rollout(tree: RolloutTree) -> EvalRollout:
         generated_tokens=tree.num_generated_tokens,
         num_turns=sum(node.follows is None for node in tree.nodes) - 1,
         error=", ".join(tree.failures),
+        faults=tree.faults,
     )
 
 
