@@ -21,7 +21,7 @@ from trace_async.trees.payload import (
     token_pieces,
     tree_payload,
 )
-from trace_async.trees.tree import Node, RolloutTree
+from trace_async.trees.tree import Node, Rollout, RolloutTree
 
 CREDIT = (0.0, -0.5, -0.5, -0.5, 0.25, 0.25)
 
@@ -41,6 +41,8 @@ def test_every_figure_of_a_turn_is_the_trees(shown: ShownRun) -> None:
         "parent": 1,
         "rollout": 2,
         "turn": 2,
+        "depth": 2,
+        "context": False,
         "value": 0.875,
         "after": 1.0,
         "leaves": 1,
@@ -149,3 +151,21 @@ def test_the_pages_files_are_installed_with_the_package(tmp_path: Path) -> None:
     page = viewer_page("Run", {"run": {}})
     assert "function drawNode(" in page
     assert "{{" not in page.replace("${{", "")
+
+
+def test_another_conversation_of_a_rollout_stands_in_a_column_of_its_own(shown: ShownRun) -> None:
+    context = Node(parent=1, rollout=0, token_ids=shown.ids("it"), num_generated=0, follows=-1)
+    tree = RolloutTree(
+        task=shown.tree().task,
+        nodes=(
+            Node(parent=-1, rollout=-1, token_ids=shown.ids("who"), num_generated=0),
+            shown.turn(0, 0, "search ada"),
+            context,
+            shown.turn(2, 0, "answer ada"),
+        ),
+        rollouts=(Rollout(kind="root", anchor=0, leaf=3, reward=1.0),),
+    )
+    found = tree_payload(tree, shown.tokenizer.decode, (0.0,) * 4, stage2="none")["nodes"]
+    assert [(node["turn"], node["depth"], node["context"]) for node in found] == [  # type: ignore[index, union-attr]
+        *((0, 0, False), (1, 1, False), (1, 2, True), (2, 3, False))
+    ]

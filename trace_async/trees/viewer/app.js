@@ -92,7 +92,7 @@ function stepUpdate(by) {
 }
 
 function moveInColumn(by) {
-  const tree = currentTree(), layout = layoutOf(tree), column = layout.columns[tree.nodes[chosen.node].turn];
+  const tree = currentTree(), layout = layoutOf(tree), column = layout.columns[tree.nodes[chosen.node].depth];
   const to = column[column.indexOf(chosen.node) + by];
   if (to !== undefined) chooseNode(to);
 }

@@ -4,7 +4,8 @@ const SHOWN_TURNS = 60; // of a longer rollout, those around the chosen turn
 
 function nameOf(tree, index) {
   if (index === 0) return "prompt";
-  const { turn, rollout } = tree.nodes[index];
+  const { turn, rollout, context } = tree.nodes[index];
+  if (context) return `another conversation of rollout ${rollout}`;
   return `turn ${turn}, ${tree.rollouts[rollout].kind === "root" ? "rollout" : "continuation"} ${rollout}`;
 }
 

@@ -91,7 +91,8 @@ function drawEdges(pen, layout, nodes, colour) {
 function drawNode(pen, layout, index, colour) {
   const { tree, chosen, found } = drawn, node = tree.nodes[index], x = layout.x[index], y = layout.y[index];
   pen.beginPath();
-  pen.arc(x, y, 7, 0, 2 * Math.PI);
+  if (node.context) pen.rect(x - 6, y - 6, 12, 12); // where another conversation of the rollout begins
+  else pen.arc(x, y, 7, 0, 2 * Math.PI);
   pen.fillStyle = valueColour(node.value);
   pen.fill();
   pen.lineWidth = node.why && index ? 3 : 1;

@@ -21,7 +21,7 @@ function makeLayout(tree) {
   }
   let rows = 0;
   for (const node of order) {
-    x[node] = tree.nodes[node].turn * COLUMN;
+    x[node] = tree.nodes[node].depth * COLUMN;
     if (!children[node].length) { y[node] = rows * ROW; rows += 1; }
   }
   for (const node of order.reverse()) {
@@ -31,7 +31,7 @@ function makeLayout(tree) {
   order.reverse();
   // By column, the nodes from top to bottom: what lies under the pointer and what is in sight are found in it.
   const columns = [];
-  for (const node of order) (columns[tree.nodes[node].turn] ??= []).push(node);
+  for (const node of order) (columns[tree.nodes[node].depth] ??= []).push(node);
   for (const column of columns) column.sort((a, b) => y[a] - y[b]);
   return { children, x, y, columns, order, width: (columns.length - 1) * COLUMN, height: Math.max(0, rows - 1) * ROW };
 }
