@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": ("scripts.commands.compare", "methods × seeds at equal generated tokens, with a report"),
     "tree": ("scripts.commands.tree", "show a rollout tree of a run, or write the viewer's page"),
     "view": ("scripts.commands.view", "look at a run's trees and curves in a browser, also while it trains"),
+    "setup-engines": ("scripts.commands.setup_engines", "build the environments of SGLang and vLLM"),
     "settings": ("scripts.commands.settings", "print meaning, default and bounds of settings"),
     "serve-retrieval": ("scripts.commands.serve_retrieval", "serve a corpus to search, on this machine"),
     "get-policy": ("scripts.commands.get_policy", "bring a pretrained policy here, converted and checked"),

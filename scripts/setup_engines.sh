@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# Builds the environments of the engines that run as servers: .venvs/sglang and .venvs/vllm.
+# Builds the environments of the engines that run as servers: sglang and vllm under .venvs, or under TRACE_ASYNC_ENGINES.
 #   bash scripts/setup_engines.sh [sglang|vllm]     (none named: both)
 # Each engine has its own environment, because their pins contradict each other's and the trainer's. A machine without
 # an NVIDIA GPU gets the CPU recipe (about 2 minutes and 3 GB each), one with a GPU the engine's own pins;
 # ENGINE_DEVICE=cpu|gpu overrides. Running it again does nothing unless a recipe, the Python or the device changed.
 # Without a GPU, PyPI's torch still brings CUDA libraries of several GB: PIP_EXTRA_INDEX_URL can name torch's CPU index.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-recipes=scripts/engine_requirements
+here=$(cd "$(dirname "$0")" && pwd)
+recipes=$here/engine_requirements
+# As in trace_async/engines/servers/environments.py: a folder that is named, the checkout's, or the user's cache.
+if [[ -n ${TRACE_ASYNC_ENGINES:-} ]]; then folder=$TRACE_ASYNC_ENGINES
+elif [[ -f $here/../pyproject.toml ]]; then folder=$(cd "$here/.." && pwd)/.venvs
+else folder=${XDG_CACHE_HOME:-$HOME/.cache}/trace_async/engines
+fi
+mkdir -p "$folder"
 python=${PYTHON:-python3.11}
 
 device=${ENGINE_DEVICE:-}
@@ -17,8 +23,8 @@ fi
 [[ $device == cpu || $device == gpu ]] || { echo "ENGINE_DEVICE=$device: cpu or gpu" >&2; exit 2; }
 
 build() {
-  local engine=$1 recipe=$recipes/$1-$device venv=.venvs/$1 stamp
-  stamp=$(cat "$recipe".txt "$recipe"-*.txt "$0" 2>/dev/null | { cat; "$python" --version; echo "$device"; } | sha256sum | cut -c1-64)
+  local engine=$1 recipe=$recipes/$1-$device venv=$folder/$1 stamp
+  stamp=$(cat "$recipe".txt "$recipe"-*.txt 2>/dev/null | { cat; "$python" --version; echo "$device"; } | sha256sum | cut -c1-64)
   if [[ -f $venv/.recipe && $(cat "$venv/.recipe") == "$stamp" ]]; then
     echo "$venv is up to date ($device)"
     return

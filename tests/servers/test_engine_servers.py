@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.conformance.engine_conformance import MAX_CONTEXT, EngineConformance, Harness
+from tests.support.paths import ROOT
 from trace_async.config import EngineConfig
 from trace_async.engine import EngineDeadError, EngineRequestError, EngineTimeoutError, WeightSyncError
 from trace_async.engines import make_engine
 from trace_async.engines.servers.http_engine import HttpEngine
-from trace_async.engines.servers.server import PROJECT_ROOT
 from trace_async.engines.vllm_worker.weight_group import WeightGroup
 from trace_async.policy.load import load_model
 from trace_async.policy.small_tokenizer import build_tokenizer
@@ -36,7 +36,7 @@ LONG = SamplingParams(max_new_tokens=470)
 
 def needs(backend: str) -> pytest.MarkDecorator:
     """Skips where the engine's environment is missing, except in CI, where that is a failure."""
-    missing = not (PROJECT_ROOT / ".venvs" / backend / "bin" / "python").is_file() and os.environ.get("CI") != "true"
+    missing = not (ROOT / ".venvs" / backend / "bin" / "python").is_file() and os.environ.get("CI") != "true"
     return pytest.mark.skipif(missing, reason=f"no .venvs/{backend}: run `bash scripts/setup_engines.sh {backend}`")
 
 
@@ -257,7 +257,7 @@ class ServerConformance(EngineConformance):
             """
         )
         owner = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=PROJECT_ROOT
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
         assert owner.stdout is not None
         line = ""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from trace_async.config import ConfigError
-from trace_async.engines.servers.server import ServerProcess, command_line_flags, engine_python, free_port
+from trace_async.engines.servers.environments import engine_python
+from trace_async.engines.servers.server import ServerProcess, command_line_flags, free_port
 
 LIMIT_S = 30.0
 

@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from trace_async.config import ConfigError
 from trace_async.engine import EngineError
 
-PROJECT_ROOT = Path(__file__).resolve().parents[3]
 GUARD = Path(__file__).with_name("guard.py")
 SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 5.0
@@ -34,17 +32,6 @@ def free_port() -> int:
 def has_gpu() -> bool:
     """Whether this machine has an NVIDIA GPU. Asks the system, since the trainer's torch may be a CPU build."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def engine_python(backend: str, configured: str) -> str:
-    """The interpreter of an engine's own environment; ConfigError names the command that builds it."""
-    python = Path(configured) if configured else PROJECT_ROOT / ".venvs" / backend / "bin" / "python"
-    if not python.is_file():
-        raise ConfigError(
-            f"engine.python={configured or python}: not found; run `bash scripts/setup_engines.sh {backend}`, "
-            f"or set engine.python to an interpreter that has {backend}"
-        )
-    return str(python)
 
 
 def command_line_flags(arguments: Mapping[str, object]) -> list[str]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trace_async.engine import EngineError
+from trace_async.engines.servers.environments import engine_python
 from trace_async.engines.servers.http_client import Reply
 from trace_async.engines.servers.http_engine import HttpEngine, version_spans
-from trace_async.engines.servers.server import command_line_flags, engine_python
+from trace_async.engines.servers.server import command_line_flags
 from trace_async.engines.servers.weight_record import Tensors
 from trace_async.types import Completion, FinishReason, SamplingParams
 

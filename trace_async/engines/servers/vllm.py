@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trace_async.engine import EngineError, EngineRequestError
+from trace_async.engines.servers.environments import engine_python
 from trace_async.engines.servers.http_client import Reply
 from trace_async.engines.servers.http_engine import HttpEngine, version_spans
 from trace_async.engines.servers.lora_adapter import ADAPTER, start_adapter, write_adapter
-from trace_async.engines.servers.server import command_line_flags, engine_python
+from trace_async.engines.servers.server import command_line_flags
 from trace_async.engines.servers.weight_files import tensors_of
 from trace_async.engines.servers.weight_record import RECEIVED, Tensors
 from trace_async.types import Completion, FinishReason, SamplingParams
