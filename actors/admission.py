@@ -126,6 +126,7 @@ class Admission:
             tasks, estimates = await self._estimates(tasks)
             if not tasks:
                 return []
+        estimates = replace(estimates, tokens=self.market.root_tokens([task.id for task in tasks]))
         rng = np.random.default_rng((self.config.seed, number))
         counts = rule.plan(estimates, budget.root_rollouts, rng)
         return [

@@ -38,8 +38,9 @@ class BudgetConfig:
     """The most continuations that one prefix gets. null: as many as the prompt has."""
     stage1: Stage1Name = "beta"
     """How root rollouts are shared among prompts: uniform (every prompt the same) | point and beta (TRACE, from a point
-    estimate or a posterior of the success rate) | thompson (MoPPS) | pcl | vip | dapo (dynamic sampling) |
-    package.module:Class of your own (trace_async.method.stage1.rule)."""
+    estimate or a posterior of the success rate) | beta_per_token (the same, for the tokens of M average rollouts) |
+    thompson (MoPPS) | pcl | vip | dapo (dynamic sampling) | package.module:Class of your own
+    (trace_async.method.stage1.rule)."""
     stage2: Stage2Name = "contrast"
     """Which prefixes are continued: none | random | contrast (TRACE) | contrast_per_token (its value per generated
     token) | contrast_value_only | price (one price for all prompts, their budget in tokens) | package.module:Class of

@@ -6,6 +6,8 @@ to be called from anywhere; the rules that a run can choose are built on them (`
 `stage2/contrast.py`).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -175,26 +177,61 @@ def allocate_prefixes_by_tokens(
         raise ValueError(f"need as many rewards and costs > 0 as prefixes, {len(v)}")
     if not (tokens >= 0 and (max_per_prefix is None or max_per_prefix >= 0)):
         raise ValueError(f"need {tokens=} ≥ 0 and {max_per_prefix=} ≥ 0")
+    worth = [
+        prefix_value(value, reward, np.arange(_affordable(tokens, c, max_per_prefix) + 1))
+        for value, reward, c in zip(v, r, price, strict=True)
+    ]
+    return _token_knapsack(worth, price, tokens)
+
+
+def allocate_roots_by_tokens(
+    success: ArrayLike,
+    tokens: float,
+    cost: ArrayLike,
+    *,
+    max_rollouts: int,
+    strength: ArrayLike | None = None,
+) -> IntArray:
+    """As `allocate_roots`, with a budget in tokens: Σ V_root is greatest while Σ cost·m ≤ `tokens`, m ≤ max_rollouts.
+
+    `cost` [prompts] > 0: expected generated tokens of a root rollout. No prompt gets just one: it would teach nothing.
+    As exact as `allocate_prefixes_by_tokens`.
+    """
+    v, price = _probabilities("success", success), np.asarray(cost, dtype=float)
+    if price.shape != v.shape or not (price > 0).all() or not tokens >= 0 or max_rollouts < 0:
+        raise ValueError(f"need {len(v)} costs > 0, {tokens=} ≥ 0 and {max_rollouts=} ≥ 0")
+    certainty = [None] * len(v) if strength is None else np.broadcast_to(np.asarray(strength, dtype=float), v.shape)
+    worth = [
+        root_value(value, np.arange(_affordable(tokens, c, max_rollouts) + 1), strength=known)
+        for value, c, known in zip(v, price, certainty, strict=True)
+    ]
+    return _token_knapsack(worth, price, tokens)
+
+
+def _affordable(tokens: float, cost: float, cap: int | None) -> int:
+    most = min(int(tokens // cost), _TOKEN_STEPS)
+    return most if cap is None else min(cap, most)
+
+
+def _token_knapsack(worth: Sequence[FloatArray], cost: FloatArray, tokens: float) -> IntArray:
+    """Counts k with the largest Σ worth[i][k_i] while Σ cost·k ≤ tokens; worth[i][0] = 0, not falling in k."""
     step = max(1.0, tokens / _TOKEN_STEPS)
     room = int(tokens / step + 1e-9)
-    units = np.maximum(1, np.ceil(price / step - 1e-9)).astype(np.int64)
+    units = np.maximum(1, np.ceil(cost / step - 1e-9)).astype(np.int64)
     best = np.zeros(room + 1)
-    chosen = np.zeros((len(v), room + 1), dtype=np.int64)
-    for item, (value, reward, unit) in enumerate(zip(v, r, units, strict=True)):
+    chosen = np.zeros((len(worth), room + 1), dtype=np.int64)
+    for item, (values, unit) in enumerate(zip(worth, units, strict=True)):
         before = best.copy()
-        most = room // unit if max_per_prefix is None else min(max_per_prefix, room // unit)
-        worth = prefix_value(value, reward, np.arange(most + 1))
-        for k in range(1, most + 1):
-            # Stop where further continuations are worth nothing, as they are of a certain outcome.
-            if worth[k] <= worth[k - 1]:
-                break
-            found = before[: room + 1 - k * unit] + worth[k]
+        for k in range(1, min(len(values) - 1, room // int(unit)) + 1):
+            if values[k] <= values[k - 1]:
+                continue  # one more is worth nothing, like the first root rollout or all of a certain outcome
+            found = before[: room + 1 - k * unit] + values[k]
             better = found > best[k * unit :] + 1e-12
             best[k * unit :][better] = found[better]
             chosen[item, k * unit :][better] = k
-    counts = np.zeros(len(v), dtype=np.int64)
+    counts = np.zeros(len(worth), dtype=np.int64)
     left = room
-    for item in range(len(v) - 1, -1, -1):
+    for item in range(len(worth) - 1, -1, -1):
         counts[item] = chosen[item, left]
         left -= int(counts[item] * units[item])
     return counts

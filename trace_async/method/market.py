@@ -13,11 +13,13 @@ spend as published, and an update later the window is full again.
 import logging
 import math
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from trace_async.method.anchors import Anchor, find_anchors
+from trace_async.method.knapsack import FloatArray
 from trace_async.method.settings import BudgetSettings
 from trace_async.trees.tree import RolloutTree
 
@@ -96,11 +98,15 @@ class Market:
         self.seen: deque[_Seen] = deque(maxlen=window)
         self.closed: frozenset[int] = frozenset()
         self.num_offers = 0
+        self._root_tokens: dict[str, float] = {}
         self._owed = 0.0  # tokens of budget not spent yet (negative: overspent)
 
     def observe(self, tree: RolloutTree) -> None:
         """Take in a finished tree."""
-        if not tree.rollouts or not self.settings.continuations_per_root:
+        if not tree.rollouts:
+            return
+        self._root_tokens[tree.task.id] = max(1.0, _mean_root_tokens(tree))
+        if not self.settings.continuations_per_root:
             return
         seen = _look_at(tree, self.settings.continuations_per_root)
         self.seen.append(seen)
@@ -117,6 +123,13 @@ class Market:
             tokens_after=self.tokens_after(),
             closed_depths=frozenset() if probes else self.closed,
         )
+
+    def root_tokens(self, task_ids: Sequence[str]) -> FloatArray | None:
+        """Expected tokens of a root rollout of each task: as it was seen last, else the mean of all tasks seen."""
+        if len(self._root_tokens) < MIN_TREES:
+            return None
+        mean = sum(self._root_tokens.values()) / len(self._root_tokens)
+        return np.array([self._root_tokens.get(task_id, mean) for task_id in task_ids])
 
     def tokens_after(self) -> tuple[float, ...]:
         """By depth, mean tokens of the continuations that started there; 0 where there was none."""
@@ -218,6 +231,13 @@ def _look_at(tree: RolloutTree, per_root: int) -> _Seen:
         # Only what was there when Stage 2 began: turns of root rollouts after which those themselves went on.
         anchors=tuple(a for a in find_anchors(tree) if a.node in is_root and _goes_on(tree, a.node)),
         forks=tuple(forks),
+    )
+
+
+def _mean_root_tokens(tree: RolloutTree) -> float:
+    roots = [index for index, rollout in enumerate(tree.rollouts) if rollout.kind == "root"]
+    return sum(tree.nodes[node].num_generated for index in roots for node in tree.fresh_nodes(index)) / max(
+        1, len(roots)
     )
 
 

@@ -1,6 +1,7 @@
 """Allocation against exhaustive dynamic programming, and literal numbers worked out by hand."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from trace_async.method.allocation import (
     allocate_prefixes_by_tokens,
     allocate_prefixes_by_value,
     allocate_roots,
+    allocate_roots_by_tokens,
     prefix_value,
     root_value,
 )
@@ -179,6 +181,39 @@ def test_a_budget_in_tokens_equals_exhaustive_search(data, tokens, cap):
     every = itertools.product(*(range(m + 1) for m in most))
     best = max(prefix_value(success, rewards, np.array(k)).sum() for k in every if np.array(k) @ cost <= tokens)
     assert prefix_value(success, rewards, counts).sum() == pytest.approx(best, abs=1e-9)
+
+
+@given(
+    data=st.lists(st.tuples(probability, st.integers(1, 6)), min_size=1, max_size=4),
+    tokens=st.integers(0, 24),
+    cap=st.integers(0, 5),
+    strength=st.sampled_from([None, 3.0]),
+)
+@settings(max_examples=150, deadline=None)
+def test_roots_for_a_budget_in_tokens_equal_exhaustive_search(data, tokens, cap, strength):
+    success, cost = (np.array(part, dtype=float) for part in zip(*data, strict=True))
+    counts = allocate_roots_by_tokens(success, tokens, cost, max_rollouts=cap, strength=strength)
+    assert counts @ cost <= tokens
+    assert (counts <= cap).all()
+    assert not (counts == 1).any()
+    every = itertools.product(range(cap + 1), repeat=len(success))
+    best = max(root_value(success, np.array(m), strength=strength).sum() for m in every if np.array(m) @ cost <= tokens)
+    assert root_value(success, counts, strength=strength).sum() == pytest.approx(best, abs=1e-9)
+
+
+def test_stage_1_in_tokens_prefers_the_short_of_two_even_prompts():
+    rule = stage1_rule(BudgetConfig(root_rollouts=4, pool_size=2, max_rollouts=8, stage1="beta_per_token"))
+    beliefs = estimates(0.5, 0.5)
+    rng = np.random.default_rng(0)
+    assert rule.plan(beliefs, 4, rng).tolist() == [2, 2]
+    # 4 roots of 20 tokens on average: 80 tokens, of which 8 roots of the first take 80 at 10 tokens each.
+    # As many go to the second only in pairs of 60: 60 + 20 buys 2 and 2, .45 + .45; 8 and 0 are worth more than either.
+    priced = replace(beliefs, tokens=np.array([10.0, 30.0]))
+    counts = rule.plan(priced, 4, rng)
+    assert counts @ [10, 30] <= 80
+    options = [(2, 2), (8, 0), (5, 1), (0, 2)]
+    best = max(options, key=lambda m: root_value([0.5, 0.5], np.array(m), strength=10.0).sum())
+    assert tuple(counts) == best
 
 
 @pytest.mark.parametrize("bad", [[float("nan")], [-0.1], [1.1], [[0.5]]])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trace_async.method.allocation import allocate_roots
+from trace_async.method.allocation import allocate_roots, allocate_roots_by_tokens
 from trace_async.method.knapsack import FloatArray, IntArray
 from trace_async.method.posterior import Estimates
 from trace_async.method.stage1.rule import Stage1Rule
@@ -48,6 +48,25 @@ class Point(Stage1Rule):
             min_rollouts=least,
             max_rollouts=self.settings.max_rollouts,
             strength=None if strength is None else strength[prompts],
+        )
+
+
+class BetaPerToken(Stage1Rule):
+    """As `Beta`, for the tokens that M average root rollouts write: short prompts get more of them, long ones fewer.
+
+    Until lengths were seen, M roots. No `min_rollouts` and no exploring: a price in tokens leaves out what is dear.
+    """
+
+    def plan(self, estimates: Estimates, num_roots: int, rng: np.random.Generator) -> IntArray:
+        cap = self.settings.max_rollouts
+        if estimates.tokens is None:
+            return allocate_roots(estimates.mean, num_roots, max_rollouts=cap, strength=estimates.strength)
+        return allocate_roots_by_tokens(
+            estimates.mean,
+            num_roots * float(estimates.tokens.mean()),
+            estimates.tokens,
+            max_rollouts=cap,
+            strength=estimates.strength,
         )
 
 
