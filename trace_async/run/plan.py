@@ -227,10 +227,27 @@ def _learner(config: Config, policy: ModelShape) -> ProcessPlan:
         # Logits and their gradient, in fp32, of one chunk.
         "logits": 8 * policy.vocab_size * min(learner.logprob_chunk_tokens, learner.max_tokens_per_micro_batch),
     }
+    if not config.actors.learner_gpus and learner.packing == "tree":
+        parts["gathered keys"] = width * _gathered_numbers(config, policy)
+    if learner.lora_rank:
+        parts["merged weights"] = min(learner.weight_bucket_bytes, width * size)
     if config.loss.kl_loss_coef > 0 and not (config.actors.learner_gpus and learner.reference_device == "cpu"):
         parts["reference"] = width * size // (ranks if learner.reference_is_partitioned else 1)
     parts |= _libraries(config.actors.learner_gpus)
     return ProcessPlan(name="learner", count=ranks, gpus_each=config.actors.learner_gpus, parts=parts)
+
+
+def _gathered_numbers(config: Config, policy: ModelShape) -> int:
+    """Numbers that attention on the CPU keeps beside the layers' own: keys and values of each segment's whole path.
+
+    A segment is about a turn, its path half a rollout on average, and every query head has a copy of its own. With
+    checkpointing one layer has them at a time.
+    """
+    learner, sampling = config.learner, config.sampling
+    copies = max(1.0, sampling.max_context_tokens / (2 * sampling.max_turn_tokens))
+    layers = 1 if learner.gradient_checkpointing else policy.num_layers
+    per_layer = 2 * policy.num_heads * policy.head_dim * learner.max_tokens_per_micro_batch
+    return int(copies * layers * per_layer)
 
 
 def _libraries(gpus: float) -> dict[str, int]:
