@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import ray
 
@@ -47,6 +47,18 @@ T = TypeVar("T")
 
 OnMetrics = Callable[[int, Mapping[str, float], Sequence[RolloutTree]], None]
 OnRollback = Callable[[int, BaseException], None]
+
+
+class Pace(Protocol):
+    """Who says when the next update is made. A run by itself needs none; the Python API's goes on as it is asked."""
+
+    def started(self) -> None:
+        """All parts are ready, and a checkpoint is loaded. Called anew after a rollback."""
+        ...
+
+    async def before_update(self) -> None:
+        """Returns when the next update may be made."""
+        ...
 
 
 class StopRequestedError(Exception):
@@ -87,15 +99,18 @@ class Trainer:
         *,
         on_rollback: OnRollback = lambda step, error: None,
         make_parts: Callable[[Config, Path, Path], Parts] = Parts.make,
+        pace: Pace | None = None,
     ) -> None:
         """`on_metrics`: update, figures, trees. `on_rollback`: the update to which the run went back (-1: its
-        beginning), and why; figures of later ones come again."""
+        beginning), and why; figures of later ones come again. `pace`: whoever gives one also evaluates at the
+        beginning and the end, and ends the run, which stays alive after its last update."""
         self.config = config
         self.run_dir = run_dir
         self.policy_path = policy_path
         self.on_metrics = on_metrics
         self.on_rollback = on_rollback
         self.make_parts = make_parts
+        self.pace = pace
         domain = load_domain(config.env)
         splits = load_splits(domain)
         self.train_tasks = splits.train
@@ -173,6 +188,11 @@ class Trainer:
             await self._restore(checkpoint)
 
     async def _train(self, checkpoint: Path | None) -> None:
+        if self.pace is not None:
+            self.pace.started()
+            self._stats_before = await self.pool.stats()
+            await _race(self._updates(), self.admission.run())
+            return
         if checkpoint is None:
             await self._report_evaluation()
         else:
@@ -187,7 +207,11 @@ class Trainer:
         await self.parts.learner.export(self.run_dir / "policy")
 
     async def _updates(self) -> None:
-        while self.state.num_updates < self.config.num_updates:
+        while True:
+            if self.pace is not None:
+                await self.pace.before_update()
+            if self.state.num_updates >= self.config.num_updates:
+                return
             if self._stop.is_set():
                 raise _StopAsked
             started = time.monotonic()

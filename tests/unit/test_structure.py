@@ -21,8 +21,8 @@ ORDER = [
     "envs", "envs.multihop", "envs.math", "envs.functions", "envs.quest", "envs.text_worlds", "envs.agent",
     "envs.mcp",
     "actors",
-    "scripts.start_policy", "scripts.comparison", "scripts.viewer", "scripts.commands", "scripts.studies",
-    "scripts.bench", "scripts.cli",
+    "scripts.start_policy", "scripts.comparison", "scripts.viewer", "scripts.commands", "scripts.api",
+    "scripts.studies", "scripts.bench", "scripts.cli",
 ]  # fmt: skip
 
 # What is slow to import, or is not there on every machine, and the only wings whose modules may import it at their top.

@@ -181,3 +181,37 @@ async def test_an_update_that_outlasts_the_limit_of_a_stop_is_given_up(tmp_path:
     assert stopped.value.checkpoint is not None
     assert stopped.value.checkpoint.name == "000002"
     assert saved_updates(tmp_path) == ["000002"]
+
+
+async def test_with_a_pace_every_update_waits_to_be_asked_for_and_nothing_is_evaluated(tmp_path: Path):
+    class Pace:
+        def __init__(self) -> None:
+            self.ready = asyncio.Event()
+            self.permits = asyncio.Semaphore(0)
+            self.waiting = asyncio.Event()
+
+        def started(self) -> None:
+            self.ready.set()
+
+        async def before_update(self) -> None:
+            self.waiting.set()
+            await self.permits.acquire()
+            self.waiting.clear()
+
+    pace = Pace()
+    run = Run(tmp_path, FakeParts())
+    run.trainer.pace = pace
+    training = asyncio.create_task(run.trainer.run())
+    await pace.ready.wait()
+    for made in range(6):
+        await pace.waiting.wait()
+        assert run.updates == list(range(1, made + 1))
+        pace.waiting.clear()
+        pace.permits.release()
+    await pace.waiting.wait()
+    assert run.updates == [1, 2, 3, 4, 5, 6]
+    assert run.evaluations == []
+    assert not training.done()  # it stays alive for an evaluation or a checkpoint
+    training.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await training
