@@ -10,12 +10,14 @@ if sys.version_info < (3, 11):
     sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; name another one: PYTHON=/path/to/python")
 CHECK
 stamp=.venv/installed
-wanted=$(cat pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
+wanted=$(cat pyproject.toml requirements.lock scripts/setup.sh | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 echo "Installing into $PWD/.venv (a few minutes, once) ..."
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 log=$(mktemp)
-if ! .venv/bin/python -m pip install --disable-pip-version-check -e ".[dev,lora,models]" >"$log" 2>&1; then
+install() { .venv/bin/python -m pip install --disable-pip-version-check "$@" -e ".[dev,lora,models]" >"$log" 2>&1; }
+# The versions of requirements.lock, or, where it was not made for this Python or platform, the newest that are allowed.
+if ! install -c requirements.lock && ! { echo "requirements.lock does not fit here; taking the newest versions that pyproject.toml allows"; install; }; then
   tail -n 30 "$log"
   echo "The installation failed; its whole output is in $log" >&2
   exit 1
