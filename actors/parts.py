@@ -9,7 +9,7 @@ from pathlib import Path
 from actors.calls import CallError
 from actors.generator_pool import GeneratorPool
 from actors.learner import LearnerGroup
-from actors.predictor_handle import Predictor
+from actors.predictor_group import PredictorGroup
 from actors.prompt_group import PromptGroup
 from trace_async.config import Config
 
@@ -22,15 +22,15 @@ class Parts:
     """What a trainer works with. Tests put plain asyncio objects in their places."""
 
     learner: LearnerGroup
-    predictor: Predictor
+    predictor: PredictorGroup
     prompts: PromptGroup
     pool: GeneratorPool
 
     @classmethod
     def make(cls, config: Config, run_dir: Path, policy_path: Path) -> "Parts":
         """Nothing runs yet but the predictor's process, which takes longest to start."""
-        predictor = Predictor.start(config, policy_path, run_dir / "checkpoints")
-        prompts = PromptGroup(config, policy_path, predictor)
+        predictor = PredictorGroup.start(config, policy_path, run_dir / "checkpoints")
+        prompts = PromptGroup(config, policy_path, predictor.handle)
         pool = GeneratorPool(config, policy_path, run_dir / "logs", prompts.announce)
         return cls(LearnerGroup(config, policy_path), predictor, prompts, pool)
 
@@ -41,9 +41,10 @@ class Parts:
 
     async def watch(self) -> None:
         """Beside all that uses the parts, once they have started: generators and PromptActors that die or hang are
-        replaced. Ends only by an error of the watches themselves."""
+        replaced, a predictor that was started anew is brought up to date. Ends only by an error of the watches
+        themselves."""
         assert self.pool.watching is not None, "the pool starts its watch"
-        await asyncio.gather(asyncio.shield(self.pool.watching), self.prompts.watch())
+        await asyncio.gather(asyncio.shield(self.pool.watching), self.prompts.watch(), self.predictor.watch())
 
     async def close(self) -> None:
         await asyncio.gather(_closed(self.pool.close()), _closed(self.learner.close()))

@@ -16,15 +16,19 @@ from trace_async.predictor.predictor import ValuePredictor
 from trace_async.run.checkpoint import CheckpointStore
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery
-from trace_async.weights import WeightBucket, WeightManifest
+from trace_async.weights import WeightBucket, WeightManifest, WeightUpdate
 
 MAX_RESTARTS = 5
 
 
 class PredictorActor:
-    """All methods run in the actor's one event loop. Training lets waiting questions in between its steps."""
+    """All methods run in the actor's one event loop. Training lets waiting questions in between its steps.
 
-    def __init__(self, config: Config, policy_path: str, checkpoints: str = "") -> None:
+    `learns` False: a replica, which answers with what the learning one has learnt. An actor that was started anew, or
+    has loaded a checkpoint, answers nothing until it is `current`: what it lacks is brought by PredictorGroup.
+    """
+
+    def __init__(self, config: Config, policy_path: str, checkpoints: str = "", *, learns: bool = True) -> None:
         torch.set_num_threads(config.predictor.num_threads)
         device = "cuda" if config.actors.predictor_gpus > 0 else "cpu"
         self.predictor: ValuePredictor | PolicyTrunkPredictor
@@ -32,19 +36,36 @@ class PredictorActor:
             self.predictor = PolicyTrunkPredictor(config.predictor, policy_path, device=device)
         else:
             self.predictor = ValuePredictor(config.predictor, policy_path, seed=config.seed, device=device)
-        if ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed:
-            newest = CheckpointStore(Path(checkpoints), keep=1).newest()
-            if newest is not None:
-                self.predictor.load(str(newest / "predictor"))
+        self.learns = learns
         self.waiting: list[PrefixQuery] = []
         self.forward: asyncio.Task[list[np.ndarray]] | None = None
         self.training = asyncio.Lock()
+        self.current = asyncio.Event()
+        restarted = ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed
+        newest = CheckpointStore(Path(checkpoints), keep=1).newest() if restarted and learns else None
+        if newest is not None:
+            self.predictor.load(str(newest / "predictor"))
+        if not restarted or (learns and config.predictor.trunk == "own"):
+            self.current.set()
 
     async def ready(self) -> None:
         """Returns once the model is loaded."""
 
+    async def is_current(self) -> bool:
+        """False after a restart, until `catch_up`."""
+        return self.current.is_set()
+
+    async def catch_up(self, learnt: WeightUpdate | None, *weights: WeightBucket | WeightManifest) -> None:
+        """Take what was learnt and the policy's weights, as far as there are any yet, and answer from now on."""
+        if learnt is not None:
+            self.predictor.take_learnt(learnt)
+        if weights:
+            await self.receive_weights(*weights)
+        self.current.set()
+
     async def values(self, queries: Sequence[PrefixQuery]) -> list[np.ndarray]:
         """V at each position of each query; see `ValuePredictor.predict`."""
+        await self.current.wait()
         if self.forward is None:
             self.forward = asyncio.create_task(self._answer_waiting())
         start = len(self.waiting)
@@ -59,11 +80,25 @@ class PredictorActor:
 
     async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
         """Beta posteriors of candidate prompts; see `ValuePredictor.estimate`."""
+        await self.current.wait()
         return self.predictor.estimate(task_ids, queries)
+
+    async def posteriors(self, task_ids: Sequence[str], values: np.ndarray) -> Estimates:
+        """The same from values that replicas gave; it knows the counts."""
+        await self.current.wait()
+        return self.predictor.posteriors(task_ids, values)
+
+    async def learnt(self) -> WeightUpdate:
+        """What it has learnt, for replicas."""
+        return self.predictor.learnt()
+
+    async def take_learnt(self, update: WeightUpdate) -> None:
+        self.predictor.take_learnt(update)
 
     async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
         """Learn from the trees of one update. `predictor/…`: how good the values were before, the loss, and `busy_s`,
         seconds of all its work since the last call."""
+        await self.current.wait()
         async with self.training:
             metrics = self.predictor.observe(trees, policy_version)
             for step in self.predictor.steps(trees):
@@ -78,7 +113,10 @@ class PredictorActor:
         *buckets, manifest = parts
         assert isinstance(self.predictor, PolicyTrunkPredictor), "a trunk of its own takes no weights"
         assert isinstance(manifest, WeightManifest)
-        return self.predictor.receive_weights([part for part in buckets if isinstance(part, WeightBucket)], manifest)
+        version = self.predictor.receive_weights([part for part in buckets if isinstance(part, WeightBucket)], manifest)
+        if self.learns:
+            self.current.set()  # what it has learnt came with the checkpoint
+        return version
 
     async def save(self, directory: str) -> None:
         async with self.training:
@@ -86,19 +124,20 @@ class PredictorActor:
 
     async def load(self, directory: str) -> None:
         self.predictor.load(directory)
+        if isinstance(self.predictor, PolicyTrunkPredictor) and self.predictor.lacks_weights:
+            self.current.clear()
 
 
-def remote_predictor(config: Config, policy_path: str, checkpoints: str) -> ActorHandle:
+def remote_predictor(config: Config, policy_path: str, checkpoints: str, *, learns: bool = True) -> ActorHandle:
     """Starts the actor; `policy_path`: what its model starts from unless `predictor.path` says otherwise.
 
-    Ray starts it anew when its process dies, and makes the calls under way again; it then goes on from the newest of
-    the run's `checkpoints`. Not with trunk=policy: a new one would read with old weights, so the run begins anew.
+    Ray starts it anew when its process dies, and makes the calls under way again. The one that learns then goes on from
+    the newest of the run's `checkpoints`.
     """
-    restarts = MAX_RESTARTS if config.predictor.trunk != "policy" else 0
     actor = ray.remote(
         num_cpus=config.predictor.num_threads,
         num_gpus=config.actors.predictor_gpus,
-        max_restarts=restarts,
-        max_task_retries=restarts,
+        max_restarts=MAX_RESTARTS,
+        max_task_retries=MAX_RESTARTS,
     )(PredictorActor)
-    return actor.remote(config, policy_path, checkpoints)
+    return actor.remote(config, policy_path, checkpoints, learns=learns)

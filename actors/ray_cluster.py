@@ -21,8 +21,9 @@ def asked_of_ray(config: Config, *, only_generators: bool = False) -> Asked:
     if not only_generators:
         cpus["learner.num_ranks × learner.num_threads"] = learner.num_ranks * learner.num_threads
         gpus["learner.num_ranks × actors.learner_gpus"] = learner.num_ranks * actors.learner_gpus
-        cpus["predictor.num_threads"] = config.predictor.num_threads
-        gpus["actors.predictor_gpus"] = actors.predictor_gpus
+        num_predictors = 1 + config.predictor.num_replicas
+        cpus["(1 + predictor.num_replicas) × predictor.num_threads"] = num_predictors * config.predictor.num_threads
+        gpus["(1 + predictor.num_replicas) × actors.predictor_gpus"] = num_predictors * actors.predictor_gpus
     return {"CPU": cpus, "GPU": gpus}
 
 

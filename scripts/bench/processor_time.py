@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -91,6 +92,8 @@ def measure(command: list[str], run_dir: Path) -> tuple[dict[str, float], float,
     first: tuple[float, Mapping[str, float]] | None = None
     last: tuple[float, Mapping[str, float]] | None = None
     updates = 0
+    # A run that outlasts its time limit is stopped as Ctrl-C would, and what was measured so far is reported.
+    signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
     while child.poll() is None:
         time.sleep(EVERY_S)
         now, found, steps = time.monotonic(), meter.look(), training_steps(metrics_file)
@@ -100,8 +103,10 @@ def measure(command: list[str], run_dir: Path) -> tuple[dict[str, float], float,
             updates, last = steps[-1], (now, found)
     reader.join()
     sys.stdout.write("".join(tail[-40:]))
-    if child.returncode or first is None or last is None:
-        raise SystemExit(f"the run ended with status {child.returncode} after {updates} updates")
+    if first is None or last is None:
+        raise SystemExit(f"the run ended with status {child.returncode} before its first update")
+    if child.returncode:
+        print(f"the run ended with status {child.returncode} after {updates} updates")
     used = {part: seconds - first[1].get(part, 0.0) for part, seconds in last[1].items()}
     return used, last[0] - first[0], updates
 

@@ -130,8 +130,10 @@ class PredictorConfig:
     """`prior_strength` holds only at first and is then fitted to what came out."""
     count_half_life: Annotated[float, Field(ge=0)] = 8.0
     """A prompt's counts lose half their weight in so many policy versions. 0: never."""
+    num_replicas: Annotated[int, Field(ge=0)] = 0
+    """So many further processes answer with what one learns. 0: the one that learns answers too."""
     num_threads: Annotated[int, Field(ge=1)] = 1
-    """CPU threads of its process, which Ray also reserves for it."""
+    """CPU threads of each of its processes, which Ray also reserves for it."""
 
     def __post_init__(self) -> None:
         alone = self.trunk == "own" or not self.path

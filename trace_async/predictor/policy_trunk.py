@@ -139,7 +139,10 @@ class PolicyTrunkPredictor:
 
     def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
         """Beta posteriors of prompts: V of each as the prior, the prompt's own counts as evidence."""
-        values = np.array([value[-1] for value in self.predict(queries)])
+        return self.posteriors(task_ids, np.array([value[-1] for value in self.predict(queries)]))
+
+    def posteriors(self, task_ids: Sequence[str], values: FloatArray) -> Estimates:
+        """The same with values [prompts] that are known already."""
         return self.estimator.estimate(task_ids, values, self.trunk.version)
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -282,6 +285,7 @@ class PolicyTrunkPredictor:
         arrays = {name: tensor.numpy() for name, tensor in unpack_weights(update).items()}
         self.heads = {name: _head(arrays, name, float(arrays[f"{name}/bias"][0])) for name in _HEADS}
         self.num_updates = update.manifest.policy_version
+        self.asked.clear()  # who only answers keeps no rows
 
     # ── checkpoint ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -129,7 +129,10 @@ class ValuePredictor:
 
     def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
         """Beta posteriors of prompts: the model's value of each as the prior, the prompt's own counts as evidence."""
-        values = np.array([value[-1] for value in self.predict(queries)])
+        return self.posteriors(task_ids, np.array([value[-1] for value in self.predict(queries)]))
+
+    def posteriors(self, task_ids: Sequence[str], values: FloatArray) -> Estimates:
+        """The same with values [prompts] that are known already."""
         return self.estimator.estimate(task_ids, values, self.version)
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────

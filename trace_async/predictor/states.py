@@ -55,8 +55,8 @@ class PolicyTrunk:
     def receive(self, buckets: Sequence[WeightBucket], manifest: WeightManifest) -> None:
         """Take the weights that the generators were sent, after checking every byte of them.
 
-        WeightSyncError when the checksum differs, when they are those of the last sync, or when a tensor of the trunk
-        is not among them; the weights are then as they were.
+        WeightSyncError when the checksum differs, when they are those of an older version, or when a tensor of the
+        trunk is not among them; the weights are then as they were.
         """
         started = time.monotonic()
         arrived = WeightCount()
@@ -69,6 +69,8 @@ class PolicyTrunk:
         found = arrived.manifest(manifest.policy_version)
         if found != manifest:
             raise WeightSyncError(f"the predictor was sent weights {manifest} and received {found}")
+        if found.checksum == self._checksum and found.policy_version == self.version:
+            return  # the same version again is no error: whoever is not sure that it arrived may send it twice
         if found.checksum == self._checksum:
             raise WeightSyncError(
                 f"weights version {manifest.policy_version} are those of version {self.version}: nothing changed"

@@ -295,7 +295,8 @@ def _predictor(config: Config, policy: ModelShape) -> ProcessPlan:
         "activations": shape.activation_bytes(num_tokens, 4, checkpointing=False),
     }
     parts |= _libraries(config.actors.predictor_gpus)
-    return ProcessPlan(name="predictor", count=1, gpus_each=config.actors.predictor_gpus, parts=parts)
+    count = 1 + config.predictor.num_replicas
+    return ProcessPlan(name="predictor", count=count, gpus_each=config.actors.predictor_gpus, parts=parts)
 
 
 def _require_memory(config: Config, processes: tuple[ProcessPlan, ...]) -> None:
