@@ -1,7 +1,7 @@
 """Compare ways to read V(H) from the policy's states, on the recorded trees of a run.
 
-    trace-async train --config configs/quickstart.yaml tracking.trees_per_artifact=1000
-    python -m scripts.studies.values runs/quickstart
+    trace-async train --config configs/quickstart/multihop.yaml tracking.trees_per_artifact=1000
+    python -m scripts.studies.values runs/quickstart --policy .cache/policies/…
 
 The learner is run again over the trees, update by update, which gives the weights of every version (its `mismatch_kl`
 says whether they are those of the run). The prefixes of each tree are read under the weights at which the tree began.
