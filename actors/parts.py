@@ -10,6 +10,7 @@ from actors.calls import CallError
 from actors.generator_pool import GeneratorPool
 from actors.learner import LearnerGroup
 from actors.predictor_group import PredictorGroup
+from actors.predictor_handle import Predictor
 from actors.prompt_group import PromptGroup
 from trace_async.config import Config
 
@@ -22,15 +23,21 @@ class Parts:
     """What a trainer works with. Tests put plain asyncio objects in their places."""
 
     learner: LearnerGroup
-    predictor: PredictorGroup
+    predictor: Predictor | PredictorGroup
     prompts: PromptGroup
     pool: GeneratorPool
 
     @classmethod
     def make(cls, config: Config, run_dir: Path, policy_path: Path) -> "Parts":
         """Nothing runs yet but the predictor's process, which takes longest to start."""
-        predictor = PredictorGroup.start(config, policy_path, run_dir / "checkpoints")
-        prompts = PromptGroup(config, policy_path, predictor.handle)
+        checkpoints = run_dir / "checkpoints"
+        predictor: Predictor | PredictorGroup
+        if config.predictor.num_replicas or config.predictor.trunk == "policy":
+            predictor = PredictorGroup.start(config, policy_path, checkpoints)
+            prompts = PromptGroup(config, policy_path, predictor.answering)
+        else:  # one actor that needs nothing from outside when Ray starts it anew
+            predictor = Predictor.start(config, policy_path, checkpoints)
+            prompts = PromptGroup(config, policy_path, predictor)
         pool = GeneratorPool(config, policy_path, run_dir / "logs", prompts.announce)
         return cls(LearnerGroup(config, policy_path), predictor, prompts, pool)
 
@@ -44,7 +51,10 @@ class Parts:
         replaced, a predictor that was started anew is brought up to date. Ends only by an error of the watches
         themselves."""
         assert self.pool.watching is not None, "the pool starts its watch"
-        await asyncio.gather(asyncio.shield(self.pool.watching), self.prompts.watch(), self.predictor.watch())
+        watches = [asyncio.shield(self.pool.watching), self.prompts.watch()]
+        if isinstance(self.predictor, PredictorGroup):
+            watches.append(self.predictor.watch())
+        await asyncio.gather(*watches)
 
     async def close(self) -> None:
         await asyncio.gather(_closed(self.pool.close()), _closed(self.learner.close()))

@@ -23,7 +23,6 @@ from ray.actor import ActorHandle
 
 from actors.calls import CallError, CallTimeoutError, ask
 from actors.predictor import remote_predictor
-from actors.predictor_handle import Predictor
 from trace_async.config import Config
 from trace_async.method.posterior import Estimates
 from trace_async.trees.tree import RolloutTree
@@ -31,6 +30,26 @@ from trace_async.types import PrefixQuery
 
 log = logging.getLogger(__name__)
 WATCH_EVERY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """The actors that answer, as prompts see them; can be sent to other actors, and outlives restarts of its own."""
+
+    actors: tuple[ActorHandle, ...]
+    limit_s: float
+    """For a call, a restart of the process included."""
+
+    async def values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
+        """V at each position of each query (see `ValuePredictor.predict`); one actor answers the whole call.
+
+        Raises ActorLostError or CallTimeoutError when no answer can be had.
+        """
+        if not queries:
+            return []
+        number = hash(queries[0].token_ids) % len(self.actors)
+        reply = self.actors[number].values.remote(list(queries))
+        return await ask(reply, who=f"predictor {number}", limit_s=self.limit_s)
 
 
 @dataclass(slots=True)
@@ -63,9 +82,9 @@ class PredictorGroup:
         return cls(actor, replicas, start_s, start_s + config.learner.step_timeout_s)
 
     @property
-    def handle(self) -> Predictor:
+    def answering(self) -> Answering:
         """For those who ask for values."""
-        return Predictor(self.replicas or (self.actor,), self.limit_s)
+        return Answering(self.replicas or (self.actor,), self.limit_s)
 
     async def ready(self) -> None:
         try:

@@ -1,30 +1,76 @@
-"""Predictor: the answering PredictorActors as the prompts see them."""
+"""Predictor: the PredictorActor as the trainer and the prompts see it.
 
-from collections.abc import Sequence
+When its process dies, Ray starts it anew, it loads the newest checkpoint of the run, and the calls that were under way
+are made again: whoever asked waits a little longer. Values only steer where budget goes, so the few updates that the
+new one has not seen cost precision, not correctness.
+"""
+
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import ray
 from ray.actor import ActorHandle
 
-from actors.calls import ask
+from actors.calls import CallTimeoutError, ask
+from actors.predictor import remote_predictor
+from trace_async.config import Config
+from trace_async.method.posterior import Estimates
+from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery
 
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """Can be sent to other actors; its actors keep their handles when Ray starts them anew."""
+    """Can be sent to other actors. Every method raises ActorLostError or CallTimeoutError when no answer can be had."""
 
-    actors: tuple[ActorHandle, ...]
+    actor: ActorHandle
+    start_limit_s: float
+    """Until the model is loaded, the first time."""
     limit_s: float
-    """For a call, a restart of the process included."""
+    """For every other call, a restart of the process included."""
+
+    @classmethod
+    def start(cls, config: Config, policy_path: Path, checkpoints: Path) -> "Predictor":
+        """Begin to start the actor; `ready` waits for it. `checkpoints`: of the run, where a restarted one looks."""
+        actor = remote_predictor(config, str(policy_path), str(checkpoints))
+        start_s = config.engine.start_timeout_s
+        return cls(actor, start_s, start_s + config.learner.step_timeout_s)
+
+    async def ready(self) -> None:
+        try:
+            await ask(self.actor.ready.remote(), who="the predictor", limit_s=self.start_limit_s)
+        except CallTimeoutError:
+            raise CallTimeoutError(
+                f"the predictor did not start within engine.start_timeout_s={self.start_limit_s:g}: `ray status` shows "
+                "whether there is room for it"
+            ) from None
 
     async def values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
-        """V at each position of each query (see `ValuePredictor.predict`); one actor answers the whole call.
+        """V at each position of each query; see `ValuePredictor.predict`."""
+        return await self._ask(self.actor.values.remote(list(queries)))
 
-        Raises ActorLostError or CallTimeoutError when no answer can be had.
-        """
-        if not queries:
-            return []
-        number = hash(queries[0].token_ids) % len(self.actors)
-        reply = self.actors[number].values.remote(list(queries))
-        return await ask(reply, who=f"predictor {number}", limit_s=self.limit_s)
+    async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
+        """Beta posteriors of candidate prompts; see `ValuePredictor.estimate`."""
+        return await self._ask(self.actor.estimate.remote(list(task_ids), list(queries)))
+
+    async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+        return await self._ask(self.actor.train.remote(list(trees), policy_version))
+
+    async def receive_weights(self, weights: Sequence[ray.ObjectRef]) -> int:
+        """The version with which it reads from now on; see `PredictorActor.receive_weights`."""
+        return await self._ask(self.actor.receive_weights.remote(*weights))
+
+    async def save(self, folder: Path) -> None:
+        await self._ask(self.actor.save.remote(str(folder)))
+
+    async def load(self, folder: Path) -> None:
+        await self._ask(self.actor.load.remote(str(folder)))
+
+    def close(self) -> None:
+        ray.kill(self.actor)
+
+    async def _ask(self, reply: Awaitable[Any]) -> Any:
+        return await ask(reply, who="the predictor", limit_s=self.limit_s)

@@ -10,6 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.calls import PromptLostError
+from actors.predictor_group import Answering
 from actors.predictor_handle import Predictor
 from actors.router import GeneratorRouter, RouterStats
 from envs import load_domain
@@ -35,7 +36,7 @@ MAX_QUESTIONS = 64
 class PromptActor:
     """A Ray actor with one event loop; `actors.prompts_per_actor` prompts at a time."""
 
-    def __init__(self, config: Config, policy_path: str, predictor: Predictor | None) -> None:
+    def __init__(self, config: Config, policy_path: str, predictor: Predictor | Answering | None) -> None:
         self.config = config
         self.domain = load_domain(config.env)
         self.renderer = load_renderer(
@@ -144,7 +145,7 @@ async def _at_once(tasks: Sequence[Task], call: Callable[[Task], Awaitable[T]], 
     return list(await asyncio.gather(*map(one, tasks)))
 
 
-def remote_prompt_actor(config: Config, policy_path: str, predictor: Predictor | None) -> ActorHandle:
+def remote_prompt_actor(config: Config, policy_path: str, predictor: Predictor | Answering | None) -> ActorHandle:
     actor = ray.remote(PromptActor).options(
         num_cpus=0, max_concurrency=8192, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
     )

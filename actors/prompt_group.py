@@ -14,6 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.calls import ActorLostError, CallError, CallTimeoutError, PromptLostError, ask, ask_all
+from actors.predictor_group import Answering
 from actors.predictor_handle import Predictor
 from actors.prompt import remote_prompt_actor
 from actors.router import RouterStats
@@ -35,7 +36,7 @@ class PromptGroup:
 
     config: Config
     policy_path: Path
-    predictor: Predictor | None
+    predictor: Predictor | Answering | None
     actors: list[ActorHandle] = field(default_factory=list)
     generators: Mapping[str, ActorHandle] = field(default_factory=dict)
     """Those last announced by the pool."""

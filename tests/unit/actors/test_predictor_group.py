@@ -67,13 +67,13 @@ def lessons(group: PredictorGroup) -> list:
 
 
 async def test_replicas_answer_with_what_the_learning_one_has_learnt(group: PredictorGroup):
-    before = await group.handle.values(QUERIES)
+    before = await group.answering.values(QUERIES)
     assert {float(value[0]) for value in before} == {0.5}
     metrics = await group.train(lessons(group), 0)
     assert metrics["predictor/brier"] > 0
     for replica in group.replicas:
         assert values_of(replica) == pytest.approx(values_of(group.actor), abs=1e-6)
-    after = [float(value[0]) for value in await group.handle.values(QUERIES)]
+    after = [float(value[0]) for value in await group.answering.values(QUERIES)]
     assert after == pytest.approx(values_of(group.actor), abs=1e-6)
     assert len(set(after)) == 2
     assert "values" not in group.actor.calls  # its time is for learning
@@ -103,9 +103,9 @@ async def test_a_replica_that_was_started_anew_answers_only_when_it_is_up_to_dat
     expected = values_of(group.actor)
     group.replicas[0].restart()
     with pytest.raises(CallTimeoutError):
-        await replace(group.handle, actors=group.replicas[:1], limit_s=0.1).values(QUERIES)
+        await replace(group.answering, actors=group.replicas[:1], limit_s=0.1).values(QUERIES)
     watch = asyncio.create_task(group.watch())
-    found = await replace(group.handle, actors=group.replicas[:1]).values(QUERIES)
+    found = await replace(group.answering, actors=group.replicas[:1]).values(QUERIES)
     watch.cancel()
     assert [float(value[0]) for value in found] == pytest.approx(expected, abs=1e-6)
     assert group.num_caught_up == 1
@@ -127,7 +127,7 @@ async def test_the_learning_one_comes_back_with_the_newest_weights(
     await group.load(tmp_path / "predictor")
     assert not await group.actor.is_current.remote()
     await group.receive_weights(group.weights)
-    assert [float(value[0]) for value in await group.handle.values(QUERIES)] == pytest.approx(expected, abs=1e-6)
+    assert [float(value[0]) for value in await group.answering.values(QUERIES)] == pytest.approx(expected, abs=1e-6)
 
 
 async def test_a_version_that_does_not_arrive_whole_is_no_version(group: PredictorGroup, config: Config, policy: Path):  # noqa: F811
