@@ -27,8 +27,10 @@ def bounded_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
     """exp(log_ratio), the exponent held within ±MAX_LOG_RATIO; beyond, no gradient passes. `LossMetrics` counts them.
 
     A token at −2 for the learner and −92 for the generator would be inf, and inf times a credit of 0 is not a number.
+    An infinite exponent stays infinite: an engine that sampled what it calls impossible is broken, and that must show.
     """
-    return log_ratio.clamp(min=-MAX_LOG_RATIO, max=MAX_LOG_RATIO).exp()
+    bounded = log_ratio.clamp(min=-MAX_LOG_RATIO, max=MAX_LOG_RATIO)
+    return torch.where(log_ratio.isinf(), log_ratio, bounded).exp()
 
 
 def normalize_credits(

@@ -15,7 +15,7 @@ SETTINGS += [{"objective": "cispo"}, {"mask_low": 0.5, "mask_high": 5.0}]
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("learner", "generator"), [(-2.0, -92.0), (-92.0, -2.0), (-1e4, -1.0), (-1.0, -math.inf)])
+@pytest.mark.parametrize(("learner", "generator"), [(-2.0, -92.0), (-92.0, -2.0), (-1e4, -1.0), (-1.0, -3e4)])
 @pytest.mark.parametrize(("positive", "negative"), [(1.0, 0.0), (0.0, -1.0), (2.0, -3.0), (0.0, 0.0)])
 def test_loss_and_gradient_are_finite(settings, dtype, learner, generator, positive, negative):
     entries = entries_of([generator, -1.0], [positive, 1.0], [negative, 0.0])
@@ -23,7 +23,7 @@ def test_loss_and_gradient_are_finite(settings, dtype, learner, generator, posit
         **{name: getattr(entries, name) for name in ("rows", "labels", "policy_versions")},
         **{name: getattr(entries, name).to(dtype) for name in ("generator_logprobs", "positive", "negative", "weight")},
     )
-    for proximal in (learner, generator if math.isfinite(generator) else -50.0):
+    for proximal in (learner, generator):
         logprobs = torch.tensor([learner, -1.5], dtype=dtype, requires_grad=True)
         terms = LossTerms(
             learner_logprobs=logprobs,
@@ -51,6 +51,12 @@ def test_what_is_within_the_limit_is_untouched():
     loss.backward()
     assert loss.item() == pytest.approx(math.exp(within))
     assert logprobs.grad.item() == pytest.approx(math.exp(within))
+
+
+def test_an_engine_that_sampled_what_it_calls_impossible_is_not_covered_up():
+    entries = entries_of([-math.inf], [1.0], [0.0])
+    loss, _ = policy_loss(entries, LossTerms(learner_logprobs=torch.tensor([-1.0])), LossConfig())
+    assert not math.isfinite(loss.item())
 
 
 def test_a_learner_that_is_not_a_number_stays_one():
