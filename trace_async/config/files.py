@@ -89,7 +89,8 @@ def find_config(path: str | Path) -> Path:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values, for YAML and MLflow. What `${…}` brought is written as that expression, never its value."""
-    return _forget_values(asdict(config))
+    settings: dict[str, Any] = _forget_values(asdict(config))
+    return settings
 
 
 def config_to_yaml(config: Config) -> str:

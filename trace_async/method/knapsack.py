@@ -76,7 +76,8 @@ def _describe(rows: list[tuple[IntArray, FloatArray]], num_items: int, threshold
 def hand_out(room: IntArray, units: int) -> IntArray:
     """`units` given to items in their order, at most `room` each."""
     before = np.cumsum(room) - room
-    return np.clip(units - before, 0, room)
+    given: IntArray = np.clip(units - before, 0, room)
+    return given
 
 
 def spend(marginals: Marginals, num_items: int, budget: int, cap: int) -> IntArray:

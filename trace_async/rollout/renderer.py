@@ -99,7 +99,8 @@ class Renderer:
         end = len(token_ids)
         while end and token_ids[end - 1] in self.stop_token_ids:
             end -= 1
-        return self._tokenizer.decode(list(token_ids[:end]), clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(list(token_ids[:end]), clean_up_tokenization_spaces=False)
+        return text
 
     def read_message(self, token_ids: Sequence[int]) -> dict[str, Json] | None:
         """A turn as the tokenizer's response template reads it (role, content, tool_calls, …), where it has one."""

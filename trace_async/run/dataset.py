@@ -125,7 +125,8 @@ def _read(path: str | Path) -> str:
 
 def _parse(text: str, where: str) -> Json:
     try:
-        return json.loads(text)
+        parsed: Json = json.loads(text)
+        return parsed
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if "\n" in text.strip() else ""
         raise ValueError(f"{where}{line}: not JSON: {error.msg} (column {error.colno})") from error

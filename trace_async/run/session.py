@@ -40,7 +40,8 @@ class Session:
         if self.host != socket.gethostname():
             return True
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.process_started) < 1
+            started: float = psutil.Process(self.pid).create_time()
+            return abs(started - self.process_started) < 1
         except psutil.Error:
             return False
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trace_async.method.market import Offer
 from trace_async.run.checkpoint import CheckpointError
@@ -98,7 +99,7 @@ def save_trainer(folder: Path, saved: SavedTrainer) -> None:
 def load_trainer(folder: Path) -> SavedTrainer:
     """What `save_trainer` wrote. Raises CheckpointError when another version of this program wrote it."""
     path = folder / "trainer.json"
-    record: Mapping = json.loads(path.read_text(encoding="utf-8"))
+    record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if record.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} was written in format {record.get('format', 1)}, and this version of trace_async reads format "
