@@ -1,6 +1,7 @@
 """`sampling.max_observation_tokens` holds for every domain, end to end: what the model reads is bounded and says so."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,6 +54,9 @@ def wordy_task(name: str, tmp_path: Path) -> tuple[list[str], dict[str, Json], s
         "mixed": (["env.args.domains.math={}"], problem, PRINTS),
         "agent": ([*common, "env.args.agent=tests.support.agents:wordy"], {}, "go on"),
         "mcp": ([*common, f"env.args.servers.box.command=[{server}]"], {}, write_call("speech", {})),
+        "quest": (["env.args.mix.hard=1.0", "env.args.mix.easy=0.0"], {}, "look"),
+        "scienceworld": ([], {}, "look around"),
+        "textworld_express": ([], {}, "look around"),
         "gymnasium": ([f"env.args.env={__name__}:Wordy"], {}, "hm"),
     }[name]
 
@@ -97,6 +101,10 @@ async def play(name: str, limit: int, tmp_path: Path) -> tuple[PromptActor, Roll
 async def test_no_observation_is_longer_than_told(name: str, tmp_path: Path) -> None:
     if name == "mcp":
         pytest.importorskip("mcp", reason="the extra mcp is not installed")
+    if name in ("scienceworld", "textworld_express"):
+        pytest.importorskip(name, reason="the extra worlds is not installed")
+        if shutil.which("java") is None:
+            pytest.skip("there is no Java")
     if name == "bfcl":
         pytest.importorskip("bfcl_eval", reason="the package bfcl-eval is not installed")
     build_tokenizer(["[ cut ] word"]).save_pretrained(tmp_path)
@@ -114,5 +122,5 @@ async def test_no_observation_is_longer_than_told(name: str, tmp_path: Path) -> 
 
 
 def test_a_limit_that_leaves_no_room_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"sampling\.max_observation_tokens=3: 0 \(no limit\) or ≥ 16"):
+    with pytest.raises(ConfigError, match=r"sampling\.max_observation_tokens=3: must be a whole number: 0 or ≥ 16"):
         load_config(None, ["sampling.max_observation_tokens=3"])
