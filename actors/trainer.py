@@ -17,6 +17,7 @@ a new session, which starts all parts anew and goes on from the newest checkpoin
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ class Trainer:
         await self._save_once()
         if not self._is_evaluated():
             await self._report_evaluation()
-        await self.parts.learner.export(self.run_dir / "policy")
+        await self._export()
 
     async def _updates(self) -> None:
         while True:
@@ -341,6 +342,17 @@ class Trainer:
             await self.parts.learner.save(folder / "learner")
             await self.parts.predictor.save(folder / "predictor")
         self._saved_updates = saved.state.num_updates
+
+    async def _export(self) -> None:
+        """The policy as a Hugging Face folder, in place of that of an earlier end when the run went on after it."""
+        target, new, old = (self.run_dir / name for name in ("policy", "policy.new", "policy.old"))
+        for left_over in (new, old):
+            await asyncio.to_thread(shutil.rmtree, left_over, ignore_errors=True)
+        await self.parts.learner.export(new)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        await asyncio.to_thread(shutil.rmtree, old, ignore_errors=True)
 
     async def _restore(self, checkpoint: Path) -> None:
         saved = load_trainer(checkpoint)

@@ -1,6 +1,7 @@
 """The trainer's loop in plain asyncio: order of work, checkpoints, lost ranks, stopping on request."""
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from actors.learner import LearnerRankError
 from actors.trainer import StopRequestedError, Trainer
 from tests.support.fake_parts import FakeLearner, FakeParts, FakePrompts
 from trace_async.config import load_config
+from trace_async.run.checkpoint import latest_checkpoint
 from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
 
@@ -215,3 +217,12 @@ async def test_with_a_pace_every_update_waits_to_be_asked_for_and_nothing_is_eva
     training.cancel()
     with pytest.raises(asyncio.CancelledError):
         await training
+
+
+async def test_a_run_that_went_on_after_its_end_leaves_the_newer_policy(tmp_path: Path):
+    await Run(tmp_path, FakeParts(), overrides=["num_updates=2"]).trainer.run()
+    assert (tmp_path / "policy" / "updates").read_text() == "2"
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    await Run(tmp_path, FakeParts(), overrides=["num_updates=4"]).trainer.run(newest)
+    assert (tmp_path / "policy" / "updates").read_text() == "4"
+    assert [name for name in os.listdir(tmp_path) if name.startswith("policy")] == ["policy"]
