@@ -42,7 +42,7 @@ def start_ray(config: Config, *, only_generators: bool = False) -> None:
     else:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(sum(asked["CPU"].values()))),
+            num_cpus=max(os.cpu_count() or 1, math.ceil(sum(asked["CPU"].values()) + _cpus_to_grow(config))),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -52,6 +52,11 @@ def start_ray(config: Config, *, only_generators: bool = False) -> None:
     except ConfigError:
         ray.shutdown()
         raise
+
+
+def _cpus_to_grow(config: Config) -> float:
+    """CPUs of the generators that a run may scale up to beyond those it starts with."""
+    return (config.actors.most_generators - config.actors.num_generators) * config.actors.generator_cpus
 
 
 def require_room(asked: Asked, there: Mapping[str, float], place: str) -> None:

@@ -33,6 +33,7 @@ from actors.generator import GeneratorStats
 from actors.generator_pool import GeneratorPool
 from actors.parts import Parts
 from actors.prompt_group import PromptGroup
+from actors.scaling import Scaling
 from envs import load_domain
 from envs.tasks import heldout_sample, load_splits
 from trace_async.config import Config
@@ -133,6 +134,7 @@ class Trainer:
             self.run_dir / "logs",
             faults=self.faults,
         )
+        self.scaling = Scaling(self.config, self.parts.pool, self.run_dir)
         self._started = False
         self._saved_updates = self._evaluated_updates = -1
         self._updates_in_session = 0
@@ -176,7 +178,7 @@ class Trainer:
         try:
             await _race(self._start(checkpoint), self._stop_asked())
             self._started = True
-            await _race(self._train(checkpoint), self.parts.watch(), self._stop_asked())
+            await _race(self._train(checkpoint), self.parts.watch(), self.scaling.watch(), self._stop_asked())
             return self.state
         except _StopAsked:
             raise StopRequestedError(await self._save_at_stop()) from None
@@ -245,6 +247,7 @@ class Trainer:
         self.admission.account(trees, updated=updated, elapsed_s=step_s)
         metrics = tree_metrics(trees, version) | learned | predicted | await self._run_metrics(step_s)
         self.on_metrics(self.state.num_updates, metrics, trees)
+        await self.scaling.after_update(self.state.num_updates, metrics)
 
     async def _sync(self, weights: Sequence[ray.ObjectRef], version: int) -> None:
         """Generators and the predictor that reads the policy's states: nothing goes on with older weights."""

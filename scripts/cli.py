@@ -14,6 +14,8 @@ from trace_async.printable import printable
 COMMANDS = {
     "train": ("scripts.commands.train", "train a policy; --dry-run shows the plan, --resume RUN goes on"),
     "eval": ("scripts.commands.evaluate", "evaluate a policy on held-out tasks"),
+    "status": ("scripts.commands.status", "whether a run is under way, how far it is, how many generators it has"),
+    "scale": ("scripts.commands.scale", "have so many generators in a run that is under way"),
     "compare": ("scripts.commands.compare", "methods × seeds at equal generated tokens, with a report"),
     "tree": ("scripts.commands.tree", "show a rollout tree of a run, or write the viewer's page"),
     "view": ("scripts.commands.view", "look at a run's trees and curves in a browser, also while it trains"),

@@ -135,8 +135,13 @@ class FakeLearner:
 class FakePool:
     def __init__(self) -> None:
         self.ready: Mapping[str, object] = {"generator-0": None}
+        self.target = 1
         self.num_lost = 0
         self.versions: list[int] = []
+
+    async def resize(self, num_generators: int) -> None:
+        self.target = num_generators
+        self.ready = {f"generator-{index}": None for index in range(num_generators)}
 
     async def update_weights(self, weights: Sequence[object], policy_version: int) -> float:
         self.versions.append(policy_version)

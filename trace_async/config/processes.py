@@ -125,6 +125,10 @@ class ActorsConfig:
 
     num_generators: Annotated[int, Field(ge=1)] = 1
     """Generators, each with an engine of its own."""
+    min_generators: Annotated[int, Field(ge=0)] = 0
+    """Fewest generators that a run scales down to when they stand idle. 0: actors.num_generators."""
+    max_generators: Annotated[int, Field(ge=0)] = 0
+    """Most generators that a run scales up to while the learner waits for them. 0: actors.num_generators."""
     num_prompt_actors: Annotated[int, Field(ge=1)] = 1
     """Processes that host prompts: they run environments and grow rollout trees."""
     prompts_per_actor: Annotated[int, Field(ge=1)] = 256
@@ -153,3 +157,22 @@ class ActorsConfig:
     """GPUs of one machine that `--dry-run` plans for; nothing else reads it."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] = 80.0
     """Memory of one GPU, in GiB, that `--dry-run` plans for; nothing else reads it."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.min_generators <= self.num_generators,
+            "actors.min_generators",
+            self.min_generators,
+            f"must not exceed actors.num_generators={self.num_generators}",
+        )
+        require(
+            self.max_generators == 0 or self.max_generators >= self.num_generators,
+            "actors.max_generators",
+            self.max_generators,
+            f"0 (actors.num_generators) or at least actors.num_generators={self.num_generators}",
+        )
+
+    @property
+    def most_generators(self) -> int:
+        """What a local Ray has to have room for."""
+        return self.max_generators or self.num_generators
