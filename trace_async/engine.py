@@ -1,4 +1,8 @@
-"""The seam to inference engines. Implementations are in `trace_async/engines/`, imported by one factory."""
+"""Define what an inference engine must offer.
+
+The implementations are in `trace_async/engines/`. Only the factory there imports them, so that nobody needs the
+libraries of an engine that is not used.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,79 +13,96 @@ from trace_async.weights import WeightUpdate
 
 
 class EngineError(Exception):
-    """An engine could not do what was asked; never the model's fault, never a reward.
+    """Report that an engine could not do what was asked.
 
-    `loss`: how the ledger counts a rollout that it ends.
+    This is never the model's fault, so it never becomes a reward: the rollout is lost, and counted as lost.
     """
 
     loss: ClassVar[LossKind] = LossKind.ENGINE
+    """How the ledger counts a rollout that ends with this error."""
 
 
 class EngineRequestError(EngineError):
-    """The request itself is wrong (too long for the context, ids outside the vocabulary): a retry cannot help."""
+    """Report that the request itself is wrong, such as one too long for the context. A retry cannot help."""
 
     loss = LossKind.ENGINE_REFUSED
 
 
 class EngineDeadError(EngineError):
-    """The engine's process is gone or its connection broke: retry on another generator."""
+    """Report that the engine's process or its connection is gone. Retry on another generator."""
 
     loss = LossKind.ENGINE_DIED
 
 
 class EngineTimeoutError(EngineError):
-    """The engine made no progress within its limit: retry on another generator."""
+    """Report that the engine made no progress within its limit. Retry on another generator."""
 
     loss = LossKind.ENGINE_TIMEOUT
 
 
 class WeightSyncError(EngineError):
-    """Weights arrived corrupt, incomplete, unchanged, or not at all; the engine must not serve until re-synced."""
+    """Report that new weights arrived corrupt, incomplete, unchanged or not at all.
+
+    The engine must not serve until a later update has succeeded.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth:
-    """A snapshot of an engine. `cached_tokens`/`prompt_tokens` and `generated_tokens` are totals since its start."""
+    """A snapshot of an engine. The counts of tokens are totals since its start."""
 
     policy_version: int
+    """The version that it serves now."""
     num_running: int
+    """Requests that it is generating for."""
     num_waiting: int
+    """Requests that it has accepted and not begun."""
     prompt_tokens: int
     cached_tokens: int
+    """How many of the `prompt_tokens` came from the KV cache."""
     generated_tokens: int
 
 
 class Engine(Protocol):
-    """Inference only. All methods are coroutines of one event loop."""
+    """An inference engine. All methods are coroutines of one event loop."""
 
     async def start(self) -> None:
-        """Load the model and be ready to generate; raises EngineError with the cause and where the log is."""
+        """Load the model and get ready to generate.
+
+        Raises EngineError, which names the cause and the place of the log.
+        """
         ...
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, n: int = 1
     ) -> tuple[Completion, ...]:
-        """`n` independent samples that share the prompt's KV. Cancelling the awaiting task aborts the request."""
+        """Draw `n` independent samples, which share the prompt's KV.
+
+        Cancelling the awaiting task aborts the request.
+        """
         ...
 
     async def update_weights(self, update: WeightUpdate) -> None:
-        """Serve `update.manifest.version` from now on. Requests in flight go on under the new weights.
+        """Serve `update.manifest.policy_version` from now on.
 
-        Their tokens so far keep their log-probabilities and version span; cached KV of the old weights is dropped.
-        Raises WeightSyncError when the checksum differs or nothing changed.
+        Requests in flight go on under the new weights. The tokens that they have so far keep their log-probabilities
+        and their version span. Cached KV of the old weights is dropped. Raises WeightSyncError when the checksum
+        differs or nothing changed.
         """
         ...
 
     async def pause(self) -> None:
-        """Stop decoding; requests in flight stay and continue after `resume`."""
+        """Stop decoding. Requests in flight stay, and continue after `resume`."""
         ...
 
-    async def resume(self) -> None: ...
+    async def resume(self) -> None:
+        """Go on decoding after `pause`."""
+        ...
 
     async def health(self) -> EngineHealth:
-        """Raises EngineDeadError or EngineTimeoutError when the engine does not answer."""
+        """Return a snapshot. Raises EngineDeadError or EngineTimeoutError when the engine does not answer."""
         ...
 
     async def close(self) -> None:
-        """Stop and give back processes, ports and memory; requests in flight end with EngineDeadError."""
+        """Stop, and give back processes, ports and memory. Requests in flight end with EngineDeadError."""
         ...

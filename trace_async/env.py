@@ -1,6 +1,6 @@
-"""The seam to environments: what a task, its tools and its verifier must offer.
+"""Define what an environment must offer: its tasks, its tools and its verifier.
 
-A complete environment of one's own is `envs/example.py`.
+`envs/example.py` is a complete environment to copy.
 """
 
 from collections.abc import Sequence
@@ -10,119 +10,135 @@ from typing import ClassVar, Protocol, runtime_checkable
 from trace_async.types import LossKind, PolicyTurn, Prompt, Split, StepResult, Task, TurnLimits
 
 CUT_MARK = " [ cut ]"
-"""Ends an observation that was cut, in characters by an environment or in tokens by the renderer: the model sees it."""
+"""Ends an observation that was cut, so that the model sees the cut. Environments cut by characters, the renderer by
+tokens."""
 
 
 class EnvError(Exception):
-    """The environment itself broke down (a tool server gone, a sandbox lost): never the model's fault, never a reward.
+    """Report that the environment itself broke down, for example because a tool server or a sandbox is gone.
 
-    The rollout is tried again, then dropped and counted as failed, under its `loss`. `method`: of the environment where
-    it happened, filled in by the guard (rollout/guard.py).
+    This is never the model's fault, so it never becomes a reward. The rollout is tried again; if that fails too, it is
+    dropped and counted as lost.
     """
 
     loss: ClassVar[LossKind] = LossKind.ENV
+    """How the ledger counts a rollout that ends with this error."""
 
     def __init__(self, *args: object, method: str = "") -> None:
+        """`method`: the method of the environment that failed; the guard (rollout/guard.py) fills it in."""
         super().__init__(*args)
         self.method = method
 
 
 class EnvTimeoutError(EnvError):
-    """A method of the environment did not end within its limit."""
+    """Report that a method of the environment did not end within its limit."""
 
     loss = LossKind.ENV_TIMEOUT
 
 
 class EnvValueError(EnvError):
-    """The environment gave something that has no plain meaning, such as a reward that is no finite number."""
+    """Report that the environment gave something without a plain meaning, such as a reward that is not finite."""
 
     loss = LossKind.ENV_VALUE
 
 
 class PromptTooLongError(EnvError):
-    """A task's prompt leaves no room in the context; trying again cannot help."""
+    """Report that a task's prompt leaves no room in the context. Trying again cannot help."""
 
     loss = LossKind.PROMPT_TOO_LONG
 
 
 class ReplayDivergedError(EnvError):
-    """A fork by replay did not come back to the state that it was made from: something in it is not deterministic.
+    """Report that a fork by replay did not reach the state that it was forked from.
 
-    Trying again would only do the same, so nothing more is continued from that turn.
+    Something in the environment is not deterministic. Trying again would not help, so nothing more is continued from
+    that turn.
     """
 
     loss = LossKind.REPLAY_DIVERGED
 
 
 class Env(Protocol):
-    """One running task: its state, its tools, its verifier. Holds its state until `close`."""
+    """One running task with its state, its tools and its verifier. It holds its state until `close`."""
 
     async def init(self) -> Prompt:
-        """Start the task; called once, first."""
+        """Start the task and return what the policy sees first. Called once, before everything else."""
         ...
 
     async def step(self, action: str, *, truncated: bool = False) -> StepResult:
-        """Carry out one turn of the model. `truncated`: the turn hit its token limit.
+        """Carry out one turn of the model. `truncated` says that the turn hit its token limit.
 
-        Whatever the model did wrong is answered by an observation or a reward, never by an exception;
-        raises EnvError only where the environment itself broke down.
+        Answer whatever the model did wrong by an observation or a reward, never by an exception. Raise EnvError only
+        when the environment itself broke down.
         """
         ...
 
     async def fork(self) -> "Env":
-        """An independent copy of the state after the last turn; neither sees the other's later steps."""
+        """Return an independent copy of the state after the last turn.
+
+        Neither copy may see the other's later steps.
+        """
         ...
 
     async def close(self) -> None:
-        """Give back what the state holds; may be called twice."""
+        """Give back what the state holds. May be called twice."""
         ...
 
 
 @runtime_checkable
 class AskingEnv(Protocol):
-    """An Env around a program that asks for turns by itself (an agent over HTTP): it says how long the next turn may
-    be, and is told each turn with its tokens and log-probabilities through `answer`, in place of `step`."""
+    """An Env around a program that asks for turns by itself, such as an agent over HTTP.
+
+    It says how long the next turn may be. It receives each turn through `answer` instead of `step`, because it needs
+    the turn's tokens and log-probabilities too.
+    """
 
     def next_limits(self) -> TurnLimits:
-        """What the program asks of the turn that comes next."""
+        """Return the limits that the program sets for the next turn."""
         ...
 
     async def answer(self, turn: PolicyTurn) -> StepResult:
-        """As `Env.step`."""
+        """Carry out one turn, as `Env.step` does."""
         ...
 
 
 class Domain(Protocol):
-    """A kind of environment with its tasks: what `env.name` in the config names."""
+    """A kind of environment together with its tasks. The setting `env.name` chooses one."""
 
     name: str
 
     def tasks(self, split: Split) -> Sequence[Task]:
-        """All tasks of a split, in a fixed order; train and heldout do not overlap."""
+        """Return all tasks of a split in a fixed order. Train and heldout must not overlap."""
         ...
 
     def make_env(self, task: Task) -> Env:
-        """A fresh environment for `task`; cheap: heavy parts (an index, a server) belong to the domain."""
+        """Make a fresh environment for `task`.
+
+        This must be cheap, because every rollout calls it: heavy parts (an index, a server) belong to the domain.
+        """
         ...
 
 
 @runtime_checkable
 class Demonstrator(Protocol):
-    """A domain that can also show how its tasks are solved, to warm-start a small policy (`make-policy`)."""
+    """A domain that can also show how its tasks are solved. `make-policy` warm-starts a small policy with it."""
 
     def demonstrate(self, task: Task, rng: Random) -> Sequence[str]:
-        """The turns (actions) of one demonstration, imperfect on purpose; the environment supplies observations."""
+        """Return the turns (actions) of one demonstration; the environment supplies the observations.
+
+        It should sometimes fail, so that the warm-started policy has something left to learn.
+        """
         ...
 
     def vocabulary(self) -> Sequence[str]:
-        """Every word that prompts, observations and demonstrations may contain, for a small own tokenizer."""
+        """Return every word that prompts, observations and demonstrations may contain, for a small tokenizer."""
         ...
 
 
 @runtime_checkable
 class DemonstrationSource(Protocol):
-    """A Demonstrator that demonstrates other tasks than its train split, for example in another mix of kinds."""
+    """A Demonstrator whose demonstrations are of other tasks than its train split, such as another mix of kinds."""
 
     def demonstration_tasks(self) -> Sequence[Task]:
-        """Tasks to be demonstrated; none of them held out."""
+        """Return the tasks to demonstrate. None of them may be held out."""
         ...

@@ -1,4 +1,7 @@
-"""The carriers: small frozen records that every part passes around. Imports nothing of ours."""
+"""Define the small frozen records that every part passes around.
+
+They are the project's common vocabulary, so this module imports nothing of ours.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,56 +47,56 @@ class LossKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One chat message. `content` is data: the renderer never lets it become control tokens.
-
-    `token_ids`: the content in the tokens that the policy wrote it in, where an environment repeats it in a
-    conversation of its own; then these are used, and the content is not tokenised again.
-    """
+    """One chat message."""
 
     role: Role
     content: str
+    """The text. It is data: the renderer never lets it become control tokens."""
     token_ids: tuple[int, ...] | None = None
+    """The tokens in which the policy wrote the content, when an environment repeats it in another conversation.
+    The renderer then uses these tokens and does not tokenise the content again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What a rollout starts from: messages, and tool schemas for chat templates that know tools."""
+    """What a rollout starts from."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Json], ...] = ()
+    """JSON schemas of the tools, for chat templates that show tools to the policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One row of a data set: a prompt to be solved and what its verifier needs.
-
-    `kind` groups tasks in reports, as `level` or `level-detail` (such as "middle-3hop"); the method never looks at it.
-    """
+    """One row of a data set: a problem to solve and what its verifier needs."""
 
     id: str
     domain: str
     kind: str
+    """The group of the task in reports: `level` or `level-detail`, such as "middle-3hop". The method never reads it."""
     data: Mapping[str, Json]
+    """Whatever the environment needs to pose the task and to verify an answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What an environment answers to one turn.
+    """What an environment answers to one turn of the policy.
 
-    `messages`: the observation (empty when `done`). `reward`: in [0, 1], given by the verifier, exactly when `done`.
-    `metrics`: further numbers of a finished rollout, such as token F1.
-
-    A rollout may hold several conversations (an agent that rewrites its history, or has others work for it): `after`:
-    the messages follow this turn of the rollout, counted from 0, and not the last one; `prompt`, in place of messages:
-    the next turn begins a conversation of its own.
+    A rollout may hold several conversations, for example when an agent rewrites its history or hands work to another
+    agent. `after` and `prompt` say where the next turn belongs; most environments need neither.
     """
 
     messages: tuple[Message, ...] = ()
+    """The observation; empty when `done`."""
     after: int | None = None
+    """The turn that `messages` follow, counted from 0 within the rollout (None: the last turn)."""
     prompt: Prompt | None = None
+    """Given in place of `messages` when the next turn begins a new conversation."""
     done: bool = False
     reward: float | None = None
+    """The verifier's reward in [0, 1]; given exactly when `done`."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers about a finished rollout, such as token F1."""
 
     def __post_init__(self) -> None:
         if self.done != (self.reward is not None):
@@ -106,21 +109,23 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a turn is sampled. `temperature` 0 is greedy. `stop` strings end a turn and stay in its tokens.
-
-    `read_layers`: also return the policy's hidden state at the end of the prompt, after so many layers (0: all; None:
-    none is wanted), as the mean over the last `read_tokens` tokens; engines that cannot do so leave it out.
-    """
+    """How an engine samples a turn."""
 
     temperature: float = 1.0
+    """0 samples greedily."""
     top_p: float = 1.0
     top_k: int = 0
+    """0 does not limit the candidates."""
     max_new_tokens: int = 64
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    """Strings that end the turn. Their tokens remain part of the turn."""
     seed: int | None = None
     read_layers: int | None = None
+    """Return the policy's hidden state at the end of the prompt, taken after this many layers (0: after all layers;
+    None: return no state). An engine that cannot read hidden states leaves it out."""
     read_tokens: int = 10
+    """Average the hidden state over this many tokens at the end of the prompt."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -135,51 +140,57 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnLimits:
-    """What an environment asks of the policy's next turn; whatever it leaves open the run's settings say.
-
-    `max_new_tokens`: at most so many tokens, and never more than the run allows (None: as the run says). `stop`:
-    strings that end the turn.
-    """
+    """Limits that an environment sets for the policy's next turn, within those of the run's settings."""
 
     max_new_tokens: int | None = None
+    """The most tokens of the turn. It can only lower the run's own limit (None: the run's limit holds)."""
     stop: tuple[str, ...] = ()
+    """Strings that end the turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Tokens from `start` (index into the generated tokens) up to the next span were written by `policy_version`."""
+    """Which version of the policy wrote a run of generated tokens.
+
+    New weights can arrive while a turn is generated, so one turn may have several spans. A span ends where the next
+    one starts, and the last one ends with the turn.
+    """
 
     start: int
+    """Index of the first token of the span among the generated tokens."""
     policy_version: int
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenState:
-    """What the policy of `policy_version` made of a history: float32 numbers [hidden size], as bytes; the mean over its
-    `num_tokens` last tokens."""
+    """The policy's hidden state at the end of a history; the predictor reads it."""
 
     policy_version: int
+    """The version of the policy that computed it."""
     num_tokens: int
+    """It is the mean over this many tokens at the end of the history."""
     values: bytes
+    """float32 numbers [hidden size], as raw bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an engine generated for one prompt.
-
-    `logprobs[i]` is log p(token_ids[i]) under the temperature-scaled distribution of the weights that wrote it
-    (greedy, temperature 0: of the unscaled distribution). `cached_tokens` of the `prompt_tokens` were served from
-    the KV cache. `prompt_state`: the hidden state at the end of the prompt, when it was asked for and the engine can;
-    it is read from the tokens that were not cached.
-    """
+    """What an engine generated for one prompt."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    """`logprobs[i]` is log p(token_ids[i]) under the weights that wrote the token. The distribution is scaled by the
+    sampling temperature; at temperature 0 (greedy) it is not scaled."""
     version_spans: tuple[VersionSpan, ...]
+    """The policy versions that wrote the tokens. The first span starts at token 0."""
     finish_reason: FinishReason
     prompt_tokens: int
+    """Number of tokens of the prompt."""
     cached_tokens: int
+    """How many of the `prompt_tokens` the engine took from its KV cache."""
     prompt_state: HiddenState | None = None
+    """The hidden state at the end of the prompt, if it was asked for and the engine can read it. Only tokens that were
+    not cached enter it, because the others are not computed again."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -190,39 +201,41 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTurn:
-    """One turn with all that is known of it, for environments that need more than its text.
-
-    `text`: without the token that ends a turn. `truncated`: the turn does not end with that token. `decode` gives the
-    text of any token ids. `message`: the turn as the tokenizer's own response template reads it, in the form of a chat
-    message (None: the tokenizer has none, or cannot read the turn by it).
-    """
+    """One turn of the policy in full, for environments that need more than its text."""
 
     text: str
+    """The decoded turn, without the token that ends it."""
     truncated: bool
+    """Whether the turn stopped without the token that ends a turn."""
     completion: Completion
     decode: Callable[[Sequence[int]], str]
+    """Turns any token ids into text."""
     message: Mapping[str, Json] | None = None
+    """The turn as a chat message, parsed by the tokenizer's response template (None: the tokenizer has no such
+    template, or the turn does not fit it)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixQuery:
-    """Asks for V(H) after `positions[k]` tokens of `token_ids`, for each k (ascending, each in 1..len(token_ids)).
+    """A question to the predictor: V(H) at several positions of one history.
 
-    `turn_logprobs`: of every turn of the history the log-probabilities of what was generated in it. The positions are
-    the ends of its last turns; a prompt has one position and no turn. `states`: of every position the policy's hidden
-    state, where the engine has given them; none otherwise.
+    The positions are the ends of the last turns. A prompt that has no turn yet has one position, its end.
     """
 
     token_ids: tuple[int, ...]
     positions: tuple[int, ...]
+    """V is wanted after the first `positions[k]` tokens, for each k; ascending, each in 1..len(token_ids)."""
     turn_logprobs: tuple[tuple[float, ...], ...] = ()
+    """For every turn of the history, the log-probabilities of its generated tokens."""
     states: tuple[HiddenState, ...] = ()
+    """The policy's hidden state at every position; empty if the engine did not give them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The metrics of one step. `time`: Unix seconds."""
+    """The metrics of one step."""
 
     step: int
     time: float
+    """Unix seconds."""
     metrics: Mapping[str, float]

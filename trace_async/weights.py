@@ -1,4 +1,7 @@
-"""Named weights with version and checksum: what arrives at a generator must be what the learner sent."""
+"""Carry named weights together with their version and checksum.
+
+The checksum proves that what arrives at a generator is what the learner sent.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,26 +15,26 @@ from safetensors.torch import load_file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """Identifies one version of the weights. `checksum` covers names, shapes, dtypes and every byte."""
+    """Identifies one version of the weights."""
 
     policy_version: int
     checksum: str
+    """xxh3-128 over the names, shapes and dtypes of all tensors and every byte of them."""
     num_tensors: int
     num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightUpdate:
-    """Weights on their way to an engine, on one of two paths.
-
-    `tensors`: name → array, zero-copy out of shared memory (bfloat16 travels as its raw uint16 bits, its name
-    listed in `bfloat16_names`); or `path`: a Hugging Face directory on a disk that the engine reads.
-    """
+    """Weights on their way to an engine, either in memory (`tensors`) or on a disk that the engine reads (`path`)."""
 
     manifest: WeightManifest
     tensors: Mapping[str, np.ndarray] | None = None
+    """Name → array, a view of shared memory that nobody has copied. numpy has no bfloat16, so such a tensor travels
+    as its raw uint16 bits and its name stands in `bfloat16_names`."""
     bfloat16_names: frozenset[str] = frozenset()
     path: Path | None = None
+    """A Hugging Face directory."""
 
     def __post_init__(self) -> None:
         if (self.tensors is None) == (self.path is None):
@@ -40,14 +43,14 @@ class WeightUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
-    """Some of the weights, on the host; `tensors` and `bfloat16_names` as in WeightUpdate."""
+    """Some of the weights, on the host. The fields mean the same as in `WeightUpdate`."""
 
     tensors: Mapping[str, np.ndarray]
     bfloat16_names: frozenset[str] = frozenset()
 
 
 class WeightCount:
-    """The manifest of weights that pass by one bucket at a time, none of which is kept."""
+    """Compute the manifest of weights that pass by in buckets, without keeping any of them."""
 
     def __init__(self) -> None:
         self._digests: dict[str, str] = {}
@@ -61,7 +64,11 @@ class WeightCount:
             self._num_bytes += array.nbytes
 
     def manifest(self, policy_version: int) -> WeightManifest:
-        """Of all that was added; independent of its order, and of how it was split into buckets."""
+        """Return the manifest of everything added so far.
+
+        It depends neither on the order of the tensors nor on how they were split into buckets.
+        """
+        # Sorted, because engines and disks list the same tensors in other orders.
         lines = "\n".join(self._digests[name] for name in sorted(self._digests))
         return WeightManifest(
             policy_version=policy_version,
@@ -72,20 +79,23 @@ class WeightCount:
 
 
 def host_bucket(state: Mapping[str, torch.Tensor]) -> WeightBucket:
-    """The tensors on the host; what lies there already (contiguous) is not copied and shares its memory."""
+    """Bring the tensors to the host.
+
+    A tensor that is on the host already and contiguous is not copied: the bucket shares its memory.
+    """
     tensors: dict[str, np.ndarray] = {}
     bfloat16_names: set[str] = set()
     for name, tensor in state.items():
         host = tensor.detach().to("cpu", copy=False).contiguous()
         if host.dtype == torch.bfloat16:
             bfloat16_names.add(name)
-            host = host.view(torch.uint16)
+            host = host.view(torch.uint16)  # numpy has no bfloat16
         tensors[name] = host.numpy()
     return WeightBucket(tensors=tensors, bfloat16_names=frozenset(bfloat16_names))
 
 
 def join_buckets(buckets: Iterable[WeightBucket], manifest: WeightManifest) -> WeightUpdate:
-    """One update of the buckets' arrays, which are not copied."""
+    """Join the buckets to one update. The arrays are not copied."""
     tensors: dict[str, np.ndarray] = {}
     bfloat16_names: frozenset[str] = frozenset()
     for bucket in buckets:
@@ -95,14 +105,20 @@ def join_buckets(buckets: Iterable[WeightBucket], manifest: WeightManifest) -> W
 
 
 def pack_weights(state: Mapping[str, torch.Tensor], policy_version: int) -> WeightUpdate:
-    """`state` on the host with its manifest. Tied tensors must appear once (the caller drops aliases)."""
+    """Bring `state` to the host and compute its manifest.
+
+    Tied tensors must appear only once in `state`; the caller drops the aliases.
+    """
     bucket, count = host_bucket(state), WeightCount()
     count.add(bucket)
     return join_buckets([bucket], count.manifest(policy_version))
 
 
 def unpack_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
-    """The tensors of an update that travels in memory, checked against its manifest (ValueError when they differ)."""
+    """Return the tensors of an update that travels in memory.
+
+    Raises ValueError when they differ from the manifest.
+    """
     if update.tensors is None:
         raise ValueError("this update travels by disk; read it from its path")
     count = WeightCount()
@@ -122,9 +138,10 @@ def unpack_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
 
 
 def read_weights(update: WeightUpdate) -> dict[str, torch.Tensor]:
-    """The checked tensors of an update on either path; ValueError when they differ from its manifest.
+    """Return the tensors of an update, whether it travels in memory or on disk.
 
-    On the disk path every `*.safetensors` file of the directory is read.
+    On disk, every `*.safetensors` file of the directory is read. Raises ValueError when the tensors differ from the
+    manifest.
     """
     if update.path is None:
         return unpack_weights(update)

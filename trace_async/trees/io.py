@@ -1,8 +1,9 @@
-"""Rollout trees as JSON lines, one tree a line: what a run keeps to look at, and what a checkpoint holds of its buffer.
+"""Write rollout trees as JSON lines, one tree a line, and read them back.
 
-A node stores only the tokens it adds, so does its record. Reading gives back an equal tree (floats by their shortest
-exact decimal, as Python prints them); whatever does not is an error that names file and line. Nothing is ever
-unpickled or evaluated.
+A run keeps trees in this form to look at, and a checkpoint its buffer. As in the tree itself, the record of a node
+holds only the tokens that the node adds. Reading gives back an equal tree: floats are written as their shortest exact
+decimal, as Python prints them. A line that is not a valid tree raises an error that names file and line. Nothing is
+ever unpickled or evaluated.
 """
 
 import json
@@ -20,17 +21,23 @@ Record: TypeAlias = "dict[str, Json]"
 
 
 def trees_path(run_dir: str | Path, update: int) -> Path:
-    """Where a run keeps trees of update `update` (each update its own file, so that a resumed run overwrites)."""
+    """Return the file in which a run keeps trees of update `update`.
+
+    Every update has a file of its own, so that a resumed run overwrites what it does again.
+    """
     return Path(run_dir) / "trees" / f"update_{update:06d}.jsonl"
 
 
 def tree_files(run_dir: str | Path) -> list[Path]:
-    """The files of trees of a run, oldest update first."""
+    """Return the files that hold a run's trees, oldest update first."""
     return sorted((Path(run_dir) / "trees").glob("update_*.jsonl"))
 
 
 def write_trees(path: str | Path, trees: Iterable[RolloutTree]) -> None:
-    """Write `trees`, one a line, replacing the file in one step: a reader sees the old file or the new one whole."""
+    """Write `trees` to a file, one a line.
+
+    The file is replaced in one step, so that a reader sees either the whole old file or the whole new one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -44,7 +51,7 @@ def write_trees(path: str | Path, trees: Iterable[RolloutTree]) -> None:
 
 
 def read_trees(path: str | Path) -> Iterator[RolloutTree]:
-    """The trees of a file in order, read as they are asked for. Raises ValueError naming file and line."""
+    """Yield the trees of a file in order, reading as it goes. Raises ValueError, which names file and line."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -54,8 +61,11 @@ def read_trees(path: str | Path) -> Iterator[RolloutTree]:
 
 
 def tree_to_json(tree: RolloutTree) -> str:
-    """One line. Raises ValueError naming the field where something is written that could not be read back; no tree of
-    ours holds it, since whatever an environment gives is made plain before (rollout/values.py)."""
+    """Return the tree as one line.
+
+    Raises ValueError, which names the field, when something could not be read back. No tree of ours holds such a
+    thing, because whatever an environment gives is made plain before (rollout/values.py).
+    """
     for field in ("id", "domain", "kind"):
         if not isinstance(getattr(tree.task, field), str):
             raise ValueError(f"task.{field} must be text, not {getattr(tree.task, field)!r}")
@@ -87,7 +97,7 @@ def tree_to_json(tree: RolloutTree) -> str:
 
 
 def _finite(value: float, name: str) -> float:
-    """A truth value or a numpy scalar as the float that it is; ValueError where it is none."""
+    """Return a bool, a number or a numpy scalar as a float. Raises ValueError when it is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -98,10 +108,11 @@ def _finite(value: float, name: str) -> float:
 
 
 def tree_from_json(line: str) -> RolloutTree:
-    """The tree of one line. Raises ValueError saying what is wrong with it."""
+    """Return the tree of one line. Raises ValueError, which says what is wrong with the line."""
     try:
+        # Python's JSON reads NaN and Infinity unless it is told not to.
         record = _Reader(json.loads(line, parse_constant=_refuse_constant), "tree")
-    except RecursionError as error:
+    except RecursionError as error:  # how the parser gives up on deep nesting
         raise ValueError("tree: nested too deeply") from error
     if record.integer("format") != FORMAT:
         raise ValueError(f"tree: format {record.integer('format')} is not {FORMAT}, the one this version reads")
@@ -126,7 +137,7 @@ def _read_fault(value: Json, name: str) -> Fault:
 
 
 def _node_record(node: Node) -> Mapping[str, object]:
-    context = {} if node.follows is None else {"follows": node.follows}  # only few trees have it
+    context = {} if node.follows is None else {"follows": node.follows}  # left out, since few trees have it
     return {
         "parent": node.parent,
         "rollout": node.rollout,
@@ -175,7 +186,7 @@ def _read_rollout(record: "_Reader") -> Rollout:
 
 
 class _Reader:
-    """Typed access to one JSON object; each error names the record and the field."""
+    """Give typed access to one JSON object. Every error names the record and the field."""
 
     def __init__(self, record: Json, name: str) -> None:
         if not isinstance(record, dict):
@@ -228,7 +239,7 @@ def _list(value: Json, name: str) -> Sequence[Json]:
 
 
 def _integer(value: Json, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool):  # in Python a bool is an int too
         raise ValueError(f"{name} must be an integer, not {value!r}")
     return value
 

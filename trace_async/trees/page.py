@@ -1,8 +1,9 @@
 """Write the viewer's page: one HTML file with its style, its script and, unless it is served, its data.
 
-The page trusts nothing that it shows. Data are embedded as JSON in which no `<` is left, so no text can end the block;
-the script puts text into the page only as text; and the page's own content policy lets the browser run nothing but
-that one script, load nothing, and refuse every string that would be parsed as markup (trusted types).
+The page trusts nothing that it shows, because its texts come from models and tools. Three walls stand behind each
+other. Data are embedded as JSON in which no `<` is left, so no text can end the block. The script puts text into the
+page only as text. The page's own content policy lets the browser run only that one script, load nothing, and refuse
+every string that would be parsed as markup (trusted types).
 """
 
 import json
@@ -17,11 +18,11 @@ from trace_async.printable import printable
 from trace_async.types import Json
 
 SCRIPTS = ("data.js", "layout.js", "drawing.js", "list.js", "detail.js", "curves.js", "app.js")
-"""Joined in this order into one script."""
+"""They are joined in this order into one script."""
 
 
 def viewer_page(title: str, data: Mapping[str, Json] | None) -> str:
-    """The page with `data` embedded; None: a page that asks the server that it came from for them."""
+    """Return the page with `data` embedded. With None it asks the server that it came from for the data."""
     script = '"use strict";\n(() => {\n' + "".join(_asset(name) for name in SCRIPTS) + "})();\n"
     style = _asset("style.css")
     policy = "; ".join(
@@ -47,7 +48,7 @@ def viewer_page(title: str, data: Mapping[str, Json] | None) -> str:
 
 
 def embedded(data: Mapping[str, Json]) -> str:
-    """JSON that may stand inside a script element: only ASCII, and nothing that HTML reads."""
+    """Return `data` as JSON that may stand inside a script element: only ASCII, and nothing that HTML reads."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

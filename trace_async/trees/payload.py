@@ -1,6 +1,6 @@
-"""Put rollout trees into plain values for the viewer's page: every number that it shows, every text made printable.
+"""Turn rollout trees into plain values for the viewer's page, with every text made printable.
 
-What is written here is data to the page: `page.py` embeds it so that no text can become markup or script.
+The page only shows what is computed here. `page.py` embeds it so that no text can become markup or script.
 """
 
 import math
@@ -12,11 +12,16 @@ from trace_async.trees.tree import ROOT, Node, RolloutTree
 from trace_async.types import Json, Point
 
 MAX_TEXT_CHARS = 20_000
-"""Of one observation or prompt; what is longer ends with a note. A page of a run stays a page."""
+"""The most characters of one observation or prompt, so that the page of a whole run still opens. A longer text ends
+with a note that says how much was left out."""
 
 
 def tree_payload(tree: RolloutTree, decode: Decode, credit: Sequence[float], *, stage2: str) -> dict[str, Json]:
-    """One tree. `credit`: per node, by which each of its generated tokens is trained; `stage2`: the rule's name."""
+    """Return one tree as plain values.
+
+    `credit` holds one number per node: the weight with which each of its generated tokens is trained. `stage2` is the
+    name of the rule of Stage 2.
+    """
     after = backed_up_values(tree)
     why = decisions(tree, stage2)
     nodes: list[Json] = []
@@ -75,7 +80,10 @@ def tree_payload(tree: RolloutTree, decode: Decode, credit: Sequence[float], *, 
 
 
 def backed_up_values(tree: RolloutTree) -> list[float | None]:
-    """Per node, the mean reward of the leaves under it (METHOD section 2): V as it came out. None without a leaf."""
+    """Return, per node, the mean reward of the leaves under it (None if it has no leaf).
+
+    This is V(H) as the rollouts measured it (METHOD section 2), to compare with what the predictor said.
+    """
     total = [tree.leaf_rewards.get(index, 0.0) for index in range(len(tree.nodes))]
     for index in range(len(tree.nodes) - 1, 0, -1):
         total[tree.nodes[index].parent] += total[index]
@@ -83,9 +91,10 @@ def backed_up_values(tree: RolloutTree) -> list[float | None]:
 
 
 def decisions(tree: RolloutTree, stage2: str) -> dict[int, str]:
-    """Node → in words, why budget was spent there: what the rules saw and what they expected of it.
+    """Say in words, per node, why budget was spent there: what the rules saw and what they expected.
 
-    Computed from what the tree keeps: V when the allocation was made, the outcome that passed there, the number bought.
+    Everything is computed from what the tree keeps: V at the time of the allocation, the outcome of the rollout that
+    passed there, and the number of continuations bought.
     """
     words = {ROOT: _root_words(tree)}
     bought: dict[int, list[int]] = {}
@@ -107,7 +116,7 @@ def _root_words(tree: RolloutTree) -> str:
     given = f"Stage 1 gave {m} root rollouts"
     if value is None or m < 2:
         return f"{given}."
-    contrast = 1 - value**m - (1 - value) ** m
+    contrast = 1 - value**m - (1 - value) ** m  # the m rollouts neither all succeed nor all fail
     return f"{given}: with V = {value:.2f} both outcomes were expected among them with probability {contrast:.2f}."
 
 
@@ -131,22 +140,26 @@ def _anchor_words(
 
 
 def _differing(tree: RolloutTree, node: int) -> float:
-    """Chance that one continuation from `node` ends unlike the rollout that passed there: 1 − (rV + (1−r)(1−V))."""
+    """Return the probability that a continuation from `node` ends unlike the rollout that passed there.
+
+    With that rollout's reward r it is 1 − (rV + (1−r)(1−V)).
+    """
     value, passed = tree.nodes[node].value, tree.rollouts[tree.nodes[node].rollout].reward
     assert value is not None
     return 1 - (passed * value + (1 - passed) * (1 - value))
 
 
 def token_pieces(token_ids: Sequence[int], decode: Decode) -> list[str]:
-    """The text that each token adds; together they are the decoded text. "" where a later token completes a character.
+    """Return the text that each token adds; joined, the pieces are the decoded text.
 
-    A token is decoded after the one before it, since tokenizers drop a blank at the start of a text.
+    A token's piece is "" if its character is completed by a later token. Every token is decoded together with the one
+    before it, because tokenizers drop a blank at the start of a text.
     """
     pieces: list[str] = []
     start = end = 0  # tokens `start` to `end` are the context whose text is known
     for stop in range(1, len(token_ids) + 1):
         before, now = decode(token_ids[start:end]), decode(token_ids[start:stop])
-        complete = now.startswith(before) and not now.endswith("\ufffd")
+        complete = now.startswith(before) and not now.endswith("\ufffd")  # the mark of half a character
         if complete or stop == len(token_ids):
             pieces.append(now[len(before) :])
             start, end = end, stop
@@ -156,7 +169,7 @@ def token_pieces(token_ids: Sequence[int], decode: Decode) -> list[str]:
 
 
 def curves_payload(points: Iterable[Point]) -> dict[str, Json]:
-    """Metric → [steps, values], in the order they were logged; what was not finite is left out."""
+    """Return metric → [steps, values] in the order of logging. Values that are not finite are left out."""
     curves: dict[str, tuple[list[Json], list[Json]]] = {}
     for point in points:
         for name, value in point.metrics.items():
@@ -178,5 +191,5 @@ def _text(text: str) -> str:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Six significant figures: more than a page shows, half the size."""
+    """Round to six significant figures, which is more than the page shows and halves its size."""
     return None if value is None else float(f"{value:.6g}")

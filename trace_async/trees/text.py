@@ -1,8 +1,8 @@
-"""One rollout tree to look at: as text for a terminal, and as a self-contained HTML page.
+"""Show one rollout tree as text in a terminal, and collect what both this text and the viewer's page show of a node.
 
-Both show by node: V(H) as the predictor saw it when the allocation was made, how the leaves under the node ended, the
-credit per token that the node's generated tokens are trained with, and what was said. All text is data: control
-characters, terminal escapes and markup in it are shown, never obeyed.
+For every node these are V(H) as the predictor saw it at the time of the allocation, how the leaves under the node
+ended, the credit with which its generated tokens are trained, and what was said. All text is data: control characters,
+terminal escapes and markup in it are shown, never obeyed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,36 +16,48 @@ from trace_async.trees.tree import ROOT, RolloutTree
 Decode = Callable[[Sequence[int]], str]
 
 MAX_LINE_CHARS = 2_000
-"""Of one line of a text, where not all of it is asked for."""
+"""The most characters of one line, unless the whole text is asked for."""
 MAX_FULL_LINE_CHARS = 1_000_000
-"""Of one line where all is asked for; nobody reads on, and terminals break."""
+"""The most characters of one line when the whole text is asked for. Longer lines break terminals, and nobody reads
+them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeView:
-    """What is shown of one node. `credit`: advantage times weight (None: not computed, or nothing generated)."""
+    """What is shown of one node."""
 
     index: int
     parent: int
     turn: int
+    """Turns of the policy up to and including this node; nodes of context do not count."""
     rollout: int
     value: float | None
+    """V(H) at the time of the allocation (None: the predictor was not asked)."""
     num_leaves: int
+    """Leaves under the node."""
     num_succeeded: int
+    """How many of these leaves have a reward above one half."""
     credit: float | None
+    """Advantage times weight (None: not computed, or nothing was generated)."""
     generated: str
     observation: str
     num_generated: int
+    """Tokens that the policy generated."""
     mean_logprob: float | None
+    """Mean log-probability of the generated tokens, in nats."""
     versions: tuple[int, ...]
+    """The policy versions that wrote its tokens, ascending."""
     cached_share: float | None
+    """Share of the prompt's tokens that came from the KV cache, in 0..1."""
     reward: float | None
+    """The reward of the rollout that ends here (None: none does)."""
     is_continuation: bool
     is_context: bool
+    """Whether it is a node of context, in which nothing is generated (see `Node.follows`)."""
 
 
 def view_nodes(tree: RolloutTree, decode: Decode, credit: Sequence[float] | None = None) -> list[NodeView]:
-    """All nodes in the tree's order. `credit`: one number per node; ValueError when it is not."""
+    """Return all nodes in the tree's order. Raises ValueError unless `credit` has one number per node."""
     if credit is not None and len(credit) != len(tree.nodes):
         raise ValueError(f"{len(credit)} credits for {len(tree.nodes)} nodes")
     succeeded = _succeeded_under(tree)
@@ -77,7 +89,7 @@ def view_nodes(tree: RolloutTree, decode: Decode, credit: Sequence[float] | None
 
 
 def _num_turns(tree: RolloutTree) -> list[int]:
-    """Per node, the turns up to and including it; nodes of context are none."""
+    """Count, per node, the turns up to and including it. Nodes of context are not turns."""
     turns = [0]
     for node in tree.nodes[1:]:
         turns.append(turns[node.parent] + (node.follows is None))
@@ -85,7 +97,7 @@ def _num_turns(tree: RolloutTree) -> list[int]:
 
 
 def _succeeded_under(tree: RolloutTree) -> list[int]:
-    """Per node, how many leaves under it have a reward above one half."""
+    """Count, per node, the leaves under it whose reward is above one half."""
     counts = [int(tree.leaf_rewards.get(index, 0.0) > 0.5) for index in range(len(tree.nodes))]
     for index in range(len(tree.nodes) - 1, 0, -1):
         counts[tree.nodes[index].parent] += counts[index]
@@ -93,7 +105,7 @@ def _succeeded_under(tree: RolloutTree) -> list[int]:
 
 
 def summary(tree: RolloutTree) -> str:
-    """One line about the whole tree, printable whatever its task is called."""
+    """Describe the whole tree in one line, which is printable whatever its task is called."""
     num_roots = sum(rollout.kind == "root" for rollout in tree.rollouts)
     parts = [
         f"task {one_line(tree.task.id)} ({one_line(tree.task.domain)}, {one_line(tree.task.kind)})",
@@ -109,9 +121,10 @@ def summary(tree: RolloutTree) -> str:
 def tree_text(
     tree: RolloutTree, decode: Decode, credit: Sequence[float] | None = None, *, max_lines: int | None = 6
 ) -> Text:
-    """The tree for a terminal (`.plain`: without colour). `max_lines`: of each text (None: all of it).
+    """Render the tree for a terminal; `.plain` of the result is without colour.
 
-    A turn stands below the turn before; only where rollouts part does a new branch indent.
+    A turn stands below the turn before it, and only a point where rollouts part adds an indentation. Each text is cut
+    after `max_lines` lines (None: it is not cut).
     """
     views = view_nodes(tree, decode, credit)
     out = Text(printable(summary(tree)) + "\n", style="bold")
@@ -126,7 +139,8 @@ def tree_text(
 
 
 def _walk(tree: RolloutTree) -> Iterator[tuple[int, str, str]]:
-    """(node, what stands before its first line, before its others), in order of reading."""
+    """Yield (node, what stands before its first line, what stands before its others) in order of reading."""
+    # A stack of our own, because a rollout may have more turns than Python allows nested calls.
     stack = [(ROOT, "", "")]
     while stack:
         index, head, body = stack.pop()
@@ -157,7 +171,7 @@ def _append_head(out: Text, view: NodeView) -> None:
 
 
 def facts(view: NodeView) -> list[str]:
-    """What is known of a node, in few words."""
+    """List what is known of a node, in few words each."""
     known = [f"V {view.value:.2f}"] if view.value is not None else []
     if view.num_leaves > 1 or view.index == ROOT:
         known.append(f"{view.num_succeeded}/{view.num_leaves} succeed")
