@@ -1,4 +1,4 @@
-"""Trees as packed rows in which every shared token stands once, and the attention over them.
+"""Pack trees into rows in which every shared token stands once, and attend over such rows.
 
 May import `trees`, `method` and `policy`.
 """

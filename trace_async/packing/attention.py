@@ -1,14 +1,14 @@
-"""Attention over a packed row (packing.Layout): every token sees its ancestors and itself, whatever the model.
+"""Attend over a packed row (`packing.layout.Layout`), so that every token sees its ancestors and itself and no more.
 
-Four ways, all equal to rounding; `attention_for` chooses:
+There are four ways, which agree up to rounding. `attention_for` chooses one:
 
-- `grouped` (CPU): a row falls into *segments* (runs of tokens without a branch). Queries of a segment attend to the
-  gathered keys of their root-to-segment path; segments of similar size share one SDPA call. Costs what the tree
-  costs. Measured in docs/LOG.md: 2.5× flat at a token ratio of 2.4, where a dense mask gains 2.0× and loses on deep
-  trees.
+- `grouped` (CPU): a row falls into *segments*, runs of tokens without a branch. The queries of a segment attend to the
+  gathered keys of their root-to-segment path, and segments of similar size share one SDPA call. This costs as much as
+  the tree has tokens. Measured in docs/LOG.md: 2.5× faster than flat at a token ratio of 2.4, where a dense mask gains
+  2.0× and loses on deep trees.
 - `flex` (CUDA): FlexAttention with a block mask made of `subtree_end`.
-- `dense`: a boolean [N, N] mask through SDPA; for CUDA without Triton and for models that know no other.
-- `plain`: for rows of single branches (packing=flat) only: the model's own causal attention over padded branches.
+- `dense`: a boolean [N, N] mask through SDPA, for CUDA without Triton and for models that know no other way.
+- `plain`: only for rows of single branches (packing=flat): the model's own causal attention over padded branches.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from trace_async.packing.layout import Layout, rounded
 
 AttentionKind: TypeAlias = Literal["grouped", "flex", "dense", "plain"]
 
-# Segments share an SDPA call while padding costs at most this share of score pairs more, or so many of them outright.
+# Segments share an SDPA call while padding adds at most this share to the score pairs, or at most so many pairs.
 PADDING_SHARE = 0.2
 PADDING_PAIRS = 8192
-# FlexAttention's blocks; a row of whole blocks takes its kernels without checks at the borders.
+# The size of FlexAttention's blocks. A row of whole blocks runs in kernels without checks at the borders.
 FLEX_BLOCK = 128
 
 _IMPLEMENTATION = {"grouped": "trace_grouped", "flex": "flex_attention", "dense": "sdpa", "plain": "sdpa"}
@@ -34,34 +34,42 @@ _IMPLEMENTATION = {"grouped": "trace_grouped", "flex": "flex_attention", "dense"
 
 @dataclass(frozen=True, slots=True)
 class SegmentGroup:
-    """`count` segments, padded to Q `queries` and K `keys` each; additive `mask` [count, 1, Q, K].
-
-    Without a mask they are the beginnings of trees (Q = K) and plain causal attention is meant.
-    """
+    """Segments that share one SDPA call, padded to the same size."""
 
     count: int
+    """Number of segments."""
     queries: int
+    """Q, queries of each segment with padding."""
     keys: int
+    """K, keys of each segment with padding."""
     mask: torch.Tensor | None
+    """Added to the scores [count, 1, Q, K]. None for the beginnings of trees, where Q = K and attention is causal."""
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
-    """How `grouped` attends: the rows that are queries and keys, group after group (Σ count·Q and Σ count·K of them),
-    and for each row [N] where its output stands among the queries."""
+    """How `grouped` attends to one row of N tokens."""
 
     groups: tuple[SegmentGroup, ...]
     query_rows: torch.Tensor
+    """The rows that are queries, group after group: Σ count·Q of them."""
     key_rows: torch.Tensor
+    """The rows that are keys, group after group: Σ count·K of them."""
     output_rows: torch.Tensor
+    """For each row [N], the place of its output among the queries."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
+    """A run of rows without a branch."""
+
     start: int
     end: int
+    """The first row after it."""
     path: tuple[tuple[int, int], ...]
+    """(start, end) of the segments from the root down to this one, both included."""
     num_keys: int
+    """Rows on the path."""
 
     @property
     def num_queries(self) -> int:
@@ -73,7 +81,7 @@ class _Segment:
 
 
 def attention_for(device: torch.device, *, flat: bool) -> AttentionKind:
-    """The fastest way on this device (see the module)."""
+    """Choose the fastest way on this device (see the module)."""
     if flat:
         return "plain"
     if device.type != "cuda":
@@ -86,7 +94,10 @@ def attention_for(device: torch.device, *, flat: bool) -> AttentionKind:
 
 
 def prepare_model(model: Any, kind: AttentionKind) -> None:
-    """Set the attention of a transformers model once, before `hidden_states`. ValueError for models it cannot serve."""
+    """Set the attention of a transformers model, once and before `hidden_states`.
+
+    Raises ValueError for a model on which packed trees cannot be computed.
+    """
     layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kind != "plain" and layer_types != {"full_attention"}:
         raise ValueError(
@@ -100,7 +111,10 @@ def prepare_model(model: Any, kind: AttentionKind) -> None:
 
 
 def hidden_states(model: Any, layout: Layout, kind: AttentionKind) -> torch.Tensor:
-    """Last hidden states [N, hidden] of a row, in a model of `prepare_model` (a causal LM or its backbone)."""
+    """Return the last hidden states [N, hidden] of a row.
+
+    `model` is a causal LM or its backbone and was prepared by `prepare_model`.
+    """
     device = next(model.parameters()).device
     if kind == "plain":
         return _plain_hidden_states(model, layout, device)
@@ -122,15 +136,18 @@ def hidden_states(model: Any, layout: Layout, kind: AttentionKind) -> torch.Tens
 
 
 def visible(layout: Layout, device: torch.device) -> torch.Tensor:
-    """Boolean [N, N]: whether row q (first index) sees row k."""
+    """Return a boolean [N, N] that says whether row q (first index) sees row k."""
     rows = torch.arange(layout.num_tokens, device=device)
     end = torch.from_numpy(layout.subtree_end).to(device)
     return (rows[None] <= rows[:, None]) & (rows[:, None] < end[None])
 
 
 def block_mask(layout: Layout, device: torch.device) -> Any:
-    """The FlexAttention block mask of a row: what torch's `create_block_mask` makes by looking at all N² pairs, which
-    are 3 GB on the device for 32,768 tokens; here from the borders of the blocks alone."""
+    """Return the FlexAttention block mask of a row.
+
+    torch's `create_block_mask` would look at all N² pairs, which take 3 GB on the device for 32,768 tokens. Here the
+    borders of the blocks are enough.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     end = torch.from_numpy(layout.subtree_end).to(device)
@@ -141,6 +158,7 @@ def block_mask(layout: Layout, device: torch.device) -> Any:
     starts = np.arange(0, layout.num_tokens, FLEX_BLOCK)
     longest, shortest = (reduce.reduceat(layout.subtree_end, starts) for reduce in (np.maximum, np.minimum))
     queries, keys = starts[:, None], starts[None]
+    # Blocks of which a query sees some key, and among them those of which every query sees every key.
     some = (keys <= queries) & (queries < longest[None])
     every = (keys < queries) & (queries + FLEX_BLOCK <= shortest[None])
     return BlockMask.from_kv_blocks(
@@ -153,8 +171,11 @@ def block_mask(layout: Layout, device: torch.device) -> Any:
 
 
 def _ordered(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Boolean [query blocks, key blocks] as FlexAttention wants it: how many are true in each row, [1, 1, blocks], and
-    their indices before those of the others, [1, 1, blocks, blocks]; int32."""
+    """Put a boolean [query blocks, key blocks] into the form that FlexAttention wants.
+
+    Returns how many blocks are true in each row, [1, 1, blocks], and the indices of the blocks with the true ones
+    first, [1, 1, blocks, blocks]. Both are int32.
+    """
 
     def placed(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int32)).to(device)[None, None]
@@ -175,7 +196,7 @@ def _plain_hidden_states(model: Any, layout: Layout, device: torch.device) -> to
 
 
 def plan_segments(layout: Layout, *, device: torch.device, dtype: torch.dtype) -> SegmentPlan:
-    """Group the segments of a row so that few SDPA calls with little padding cover it."""
+    """Group the segments of a row so that a few SDPA calls with little padding cover it."""
     groups: list[SegmentGroup] = []
     all_queries, all_keys, offset = [], [], 0
     output_rows = np.empty(layout.num_tokens, dtype=np.int64)
@@ -187,6 +208,7 @@ def plan_segments(layout: Layout, *, device: torch.device, dtype: torch.dtype) -
         last_key = np.empty((len(members), queries), dtype=np.int64)
         for i, segment in enumerate(members):
             own = np.arange(queries)
+            # Padding repeats the last query; nothing reads its output.
             query_rows[i] = np.minimum(segment.start + own, segment.end - 1)
             key_rows[i, : segment.num_keys] = np.concatenate([np.arange(a, b) for a, b in segment.path])
             last_key[i] = np.minimum(segment.num_keys - segment.num_queries + own, segment.num_keys - 1)
@@ -207,7 +229,7 @@ def plan_segments(layout: Layout, *, device: torch.device, dtype: torch.dtype) -
 
 
 def _segments(layout: Layout) -> list[_Segment]:
-    """Runs of rows in which each row is the only continuation of the one before, with their root-to-segment rows."""
+    """Cut a row into runs in which each token is the only continuation of the one before it."""
     positions, end = layout.positions, layout.subtree_end
     begins = np.ones(layout.num_tokens, dtype=bool)
     begins[1:] = (positions[1:] != positions[:-1] + 1) | (end[1:] != end[:-1])
@@ -215,6 +237,7 @@ def _segments(layout: Layout) -> list[_Segment]:
     segments: list[_Segment] = []
     path: list[tuple[int, int]] = []
     for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), layout.num_tokens], strict=True):
+        # Leave the segments whose subtree has ended; what remains are the ancestors.
         while path and end[path[-1][0]] <= start:
             path.pop()
         path.append((start, stop))
@@ -223,7 +246,7 @@ def _segments(layout: Layout) -> list[_Segment]:
 
 
 def _group(segments: Sequence[_Segment]) -> list[list[_Segment]]:
-    """Neighbours in size share a group while its padding stays within PADDING_SHARE or PADDING_PAIRS."""
+    """Put segments of similar size together, while the padding stays within PADDING_SHARE or PADDING_PAIRS."""
     groups: list[list[_Segment]] = []
     queries = keys = pairs = 0
     for segment in sorted(segments, key=lambda s: (s.is_root, s.num_keys, s.num_queries)):
@@ -251,9 +274,9 @@ def _grouped_attention(
     s_aux: torch.Tensor | None = None,
     **_ignored: Any,
 ) -> tuple[torch.Tensor, None]:
-    """For transformers' AttentionInterface: query [1, H, N, D], key and value [1, H_kv, N, D] → [1, N, H, D].
+    """Attend for transformers' AttentionInterface: query [1, H, N, D], key and value [1, H_kv, N, D] → [1, N, H, D].
 
-    Indices go along dimension 0 of [N, ·]: there the backward of `index_select` is fast on the CPU.
+    The indices go along dimension 0 of [N, ·], because there the backward of `index_select` is fast on the CPU.
     """
     if softcap is not None or s_aux is not None:
         raise ValueError("a cap on attention scores or an attention sink cannot be computed on packed trees")

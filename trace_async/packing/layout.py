@@ -1,14 +1,16 @@
-"""Rollout trees → rows of tokens with every shared token once, and what each row has to predict.
+"""Lay rollout trees out as rows in which every shared token stands once, and list what each row has to predict.
 
     tree                      row (depth-first)        positions           subtree_end
     a b ─┬─ c d ─┬─ e         a b c d e f g            0 1 2 3 4 4 2       7 7 6 6 5 6 7
          │       └─ f
          └─ g
 
-Row k is seen from row q exactly when `k ≤ q < subtree_end[k]`: its ancestors and itself. A token where branches part
-(b, d) predicts several next tokens, so what is trained are *entries* (source row, label), not shifted labels.
-Several trees share a row without seeing each other. `packing=flat` lays every branch out on its own, as trainers
-without trees do; both give the same gradient to rounding (tests/unit/packing/test_packing.py).
+Row q sees row k exactly when `k ≤ q < subtree_end[k]`, that is when k is q itself or one of its ancestors. A token at
+which branches part (b, d) has several next tokens to predict. So training does not use shifted labels but *entries*,
+pairs of a source row and a label. Several trees may share a row; they do not see each other.
+
+`packing=flat` lays every branch out on its own, as trainers without trees do. Both packings give the same gradient up
+to rounding (tests/unit/packing/test_packing.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,14 +29,13 @@ Packing = Literal["tree", "flat"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """N tokens of a forest in depth-first order (int64 arrays [N]).
-
-    `positions`: depth of the token in its own history. `subtree_end`: first row after the token's descendants.
-    """
+    """N tokens of a forest in depth-first order. All arrays are int64 [N]."""
 
     token_ids: np.ndarray
     positions: np.ndarray
+    """The token's position in its own history, counted from 0."""
     subtree_end: np.ndarray
+    """The first row after the token's descendants."""
 
     @property
     def num_tokens(self) -> int:
@@ -43,31 +44,34 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Part of a tree that is packed as a whole: `targets` are the nodes whose generated tokens are trained here.
-
-    `num_tokens`: rows it takes, the context that it needs included. Every node is a target of at most one piece.
-    """
+    """A part of a tree that is packed as a whole."""
 
     tree: int
+    """Index of the tree."""
     targets: tuple[int, ...]
+    """The nodes whose generated tokens are trained here. Every node is a target of at most one piece."""
     num_tokens: int
+    """The rows that the piece takes, with the context that its targets need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
-    """E trained tokens: `rows[e]` predicts `labels[e]`. All tensors [E]; int64 or float32.
-
-    `positive`, `negative` (≤ 0) and `weight` (≥ 0) are the token's credit (advantage.py); `generator_logprobs` and
-    `policy_versions` say which policy wrote the token and how likely it was.
-    """
+    """The E tokens that are trained. All tensors are [E], int64 or float32."""
 
     rows: torch.Tensor
+    """The row that predicts the token."""
     labels: torch.Tensor
+    """The token's id."""
     generator_logprobs: torch.Tensor
+    """The token's log-probability when it was sampled."""
     positive: torch.Tensor
+    """The positive part of the token's credit, ≥ 0 (see `NodeCredit`)."""
     negative: torch.Tensor
+    """The negative part of its credit, ≤ 0."""
     weight: torch.Tensor
+    """The token's weight in a term that has no advantage, such as KL; ≥ 0."""
     policy_versions: torch.Tensor
+    """The policy version that wrote the token."""
 
     @property
     def count(self) -> int:
@@ -79,11 +83,12 @@ class Entries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch: a row of tokens and its entries. Without credit it is computed only to keep ranks in step."""
+    """One micro-batch: a row of tokens and its entries."""
 
     layout: Layout
     entries: Entries
     has_credit: bool = True
+    """False for a batch that is computed only to keep the ranks in step."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         return replace(self, entries=self.entries.to(device))
@@ -94,9 +99,10 @@ class PackedBatch:
 
 
 def lay_out_tree(tree: RolloutTree, ends: Mapping[int, int]) -> tuple[Layout, dict[int, int]]:
-    """Rows for the nodes in `ends` and all their ancestors, and per node the row of its first token.
+    """Lay out the nodes in `ends` with all their ancestors. Returns also, per node, the row of its first token.
 
-    `ends[y]`: how many tokens of node y are wanted (0 … all) when nothing below y is; ancestors are laid out whole.
+    `ends[y]` says how many tokens of node y are wanted (0 … all) if nothing below y is. A node with something below it
+    is laid out whole.
     """
     wanted = set(ends)
     for node in ends:
@@ -118,6 +124,7 @@ def lay_out_tree(tree: RolloutTree, ends: Mapping[int, int]) -> tuple[Layout, di
         depth_after[node] = depth + len(kept)
     end_row = {node: first_row[node] + len(rows) for node, rows in zip(order, positions, strict=True)}
     subtree_end: dict[int, int] = {}
+    # Backwards, so that all descendants have told a node where they end before the node itself is looked at.
     for node in reversed(order):
         subtree_end[node] = max(subtree_end.get(node, 0), end_row[node])
         before = tree.nodes[node].before
@@ -133,7 +140,10 @@ def lay_out_tree(tree: RolloutTree, ends: Mapping[int, int]) -> tuple[Layout, di
 
 
 def _depth_first(tree: RolloutTree, wanted: set[int]) -> list[int]:
-    """By tokens: a conversation of its own stands beside the prompt's, and neither sees the other."""
+    """List the wanted nodes depth-first, by the chain of tokens.
+
+    A second conversation of a rollout stands beside the prompt's, because neither sees the other.
+    """
     order, stack = [], [node for node in reversed(tree.token_children[-1]) if node in wanted]
     while stack:
         node = stack.pop()
@@ -143,7 +153,7 @@ def _depth_first(tree: RolloutTree, wanted: set[int]) -> list[int]:
 
 
 def concatenate(layouts: Sequence[Layout]) -> Layout:
-    """Several forests side by side; none sees another."""
+    """Put several forests side by side. None sees another."""
     starts = np.cumsum([0, *(layout.num_tokens for layout in layouts)])
     return Layout(
         token_ids=np.concatenate([layout.token_ids for layout in layouts]),
@@ -153,8 +163,10 @@ def concatenate(layouts: Sequence[Layout]) -> Layout:
 
 
 def rounded(layout: Layout, multiple: int = 1) -> Layout:
-    """The same row with tokens of no use after it, up to `round_rows` and a multiple of `multiple`; they form a branch
-    that sees only itself."""
+    """Pad a row to the length that `round_rows` gives, rounded up to a multiple of `multiple`.
+
+    The padding is a branch of its own, which sees only itself and which no other token sees.
+    """
     extra = -(-round_rows(layout.num_tokens) // multiple) * multiple - layout.num_tokens
     filler = Layout(
         token_ids=np.zeros(extra, dtype=np.int64),
@@ -165,9 +177,9 @@ def rounded(layout: Layout, multiple: int = 1) -> Layout:
 
 
 def pack_values(trees: Sequence[RolloutTree]) -> tuple[Layout, list[np.ndarray]]:
-    """All tokens of all trees in one row, and per tree the row [num_nodes] where each node's history ends.
+    """Lay all tokens of all trees out in one row. Returns also, per tree, the row [num_nodes] where each history ends.
 
-    The hidden state there is what the predictor reads V(H) from. A node without tokens reads the row before it.
+    The predictor reads V(H) from the hidden state in that row. A node without tokens reads the row before it.
     """
     layouts, ends, start = [], [], 0
     for tree in trees:
@@ -184,11 +196,12 @@ def pack_values(trees: Sequence[RolloutTree]) -> tuple[Layout, list[np.ndarray]]
 def pieces_of(
     index: int, tree: RolloutTree, credit: NodeCredit, *, packing: Packing, max_tokens: int, every_weight: bool
 ) -> list[Piece]:
-    """The parts of one tree that have to be computed, each of at most `max_tokens` rows if its branches allow it.
+    """Cut one tree into the parts that have to be computed, each of at most `max_tokens` rows if its branches allow it.
 
-    Trained are the nodes with credit, and with `every_weight` (KL or entropy in the loss) all that carry weight;
-    nothing else is laid out but their context. A tree that fits is one piece; a bigger one is cut between branches in
-    depth-first order and its context repeated. `flat`: one piece per branch; a shared node is trained in the first.
+    The nodes with credit are trained; with `every_weight` (KL or entropy in the loss) all nodes that carry weight.
+    Only these and their context are laid out. A tree that fits is one piece. A larger one is cut between branches in
+    depth-first order, and the context is repeated. With `flat`, every branch is a piece, and a shared node is trained
+    in the first one.
     """
     trained = credit.weight > 0 if every_weight else (credit.positive > 0) | (credit.negative < 0)
     order = _depth_first(tree, set(range(len(tree.nodes))))
@@ -215,13 +228,14 @@ def pieces_of(
 def _num_rows(tree: RolloutTree, targets: Sequence[int]) -> int:
     inner = {above for node in targets for above in tree.token_path(node)[:-1]}
     context = sum(len(tree.nodes[node].token_ids) for node in inner)
+    # The last generated token of a leaf is only predicted, never a source, so it needs no row.
     return context + sum(tree.nodes[node].num_generated - 1 for node in targets if node not in inner)
 
 
 def pack_all(
     trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], *, packing: Packing, max_tokens: int
 ) -> list[PackedBatch]:
-    """Every tree's tokens that carry credit, in micro-batches for one rank."""
+    """Pack the tokens of all trees that carry credit into micro-batches for one rank."""
     pieces = [
         piece
         for index, (tree, credit) in enumerate(zip(trees, credits, strict=True))
@@ -234,10 +248,11 @@ def pack_all(
 
 
 def plan_micro_batches(pieces: Sequence[Piece], *, num_ranks: int, max_tokens: int) -> list[list[list[Piece]]]:
-    """Per rank its micro-batches, equally many on every rank (some may be empty), balanced by rows.
+    """Deal the pieces out to micro-batches and ranks, balanced by rows. Returns, per rank, its micro-batches.
 
-    The number of micro-batches comes from first-fit decreasing; the pieces are then spread evenly over so many
-    (longest first, into the emptiest) unless that would overfill one. A piece above `max_tokens` goes alone.
+    Every rank gets equally many, because ranks must make the same number of passes; some batches may be empty.
+    First-fit decreasing gives the number of micro-batches. The pieces are then spread evenly over that many (longest
+    first, into the emptiest) unless that would overfill one. A piece above `max_tokens` goes alone.
     """
     longest_first = sorted(pieces, key=lambda piece: -piece.num_tokens)
     fitted: list[list[Piece]] = []
@@ -266,7 +281,7 @@ def _load(batch: Sequence[Piece]) -> int:
 
 
 def pack(trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], pieces: Sequence[Piece]) -> PackedBatch:
-    """One micro-batch of at least one piece; `trees` and `credits` are indexed by `Piece.tree`."""
+    """Build one micro-batch of at least one piece. `Piece.tree` indexes `trees` and `credits`."""
     layouts: list[Layout] = []
     parts: list[tuple[np.ndarray, ...]] = []
     start = 0
@@ -295,7 +310,7 @@ def pack(trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], pieces: Se
 def _node_entries(
     tree: RolloutTree, credit: NodeCredit, node: int, start: int, first_row: Mapping[int, int]
 ) -> tuple[np.ndarray, ...]:
-    """Columns of `Entries` for one node: its first token is predicted where its history ends."""
+    """Return the columns of `Entries` for one node."""
     record = tree.nodes[node]
     count = record.num_generated
     above = record.before
@@ -303,6 +318,7 @@ def _node_entries(
         above = tree.nodes[above].before
         assert above >= 0, "a prompt has tokens"
     rows = start + first_row[node] + np.arange(-1, count - 1)
+    # The row before a node may belong to a sibling: its first token is predicted where its own history ends.
     rows[0] = start + first_row[above] + len(tree.nodes[above].token_ids) - 1
     spans = record.version_spans
     lengths = np.diff([*(span.start for span in spans), count])
