@@ -1,4 +1,4 @@
-"""One DeepSpeed rank: loss, update, its weights, its state on disk.
+"""Train the policy on one DeepSpeed rank: the loss, the update, the weights and the state on disk.
 
 May import `packing`, `policy`, `method`, `run` and `trees`.
 """

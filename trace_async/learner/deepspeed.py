@@ -1,8 +1,8 @@
-"""What is particular to DeepSpeed: starting a rank quietly, its configuration, and whole tensors by name.
+"""Keep everything that is particular to DeepSpeed in one place.
 
-ZeRO stages keep parameters and optimizer state in different places; here they are read and written as full fp32
-tensors by name, so that weights and checkpoints know nothing of stages and numbers of ranks. DeepSpeed is imported
-inside the functions only.
+This is how a rank starts quietly, its configuration, and access to whole tensors. ZeRO stages keep parameters and
+optimizer state in different places. Here both are read and written as full fp32 tensors by name, so that weights and
+checkpoints know nothing of stages and numbers of ranks. DeepSpeed takes seconds to import, so only functions import it.
 """
 
 import contextlib
@@ -30,18 +30,21 @@ _OWN_OPTIONS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankAddress:
-    """Where this process stands among the learner's ranks, and where they meet."""
+    """The place of this process among the learner's ranks, and where they meet."""
 
     rank: int
+    """Its number, from 0."""
     world_size: int
+    """How many ranks there are."""
     master_addr: str
+    """The address at which rank 0 waits for the others."""
     master_port: int
 
     def environment(self, device: torch.device) -> dict[str, str]:
-        """The variables of torch.distributed's `env://`.
+        """Return the environment variables that torch.distributed's `env://` reads.
 
-        DeepSpeed computes on the CUDA device numbered LOCAL_RANK of those that the process sees. Ray shows each rank
-        its own alone, as number 0, so it must not be counted up over the ranks.
+        DeepSpeed computes on the CUDA device with the number LOCAL_RANK among those that the process sees. Ray shows
+        each rank only its own device, as number 0. So LOCAL_RANK is the device's number and not the rank's.
         """
         return {
             "RANK": str(self.rank),
@@ -54,15 +57,15 @@ class RankAddress:
 
 @contextlib.contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """DeepSpeed logs and prints to stdout, which belongs to the user."""
+    """Send what DeepSpeed logs and prints to stderr, because stdout belongs to the user."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def join_ranks(address: RankAddress, device: torch.device, timeout_s: float) -> None:
-    """Start torch.distributed through DeepSpeed: gloo on the CPU, nccl on CUDA. Waits at most `timeout_s`.
+    """Start torch.distributed through DeepSpeed, with gloo on the CPU and nccl on CUDA.
 
-    A process that has joined stays joined; a second call does nothing.
+    Waits at most `timeout_s`. A process that has joined stays joined, and a second call does nothing.
     """
     os.environ.update(address.environment(device))
     if device.type == "cpu":
@@ -75,7 +78,8 @@ def join_ranks(address: RankAddress, device: torch.device, timeout_s: float) -> 
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if device.type == "cpu":
-            # Otherwise it tries the compiler on all its ops, and builds a shared-memory all-reduce for half a minute.
+            # Otherwise DeepSpeed tries the compiler on all its ops, and spends half a minute on building a
+            # shared-memory all-reduce.
             deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
         deepspeed.init_distributed(
             dist_backend="gloo" if device.type == "cpu" else "nccl",
@@ -86,13 +90,16 @@ def join_ranks(address: RankAddress, device: torch.device, timeout_s: float) -> 
 
 
 def leave_ranks() -> None:
-    """Break the connections to the other ranks; this process cannot be a rank again."""
+    """Break the connections to the other ranks. This process cannot be a rank again."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def deepspeed_options(config: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON: ours, with `learner.deepspeed` merged over it. Raises ConfigError on what is ours to set."""
+    """Return DeepSpeed's configuration: our own, with `learner.deepspeed` merged over it.
+
+    Raises ConfigError when `learner.deepspeed` sets what the learner sets itself.
+    """
     taken = sorted(_OWN_OPTIONS & config.deepspeed.keys())
     if taken:
         raise ConfigError(f"learner.deepspeed={taken}: set by the learner itself; use its own settings")
@@ -102,7 +109,7 @@ def deepspeed_options(config: LearnerConfig) -> dict[str, Any]:
         "gradient_clipping": 0.0 if _is_plain(config) else config.max_grad_norm,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": {"stage": config.zero_stage},
-        # Own AdamW beside CPU offload; the compiled DeepSpeedCPUAdam is not required.
+        # Allow torch's own AdamW with CPU offload, so that the compiled DeepSpeedCPUAdam is not required.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -110,7 +117,7 @@ def deepspeed_options(config: LearnerConfig) -> dict[str, Any]:
 
 
 class _ZeroThree:
-    """What transformers asks of the DeepSpeed configuration in force."""
+    """Answers what transformers asks of the DeepSpeed configuration in force."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.config = options
@@ -121,9 +128,10 @@ class _ZeroThree:
 
 @contextlib.contextmanager
 def partitioned_loading(config: LearnerConfig) -> Iterator[None]:
-    """Under ZeRO-3 a model that transformers loads inside is partitioned as it is built, on all ranks together.
+    """Let a model that transformers loads inside the block be partitioned as it is built (ZeRO-3 only).
 
-    A rank then holds its share and one module that is whole; rank 0 alone maps the files into memory, to read them.
+    All ranks load together. Each then holds its share and at most one whole module, and only rank 0 maps the files
+    into memory. Without this, every rank would have to hold the whole model first.
     """
     if config.zero_stage != 3:
         yield
@@ -148,7 +156,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, config: LearnerConfig) -> Any:
-    """The DeepSpeed engine around `module` (all that is called in training happens in its forward)."""
+    """Wrap `module` in a DeepSpeed engine. All that is called in training must happen in the module's forward."""
     if _is_plain(config):
         _clip_before_step(optimizer, config.max_grad_norm)
     with stdout_to_stderr():
@@ -160,8 +168,10 @@ def make_deepspeed(module: nn.Module, optimizer: torch.optim.Optimizer, config: 
 
 
 def make_frozen(module: nn.Module, config: LearnerConfig) -> Any:
-    """The same for a module without gradients whose parameters are partitioned (ZeRO-3): it gathers each when its
-    forward comes to it. All ranks must call it equally often."""
+    """Wrap a module without gradients whose parameters are partitioned (ZeRO-3).
+
+    The engine gathers each parameter when the forward comes to it, so all ranks must call it equally often.
+    """
     with stdout_to_stderr():
         import deepspeed
 
@@ -171,7 +181,8 @@ def make_frozen(module: nn.Module, config: LearnerConfig) -> Any:
 
 
 def _start_adam_state(engine: Any) -> None:
-    """AdamW's state from step 0 on, so that a checkpoint can be read or written before the first step."""
+    """Create AdamW's state at step 0, so that a checkpoint can be read or written before the first step."""
+    # The name of the optimizer's flat fp32 partitions depends on the ZeRO stage.
     holders = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
     for partition in next((getattr(engine.optimizer, h) for h in holders if hasattr(engine.optimizer, h)), []):
         moments = {key: torch.zeros_like(partition) for key in ADAM_STATE}
@@ -181,14 +192,14 @@ def _start_adam_state(engine: Any) -> None:
 
 
 def _is_plain(config: LearnerConfig) -> bool:
-    """ZeRO 0 in fp32: DeepSpeed steps our optimizer itself, and then does not tell the gradient norm."""
+    """Whether this is ZeRO 0 in fp32: DeepSpeed then steps our optimizer as it is and reports no gradient norm."""
     return config.zero_stage == 0 and config.dtype == "float32"
 
 
 def _clip_before_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     def clip(adam: Any, _args: Any, _kwargs: Any) -> None:
         parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
-        # The attribute from which DeepSpeed's get_global_grad_norm reads.
+        # DeepSpeed's get_global_grad_norm reads this attribute.
         adam._global_grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
 
     optimizer.register_step_pre_hook(clip)
@@ -196,7 +207,10 @@ def _clip_before_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None
 
 @contextlib.contextmanager
 def whole_parameters(parameters: Sequence[nn.Parameter], *, write: bool = False) -> Iterator[None]:
-    """Inside, these parameters are whole on every rank (ZeRO-3 partitions them); `write` scatters rank 0's changes."""
+    """Make these parameters whole on every rank inside the block, even if ZeRO-3 partitions them.
+
+    With `write`, the changes that rank 0 makes are scattered to all ranks at the end.
+    """
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
@@ -207,7 +221,10 @@ def whole_parameters(parameters: Sequence[nn.Parameter], *, write: bool = False)
 
 
 def read_training_state(engine: Any, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    """`value` and, where the optimizer has it, `exp_avg` and `exp_avg_sq`: full fp32 tensors. Called on all ranks."""
+    """Return a parameter's `value` and, if the optimizer has them, `exp_avg` and `exp_avg_sq`, as full fp32 tensors.
+
+    Called on all ranks together.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if not _is_partitioned(parameter):
@@ -221,7 +238,7 @@ def read_training_state(engine: Any, parameter: nn.Parameter) -> dict[str, torch
 
 
 def write_training_state(engine: Any, parameter: nn.Parameter, state: Mapping[str, torch.Tensor]) -> None:
-    """The inverse of `read_training_state`, called on all ranks with the same full tensors."""
+    """Write what `read_training_state` returned. Called on all ranks with the same full tensors."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     with whole_parameters([parameter], write=True), torch.no_grad():
@@ -240,13 +257,13 @@ def write_training_state(engine: Any, parameter: nn.Parameter, state: Mapping[st
 
 
 def read_adam_steps(engine: Any) -> float:
-    """How many optimizer steps AdamW has counted (0 before the first)."""
+    """Return the number of optimizer steps that AdamW has counted (0 before the first)."""
     steps = [float(state["step"]) for state in _adam(engine).state.values() if "step" in state]
     return max(steps, default=0.0)
 
 
 def write_adam_steps(engine: Any, steps: float) -> None:
-    """Set AdamW's step count, on which its bias correction depends."""
+    """Set AdamW's step count. Its bias correction depends on it."""
     for state in _adam(engine).state.values():
         if state:
             state["step"] = torch.tensor(steps, dtype=torch.float32)

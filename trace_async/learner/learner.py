@@ -1,9 +1,9 @@
-"""One DeepSpeed rank: finished trees in, a policy one version further out.
+"""Take finished trees and make the policy one version newer, on one DeepSpeed rank.
 
     trees ─ credit (advantage) ─ normalised (loss) ─ pieces ─ micro-batches, balanced over the ranks (packing)
           └─ forward, loss, backward per micro-batch ─ one optimizer step per minibatch
 
-Every rank is given the same trees and plans the same way, so ranks exchange gradients and metrics, never data.
+Every rank is given the same trees and makes the same plan. So ranks exchange gradients and metrics, but never data.
 """
 
 import contextlib
@@ -33,11 +33,15 @@ from trace_async.weights import WeightBucket, host_bucket
 
 
 class LearnerError(Exception):
-    """An update went wrong: no weight changed, or a loss is not finite. Go on from the last checkpoint."""
+    """Report that an update went wrong: no weight changed, or a loss is not finite. Go on from the last checkpoint."""
 
 
 class TokenLogprobs(nn.Module):
-    """The policy as DeepSpeed sees it: a packed batch in, log-probabilities and entropies [E] of its entries out."""
+    """The policy as DeepSpeed sees it: from a packed batch to log-probabilities and entropies [E] of its entries.
+
+    All that is called in training happens in this one `forward`, because DeepSpeed wraps the module and follows only
+    that.
+    """
 
     def __init__(self, policy: Any, kind: AttentionKind, *, temperature: float, chunk_tokens: int, entropy: bool):
         super().__init__()
@@ -48,7 +52,11 @@ class TokenLogprobs(nn.Module):
         self._entropy = entropy
 
     def forward(self, batch: PackedBatch | torch.Tensor) -> Any:
-        """Of a row of ids [1, T], the model's own logits [T, vocab], by transformers' plain causal attention."""
+        """Return log-probabilities and entropies of a packed batch.
+
+        For a plain row of ids [1, T] it returns the model's own logits [T, vocab] by transformers' causal attention;
+        the check at the start compares the two.
+        """
         if isinstance(batch, torch.Tensor):
             self.policy.set_attn_implementation("eager")
             logits = self.policy(input_ids=batch, use_cache=False).logits[0]
@@ -72,12 +80,15 @@ class _Minibatch:
 
     batches: tuple[PackedBatch, ...]
     num_pieces: int
+    """Pieces on all ranks together; 0 when nothing carries credit."""
 
 
 class Learner:
-    """`rank` of `world_size`; all ranks must make the same calls with the same arguments, in the same order.
+    """Trains the policy as `rank` of `world_size` ranks.
 
-    `num_steps` counts optimizer steps over all updates; `engine` is DeepSpeed's (for learner_state.py).
+    All ranks must make the same calls with the same arguments in the same order, because each call exchanges data
+    with the other ranks. `num_steps` counts optimizer steps over all updates. `engine` is DeepSpeed's; learner/state.py
+    reads and writes through it.
     """
 
     def __init__(
@@ -119,10 +130,11 @@ class Learner:
         return self._module.policy
 
     def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
-        """Train the policy, which is at `policy_version`, on `trees` (on every rank all of them); metrics of all ranks.
+        """Train the policy, which is at `policy_version`, on `trees`. Returns metrics over all ranks.
 
-        `updated` is 0 when no weight changed since no token has credit or all that have are clipped. Asserts
-        `actors.max_staleness`. Raises LearnerError when a loss is not finite or no weight changed for another reason.
+        Every rank is given all trees. The metric `updated` is 0 when no weight changed because no token has credit or
+        all tokens with credit are clipped. Asserts `actors.max_staleness`. Raises LearnerError when a loss is not
+        finite, or when no weight changed for another reason.
         """
         started = time.perf_counter()
         self._assert_fresh(trees, policy_version)
@@ -132,6 +144,7 @@ class Learner:
             return {"updated": 0.0, "seconds": time.perf_counter() - started}
         before = self._fingerprint()
         correcting = self.config.loss.correction != "none"
+        # With one minibatch the policy of the step is the proximal policy, so no further pass is needed.
         proximal = [self._no_grad(self.engine, m) if correcting and len(minibatches) > 1 else None for m in minibatches]
         first, metrics = LossMetrics(), LossMetrics()
         grad_norms = []
@@ -140,7 +153,7 @@ class Learner:
                 self._step(minibatch, anchors, [metrics, first] if index == 0 else [metrics], policy_version)
             )
         result = self._reduced(metrics).result()
-        # Only before the first step is the gap to the generator one of engines and staleness, not of learning.
+        # Report the mismatch of the first step alone: later steps would add the change by this update's own learning.
         start = self._reduced(first).result()
         result |= {name: start[name] for name in start if name.startswith("mismatch")}
         result["loss"] /= len(minibatches)
@@ -158,11 +171,12 @@ class Learner:
         }
 
     def weights(self) -> Iterator[WeightBucket]:
-        """The policy's weights by their Hugging Face names, LoRA merged, tied tensors once: in buckets of
-        `learner.weight_bucket_bytes` on rank 0; the other ranks, which must ask as well, get none.
+        """Yield the policy's weights in buckets of `learner.weight_bucket_bytes`, by their Hugging Face names.
 
-        With `engine.lora_rank` the adapter alone, which generators add themselves. On the CPU a bucket shares memory
-        with the parameters: be done with it before asking for the next one.
+        LoRA is merged, and tied tensors appear once. With `engine.lora_rank` only the adapter is given, which the
+        generators add themselves. Only rank 0 gets buckets, but the other ranks must iterate as well, because all of
+        them gather each bucket. On the CPU a bucket shares memory with the parameters: be done with it before you ask
+        for the next one.
         """
         adapter_only = bool(self.config.engine.lora_rank)
         for bucket in policy_buckets(self.policy, self.config.learner.weight_bucket_bytes, adapter_only=adapter_only):
@@ -183,7 +197,7 @@ class Learner:
         )
 
     def _check_packed_rows(self) -> None:
-        """Before anything is trained: does this model compute a branched row as it computes its branches?"""
+        """Check, before anything is trained, that this model computes a branched row as it computes its branches."""
         flat = self.config.learner.packing == "flat"
         self._module.eval()
 
@@ -198,7 +212,10 @@ class Learner:
         check_packed_rows(self.config, self.policy.config.vocab_size, packed, own, flat=flat)
 
     def _make_reference(self) -> Any:
-        """The start policy, frozen, on a device of its own when so set; None when KL holds to nothing."""
+        """Load the start policy, frozen, for the KL term; None when the loss has no such term.
+
+        `learner.reference_device` may put it on a device of its own.
+        """
         if not self.config.loss.kl_loss_coef:
             return None
         learner = self.config.learner
@@ -249,9 +266,10 @@ class Learner:
     def _packed(
         self, trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], part: list[Piece], pieces: list[Piece]
     ) -> PackedBatch:
-        """A micro-batch on the device. An empty one, which keeps ranks in step, computes a small piece for nothing."""
+        """Pack a micro-batch and move it to the device."""
         if part:
             return pack(trees, credits, part).to(self._device)
+        # All ranks must pass through the model equally often, so an empty batch computes a small piece without credit.
         smallest = min(pieces, key=lambda piece: piece.num_tokens)
         return pack(trees, credits, [smallest]).without_credit().to(self._device)
 
@@ -262,7 +280,10 @@ class Learner:
         counters: list[LossMetrics],
         policy_version: int,
     ) -> float:
-        """Backward through all micro-batches, one optimizer step; returns the gradient norm before clipping."""
+        """Go backward through all micro-batches and take one optimizer step.
+
+        Returns the gradient norm before clipping.
+        """
         loss_config = self.config.loss
         reference = self._reference_logprobs(minibatch)
         self._module.train()
@@ -280,7 +301,8 @@ class Learner:
             if batch.has_credit:
                 for counter in counters:
                     counter.add(batch.entries, terms, loss, clipped, policy_version)
-            # DeepSpeed averages over ranks; the entries are normalised over the whole minibatch already.
+            # DeepSpeed averages gradients over the ranks. The entries are normalised over the whole minibatch already,
+            # so their losses must be summed instead: multiplying by the number of ranks undoes the average.
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate()
@@ -308,9 +330,12 @@ class Learner:
         return learner.learning_rate * schedule(learner, self.num_steps, total)
 
     def _fingerprint(self) -> list[int]:
-        """A hash per tensor, of what this rank holds."""
+        """Return one hash per trained tensor, of the part that this rank holds.
+
+        Comparing hashes shows whether an update changed anything without a copy of the weights.
+        """
         held = [getattr(p, "ds_tensor", p).detach() for p in self._module.parameters() if p.requires_grad]
-        # Few operations take torch's unsigned numbers.
+        # As signed numbers, because few torch operations take the unsigned ones that hash_tensor returns.
         hashes: list[int] = torch.stack([torch.hash_tensor(tensor).view(torch.int64) for tensor in held]).tolist()
         return hashes
 
@@ -335,7 +360,10 @@ class Learner:
 
 
 def resolve_device(setting: str, rank: int, name: str = "learner.device") -> torch.device:
-    """`auto`: CUDA where there is one. On CUDA each rank takes the device of its number, modulo what it sees."""
+    """Return the device of a rank. `auto` is CUDA if there is one.
+
+    On CUDA a rank takes the device of its own number, modulo the number of devices that it sees.
+    """
     cuda = torch.cuda.is_available()
     if setting == "cuda" and not cuda:
         raise ConfigError(f"{name}=cuda: no CUDA device is visible; set auto or cpu")
@@ -343,7 +371,10 @@ def resolve_device(setting: str, rank: int, name: str = "learner.device") -> tor
 
 
 def load_policy(config: Config, policy_path: Path) -> Any:
-    """The policy to train, on the host (or partitioned): with LoRA adapters and activation checkpointing as set."""
+    """Load the policy to train, with LoRA adapters and activation checkpointing as set.
+
+    It is on the host, or partitioned over the ranks under ZeRO-3.
+    """
     transformers.utils.logging.disable_progress_bar()
     with partitioned_loading(config.learner):
         policy: Any = load_model(policy_path, dtype=config.learner.dtype)
@@ -356,7 +387,10 @@ def load_policy(config: Config, policy_path: Path) -> Any:
 
 
 def schedule(config: LearnerConfig, step: int, total_steps: int) -> float:
-    """Factor on the learning rate at `step` (0, 1, …): linear warm-up, then constant, linear or cosine down to 0."""
+    """Return the factor on the learning rate at `step` (0, 1, …).
+
+    After a linear warm-up it stays constant or falls to 0, linearly or by a cosine.
+    """
     warmup = config.lr_warmup_updates * config.minibatches
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -369,6 +403,9 @@ def schedule(config: LearnerConfig, step: int, total_steps: int) -> float:
 
 
 def _split(trees: Sequence[RolloutTree], parts: int) -> list[list[int]]:
-    """Indices per minibatch: trees are dealt out, largest first, so that all have similar numbers of tokens."""
+    """Deal the trees out to minibatches, largest first, so that all have similar numbers of tokens.
+
+    Returns the indices of the trees per minibatch.
+    """
     order = sorted(range(len(trees)), key=lambda i: (-trees[i].num_unique_tokens, i))
     return [order[part::parts] for part in range(min(parts, len(trees)))]

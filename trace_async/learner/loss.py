@@ -1,8 +1,8 @@
-"""The policy-gradient loss over packed entries, its normalisation, and log-probabilities in bounded memory.
+"""Compute the policy-gradient loss over packed entries, its normalisation, and log-probabilities in bounded memory.
 
 A token shared by several branches may carry terms of both signs. PPO's clipped objective is linear in the advantage
-for each sign, so Σ_k w_k·f(ρ, A_k) = f(ρ, Σ w_k max(A_k, 0)) + f(ρ, Σ w_k min(A_k, 0)): the sums `positive` and
-`negative` of an entry are all it takes, exactly.
+for each sign, so Σ_k w_k·f(ρ, A_k) = f(ρ, Σ w_k max(A_k, 0)) + f(ρ, Σ w_k min(A_k, 0)). So the two sums `positive`
+and `negative` of an entry are enough, and the result is exact.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,15 @@ from trace_async.packing.layout import Entries, round_rows
 from trace_async.trees.tree import RolloutTree
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are held within ± this, so that loss and gradient stay finite (e^20 ≈ 5e8; e^89 is too much for fp32)."""
+"""Log-ratios are clamped to ± this, so that loss and gradient stay finite: e^20 ≈ 5e8, while e^89 overflows fp32."""
 
 
 def bounded_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
-    """exp(log_ratio), the exponent held within ±MAX_LOG_RATIO; beyond, no gradient passes. `LossMetrics` counts them.
+    """Return exp(log_ratio) with the exponent clamped to ±MAX_LOG_RATIO.
 
-    A token at −2 for the learner and −92 for the generator would be inf, and inf times a credit of 0 is not a number.
-    An infinite exponent stays infinite: an engine that sampled what it calls impossible is broken, and that must show.
+    No gradient passes through a clamped token, and `LossMetrics` counts it. Without the clamp, a log-probability of −2
+    for the learner and −92 for the generator would give inf, and inf times a credit of 0 is NaN. An infinite exponent
+    stays infinite: an engine that sampled a token it calls impossible is broken, and that must show.
     """
     bounded = log_ratio.clamp(min=-MAX_LOG_RATIO, max=MAX_LOG_RATIO)
     return torch.where(log_ratio.isinf(), log_ratio, bounded).exp()
@@ -38,20 +39,22 @@ def normalize_credits(
 ) -> list[NodeCredit]:
     """Scale credits so that the plain sum over all entries' losses is the batch's loss.
 
-    With l_t the loss of token t (linear in its credit), w_t its weight, over all generated tokens of all trees:
+    Let l_t be the loss of token t (linear in its credit) and w_t its weight, over all generated tokens of all trees.
 
-    - `constant`: (1/P) Σ_t l_t / C over P trees that carry weight, C = `divisor_tokens`. Nothing in it depends on an
-      outcome, so the gradient is unbiased where the advantage is (test_exact_gradients.py). The idea is that of Dr.
-      GRPO (arXiv 2503.20783). The three others are weighted means, hence indifferent to how an advantage scales its
-      weights, and biased, because the outcome is part of what they divide by:
-    - `token`: Σ l_t / Σ w_t. (DAPO, arXiv 2503.14476, eq. 8, when every weight is 1.) Towards short successes and long
-      failures, too, but this bias falls as 1 / number of prompts in the batch.
-    - `sequence`: Σ_r (1/n_r) Σ_{t∈r} l_t / Σ_r (1/n_r) Σ_{t∈r} w_t, r over the rollouts, each with the n_r tokens it
-      wrote itself. (GRPO, arXiv 2402.03300, eq. 3, when nothing is shared and every weight is 1.) Towards short
-      successes and long failures.
-    - `prompt`: (1/P) Σ_i Σ_{t∈i} l_t / Σ_{t∈i} w_t over the P trees that carry weight: every prompt counts alike,
-      however many rollouts it was given. Towards short successes and long failures, as a tree's own outcomes decide
-      its divisor: where lengths go with outcomes the gradient's sign can turn, and more prompts do not help.
+    - `constant`: (1/P) Σ_t l_t / C over the P trees that carry weight, with C = `divisor_tokens`. Nothing in it depends
+      on an outcome, so the gradient is unbiased if the advantage is (test_exact_gradients.py). The idea is that of Dr.
+      GRPO (arXiv 2503.20783).
+
+    The other three are weighted means. It does not matter to them how an advantage scales its weights. But they divide
+    by something that depends on the outcomes, which biases them towards short successes and long failures:
+
+    - `token`: Σ l_t / Σ w_t. (DAPO, arXiv 2503.14476, eq. 8, when every weight is 1.) Its bias falls as 1 / number of
+      prompts in the batch.
+    - `sequence`: Σ_r (1/n_r) Σ_{t∈r} l_t / Σ_r (1/n_r) Σ_{t∈r} w_t over the rollouts r, each with the n_r tokens that
+      it wrote itself. (GRPO, arXiv 2402.03300, eq. 3, when nothing is shared and every weight is 1.)
+    - `prompt`: (1/P) Σ_i Σ_{t∈i} l_t / Σ_{t∈i} w_t over the P trees i that carry weight. Every prompt counts alike,
+      however many rollouts it was given. A tree's own outcomes decide its divisor, so when lengths depend on outcomes
+      the sign of the gradient can flip, and more prompts do not help.
 
     Tokens without advantage stay in the divisors, whether or not they are computed.
     """
@@ -95,10 +98,10 @@ def entry_logprobs(
     chunk_tokens: int,
     with_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities [E] of `labels` and entropies [E] (zeros unless asked), fp32, at the sampling temperature.
+    """Return log-probabilities [E] of `labels` and entropies [E] (zeros unless asked for), at the sampling temperature.
 
-    `hidden` [N, hidden] is read at `rows` [E]. Logits exist for `chunk_tokens` entries at a time, in the backward
-    pass too, where each chunk is computed again.
+    Both are fp32. `hidden` [N, hidden] is read at `rows` [E]. Logits are by far the largest tensor, so they exist for
+    `chunk_tokens` entries at a time only. That holds in the backward pass too, where each chunk is computed again.
     """
 
     def one_chunk(states: torch.Tensor, chunk_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +116,7 @@ def entry_logprobs(
         return chosen, log_normalizer - (probabilities * logits).sum(dim=-1)
 
     count = len(rows)
-    filler = (0, round_rows(count) - count)
+    filler = (0, round_rows(count) - count)  # few distinct sizes, for kernels that keep something for each (cpu_linear)
     states = hidden.index_select(0, nn.functional.pad(rows, filler)).split(chunk_tokens)
     chunks = list(zip(states, nn.functional.pad(labels, filler).split(chunk_tokens), strict=True))
     if len(chunks) == 1:
@@ -125,20 +128,21 @@ def entry_logprobs(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """What the loss of E entries is made of besides the entries themselves (tensors [E]).
-
-    `proximal_logprobs`: of the policy at the start of the update (for a correction). `reference_logprobs`: of the
-    policy that KL holds to. None: not used.
-    """
+    """What the loss needs besides the entries. All tensors are [E]; None means that the term is not used."""
 
     learner_logprobs: torch.Tensor
+    """By the policy that is trained, with its gradient."""
     entropy: torch.Tensor | None = None
     proximal_logprobs: torch.Tensor | None = None
+    """By the policy at the start of the update, for a correction."""
     reference_logprobs: torch.Tensor | None = None
+    """By the policy that the KL term keeps the learner close to."""
 
 
 def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss (scalar; entries normalised before, `normalize_credits`) and which entries [E] were clipped.
+    """Return the summed loss (a scalar) and which entries [E] were clipped.
+
+    The entries must be normalised already (`normalize_credits`).
 
     Per entry, with ρ = exp(learner − anchor) and the credit sums P ≥ 0 and N ≤ 0:
 
@@ -167,7 +171,8 @@ def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple
     ratio = bounded_ratio(learner - anchor)
     gain, clipped = OBJECTIVES[config.objective](ratio, learner, entries, config)
     if config.mask_low or config.mask_high:
-        # Of the whole gap to the generator, whatever the anchor is; a token that is out learns nothing, either way.
+        # The mask looks at the whole gap to the generator, whatever the anchor is. A token outside the bounds gets no
+        # gradient of either sign.
         gap = bounded_ratio((learner - entries.generator_logprobs).detach())
         inside = (gap >= config.mask_low) & ((gap <= config.mask_high) if config.mask_high else True)
         gain, clipped = torch.where(inside, gain, 0.0), clipped | ~inside
@@ -184,7 +189,7 @@ def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple
 
 
 def kl_estimate(learner: torch.Tensor, reference: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """Per-token estimate [E] of KL(learner ‖ reference), `config.kl_estimator` (see `policy_loss`)."""
+    """Estimate KL(learner ‖ reference) per token [E] by `config.kl_estimator` (see `policy_loss`)."""
     difference = learner - reference.detach()
     if config.kl_estimator == "k1":
         return difference
@@ -194,7 +199,7 @@ def kl_estimate(learner: torch.Tensor, reference: torch.Tensor, config: LossConf
 
 
 class LossMetrics:
-    """Sums over entries, reduced over ranks before they become means: plain averages over trained tokens."""
+    """Collect sums over entries. The ranks add theirs up before they become averages over all trained tokens."""
 
     SUMS = ("tokens", "ratio", "clipped", "entropy", "kl", "mismatch", "mismatch_kl", "extreme", "staleness", "loss")
 
@@ -206,7 +211,7 @@ class LossMetrics:
     def add(
         self, entries: Entries, terms: LossTerms, loss: torch.Tensor, clipped: torch.Tensor, policy_version: int
     ) -> None:
-        """Count one micro-batch. The mismatch is learner − generator log-probability of the same token."""
+        """Count one micro-batch. The mismatch is the learner's minus the generator's log-probability of a token."""
         gap = (terms.learner_logprobs - entries.generator_logprobs).double()
         ratio = bounded_ratio(gap)
         values = {
@@ -229,9 +234,10 @@ class LossMetrics:
             self.mismatch_max = torch.maximum(self.mismatch_max, gap.abs().max().cpu())
 
     def result(self) -> dict[str, float]:
-        """Means per trained token, by name; `mismatch_kl` estimates KL(generator ‖ learner) (k3 on its samples).
+        """Return the metrics by name; all but `loss`, `trained_tokens`, `mismatch_max` and `extreme_ratios` are means.
 
-        `extreme_ratios`: how many tokens had a log-ratio beyond ±MAX_LOG_RATIO.
+        `mismatch_kl` estimates KL(generator ‖ learner) by k3 on the generator's samples. `extreme_ratios` counts the
+        tokens whose log-ratio was beyond ±MAX_LOG_RATIO.
         """
         sums = dict(zip(self.SUMS, self.sums.tolist(), strict=True))
         tokens = max(sums["tokens"], 1.0)

@@ -1,8 +1,8 @@
-"""What one token gains by its ratio: the part of the loss that trainers differ in. One function an objective.
+"""Compute what a token gains by its ratio, the part of the loss in which trainers differ.
 
-Each takes the ratio ρ = learner / anchor [E], with its gradient, the learner's log-probabilities [E] and the entries,
-and returns the gain [E] that is to be maximised and which entries [E] the objective clipped. A new one is a function
-here and a name in `OBJECTIVES` and in `loss.objective`.
+Every objective is one function. It takes the ratio ρ = learner / anchor [E] with its gradient, the learner's
+log-probabilities [E] and the entries. It returns the gain [E], which is maximised, and which entries [E] it clipped.
+To add one, write a function here and name it in `OBJECTIVES` and in `loss.objective`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Objective = Callable[[torch.Tensor, torch.Tensor, Entries, LossConfig], tuple[to
 def ppo(
     ratio: torch.Tensor, learner_logprobs: torch.Tensor, entries: Entries, config: LossConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """P·min(ρ, 1 + ε_high) + N·min(max(ρ, 1 − ε_low), dual_clip): a clipped token has no gradient.
+    """Return P·min(ρ, 1 + ε_high) + N·min(max(ρ, 1 − ε_low), dual_clip). A clipped token has no gradient.
 
     arXiv 1707.06347, eq. 7, with ε_low ≠ ε_high (DAPO, arXiv 2503.14476, eq. 10) and the dual clip of arXiv 1912.09729.
     """
@@ -33,9 +33,10 @@ def ppo(
 def cispo(
     ratio: torch.Tensor, learner_logprobs: torch.Tensor, entries: Entries, config: LossConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """min(ρ, 1 + ε_high)·(P + N)·log π, the weight detached: it is clipped, but every token keeps a gradient.
+    """Return min(ρ, 1 + ε_high)·(P + N)·log π, with the first factor detached.
 
-    MiniMax-M1 (arXiv 2506.13585), eqs. 4 and 5, without a lower bound, as there.
+    That factor is clipped, but every token keeps a gradient. MiniMax-M1 (arXiv 2506.13585), eqs. 4 and 5; like there,
+    it has no lower bound.
     """
     weight = ratio.detach().clamp(max=1 + config.eps_clip_high)
     credit = entries.positive + entries.negative

@@ -1,4 +1,7 @@
-"""The policy's tensors by their Hugging Face names, whatever trains them: ZeRO-3 gathered in buckets, LoRA merged."""
+"""Give the policy's tensors by their Hugging Face names, whatever trains them.
+
+Tensors that ZeRO-3 partitions are gathered in buckets, and LoRA is merged.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -13,7 +16,7 @@ _LORA_BASE = ".base_layer."
 
 
 def add_lora(policy: Any, rank: int, *, seed: int) -> None:
-    """Inject LoRA adapters (arXiv 2106.09685) into every linear layer but the head; from then on only they train.
+    """Inject LoRA adapters (arXiv 2106.09685) into every linear layer but the head. From then on only they train.
 
     alpha = LORA_SCALE · rank, so W = W₀ + LORA_SCALE · B A.
     """
@@ -29,11 +32,12 @@ def add_lora(policy: Any, rank: int, *, seed: int) -> None:
 
 
 def policy_buckets(policy: Any, bucket_bytes: int, *, adapter_only: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-    """The plain model's tensors by name, `bucket_bytes` at a time (or one tensor that is larger), on all ranks alike.
+    """Yield the plain model's tensors by name, at most `bucket_bytes` at a time (or one tensor that is larger).
 
-    With `adapter_only` the LoRA adapter's instead: `<layer>.lora_A.weight`, `<layer>.lora_B.weight`. What is handed
-    out is whole, and shares the parameters' memory, only until the next bucket is asked for. Tied parameters appear
-    once, under the name of the first (transformers ties the head to the embedding).
+    All ranks must iterate together. A bucket is valid only until the next one is asked for: until then its tensors are
+    whole and share the parameters' memory. Tied parameters appear once, under the first name (transformers ties the
+    head to the embedding). With `adapter_only` the tensors are the LoRA adapter's instead:
+    `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
     """
     bucket: list[_Entry] = []
     for name, parameter in policy.named_parameters():
@@ -56,7 +60,8 @@ def policy_buckets(policy: Any, bucket_bytes: int, *, adapter_only: bool = False
 class _Entry(NamedTuple):
     name: str
     parameter: nn.Parameter
-    lora_layer: Any  # whose adapter is added to the parameter; None: there is none
+    lora_layer: Any
+    """The layer whose adapter is added to the parameter (None: there is none)."""
 
 
 def _gathered(bucket: list[_Entry]) -> Iterator[dict[str, torch.Tensor]]:
@@ -67,7 +72,7 @@ def _gathered(bucket: list[_Entry]) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _merged_weight(entry: _Entry) -> torch.Tensor:
-    """W₀ + LORA_SCALE · B A without a second buffer of W's size."""
+    """Return W₀ + LORA_SCALE · B A, without a second buffer of W's size."""
     base, layer = entry.parameter, entry.lora_layer
     if layer is None:
         return base
@@ -76,12 +81,15 @@ def _merged_weight(entry: _Entry) -> torch.Tensor:
 
 
 def full_bytes(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, which ZeRO-3 may have partitioned."""
+    """Return the bytes of the whole parameter, even if ZeRO-3 has partitioned it."""
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
 def merged(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the plain model, from the names in a policy with or without adapters and what `read` gives."""
+    """Yield (name, tensor) of the plain model.
+
+    `names` are those of a policy with or without adapters, and `read` gives the tensor of a name.
+    """
     for name in names:
         if ".lora_" in name:
             continue

@@ -1,7 +1,7 @@
-"""At the learner's start, compare one small branched row with the model's own forward pass.
+"""Compare one small branched row with the model's own forward pass when the learner starts.
 
-Models come in hundreds of architectures; which of them heed the attention and the positions of a packed row cannot be
-read off a list. So it is measured, with the very weights that are to be trained:
+There are hundreds of architectures, and no list says which of them respect the attention and the positions of a packed
+row. So it is measured, with the very weights that are going to be trained:
 
     a a a a ─┬─ b b b ─┬─ c c c          packed row: each token once
              │         └─ d d            own forward: a b c, a b d, a e, one after another
@@ -17,8 +17,10 @@ import torch
 from trace_async.config import Config, ConfigError
 from trace_async.packing.layout import Entries, Layout, PackedBatch, concatenate
 
-# Of log-probabilities. Rounding in fp32 is below 1e-4; bfloat16 is told apart only from coarse faults.
+# The largest difference of log-probabilities that passes. Rounding in fp32 is below 1e-4. In bfloat16 it is so large
+# that only coarse faults stand out.
 TOLERANCE = {"float32": 5e-3, "bfloat16": 0.5}
+# The three branches of the row above as (start, end) of their rows, and the Layout of the row.
 _PATHS = (((0, 4), (4, 7), (7, 10)), ((0, 4), (4, 7), (10, 12)), ((0, 4), (12, 16)))
 _POSITIONS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 7, 8, 4, 5, 6, 7)
 _ENDS = (16, 16, 16, 16, 12, 12, 12, 10, 10, 10, 12, 12, 16, 16, 16, 16)
@@ -30,8 +32,8 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 def check_packed_rows(config: Config, vocab_size: int, packed: Logprobs, own: Logits, *, flat: bool) -> None:
     """Raise ConfigError when `packed` and the model's own logits disagree.
 
-    `packed`: log-probabilities [E] of a batch's entries, as in training. `own`: logits [T, vocab] of one row [1, T],
-    by the model alone. Every rank has to call it: both compute with weights that may be partitioned.
+    `packed` gives the log-probabilities [E] of a batch's entries, as in training. `own` gives the logits [T, vocab] of
+    one row [1, T] by the model alone. Every rank must call this, because both may compute with partitioned weights.
     """
     ids = np.random.default_rng(0).integers(0, vocab_size, size=len(_ENDS))
     batch = _flat_row(ids) if flat else _tree_row(ids)
@@ -39,8 +41,9 @@ def check_packed_rows(config: Config, vocab_size: int, packed: Logprobs, own: Lo
         with torch.no_grad():
             found = packed(batch).float().cpu()
             rows = [_logprobs(own(torch.tensor(ids[_rows(path)])[None]), ids[_rows(path)], config) for path in _PATHS]
-    except Exception as error:  # code of any model there is
+    except Exception as error:  # the code is that of any model there is, so any error is possible
         raise ConfigError(_message(config, f"cannot compute a packed row ({type(error).__name__}: {error})")) from error
+    # In the tree, a token that two branches share is predicted once, so only what a branch adds is expected of it.
     expected = torch.cat(rows if flat else [rows[0], rows[1][6:], rows[2][3:]])
     gap = float((found - expected).abs().max())
     if not gap <= TOLERANCE[config.learner.dtype]:

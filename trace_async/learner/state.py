@@ -1,9 +1,11 @@
-"""A learner in a checkpoint: full fp32 tensors by name, whatever ZeRO stage and number of ranks wrote or reads them.
+"""Save a learner in a checkpoint and load it, as full fp32 tensors by name.
+
+So a checkpoint does not depend on the ZeRO stage or the number of ranks that wrote it.
 
 learner/
   learner.json              optimizer steps, LoRA rank, the shards
-  tensors-0000.safetensors  "value/<name>", "exp_avg/<name>", "exp_avg_sq/<name>", about a gigabyte a file; the ranks
-                            share the files out, each writes its own
+  tensors-0000.safetensors  "value/<name>", "exp_avg/<name>", "exp_avg_sq/<name>", about a gigabyte a file; every rank
+                            writes some of the files
   policy/                   config.json, tokenizer, …: all of the start policy's folder but its weights
 """
 
@@ -38,16 +40,19 @@ _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".ggu
 
 
 class Shard(NamedTuple):
-    """A file of a checkpoint: the rank that writes it, and the parameters in it."""
+    """A file of a checkpoint."""
 
     rank: int
+    """The rank that writes it."""
     names: list[str]
+    """The parameters in it."""
 
 
 def plan_shards(num_bytes: Mapping[str, int], num_ranks: int) -> list[Shard]:
-    """Parameters (name → bytes with optimizer state) dealt out to the ranks in their order, the same on all ranks.
+    """Deal the parameters (name → bytes with optimizer state) out to the ranks, in their order.
 
-    A parameter goes to the rank that has least so far; a rank begins a new file when its last one has SHARD_BYTES.
+    A parameter goes to the rank that has least so far. A rank begins a new file when its last one has SHARD_BYTES.
+    The plan is the same on all ranks, because it depends on nothing else.
     """
     shards: list[Shard] = []
     total, in_file = [0] * num_ranks, [0] * num_ranks
@@ -65,8 +70,11 @@ def plan_shards(num_bytes: Mapping[str, int], num_ranks: int) -> list[Shard]:
 
 
 def save_learner(learner: Learner, folder: Path) -> None:
-    """Called on all ranks; each writes its shards into `folder` (made), which all must see. OSError when the disk of a
-    rank does not take them; its peers are not left waiting for it then."""
+    """Write the learner into `folder`, which is made and which all ranks must see. Called on all ranks together.
+
+    Each rank writes its own shards. Raises OSError when the disk of a rank does not take them; even then its peers do
+    not wait for it without end.
+    """
     shards = plan_shards({n: _bytes_with_state(p) for n, p in learner.policy.named_parameters()}, learner.world_size)
     states = _own_states(learner, shards)
     try:
@@ -79,11 +87,14 @@ def save_learner(learner: Learner, folder: Path) -> None:
             _write_record(learner, len(shards), folder)
     finally:
         for _ in states:
-            pass  # every rank gathers to the end
+            pass  # gather to the end even after an error, because the other ranks wait in the same collective calls
 
 
 def _own_states(learner: Learner, shards: list[Shard]) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """(index of the shard, its tensors) for the shards of this rank; all ranks gather every parameter together."""
+    """Yield (index of the shard, its tensors) for the shards of this rank.
+
+    All ranks must iterate to the end, because they gather every parameter together.
+    """
     shard_of = {name: index for index, shard in enumerate(shards) for name in shard.names}
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in learner.policy.named_parameters():
@@ -109,8 +120,10 @@ def _write_record(learner: Learner, num_shards: int, folder: Path) -> None:
 
 
 def load_learner(learner: Learner, folder: Path) -> None:
-    """The inverse, called on all ranks, of which there may be more or fewer than at the save. CheckpointError when the
-    checkpoint is of another model."""
+    """Read what `save_learner` wrote. Called on all ranks, of which there may be more or fewer than at the save.
+
+    Raises CheckpointError when the checkpoint is of another model.
+    """
     record = _record(folder)
     parameters = dict(learner.policy.named_parameters())
     missing = set(parameters)
@@ -135,18 +148,24 @@ def load_learner(learner: Learner, folder: Path) -> None:
 
 
 def export_learner(learner: Learner, target: Path) -> None:
-    """The current policy as a Hugging Face folder, called on all ranks; `target` appears only when it is whole."""
+    """Write the current policy as a Hugging Face folder. Called on all ranks together.
+
+    `target` appears only when it is complete.
+    """
     buckets = policy_buckets(learner.policy, learner.config.learner.weight_bucket_bytes)
     try:
         if learner.is_first:
             _write_policy(buckets, learner.policy_path, target)
     finally:
         for _ in buckets:
-            pass  # every rank gathers to the end
+            pass  # gather to the end even after an error, because the other ranks wait in the same collective calls
 
 
 def export_checkpoint(folder: Path, target: Path) -> None:
-    """The policy of a checkpoint's `learner` folder as a Hugging Face folder, LoRA merged; needs no ranks."""
+    """Write the policy of a checkpoint's `learner` folder as a Hugging Face folder, LoRA merged.
+
+    This needs no ranks and no DeepSpeed.
+    """
     record = _record(folder)
     dtype = _DTYPES[record["dtype"]]
     with contextlib.ExitStack() as stack:
@@ -189,7 +208,7 @@ def _record(folder: Path) -> Any:
 
 
 def _tensors(folder: Path, shards: Iterable[str]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """(parameter name, its tensors by `value`, `exp_avg`, `exp_avg_sq`), one at a time."""
+    """Yield (parameter name, its tensors by `value`, `exp_avg` and `exp_avg_sq`), one parameter at a time."""
     for shard in shards:
         with _opened(folder / shard) as file:
             keys = set(file.keys())
@@ -208,7 +227,10 @@ def _opened(shard: Path) -> Iterator[Any]:
 
 
 def _write_policy(buckets: Iterable[dict[str, torch.Tensor]], source: Path, target: Path) -> None:
-    """One safetensors file, or several and their index, at most EXPORT_BYTES of tensors in memory at a time."""
+    """Write a Hugging Face folder: one safetensors file, or several and their index.
+
+    At most EXPORT_BYTES of tensors are in memory at a time.
+    """
     if target.exists():
         raise ValueError(f"export to {target}: it exists already; name a new folder")
     partial = target.with_name(f".exporting-{target.name}")
@@ -240,6 +262,6 @@ def _write_policy(buckets: Iterable[dict[str, torch.Tensor]], source: Path, targ
 def _copy_all_but_weights(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for path in source.iterdir():
-        # ORIGIN_FILE holds the hashes of the start policy's weights, which these are not.
+        # ORIGIN_FILE holds the hashes of the start policy's weights. They would not fit the trained ones.
         if path.is_file() and path.name != ORIGIN_FILE and not path.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(path, target / path.name)
