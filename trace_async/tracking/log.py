@@ -1,7 +1,8 @@
-"""`<run_dir>/metrics.jsonl`, the source of truth about a run's figures.
+"""Read and write `<run_dir>/metrics.jsonl`, the source of truth about a run's figures.
 
-One flat JSON object a line: `step`, `time` (Unix seconds) and the metrics. Step s is after s updates of the policy;
-step 0 is the start policy. Several lines may have the same step (figures of the update, then of its evaluation).
+Every line is a flat JSON object with `step`, `time` (Unix seconds) and the metrics. Step s is after s updates of the
+policy, and step 0 is the start policy. Several lines may have the same step: first the figures of the update, then
+those of its evaluation.
 """
 
 import json
@@ -16,16 +17,17 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(run_dir: str | Path) -> list[Point]:
-    """The points of a run in the order they were logged; NaN where a metric was not finite.
+    """Return the points of a run in the order of logging. A metric that was not finite is NaN.
 
-    A last line that a killed process left unfinished is passed over; any other broken line is a ValueError that
-    names file and line.
+    A last line that a killed process left unfinished is skipped. Any other broken line raises ValueError, which names
+    file and line.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         return []
     points = []
     lines = path.read_bytes().split(b"\n")
+    # Behind the last newline is nothing, or the beginning of a line that was never finished.
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line)
@@ -38,19 +40,19 @@ def read_metrics(run_dir: str | Path) -> list[Point]:
 
 
 def point_line(point: Point) -> str:
-    """One line of the file."""
-    # JSON has no NaN; None stands for it and for the infinities.
+    """Return a point as one line of the file."""
+    # JSON has no NaN and no infinity; null stands for all of them.
     metrics = {key: value if math.isfinite(value) else None for key, value in point.metrics.items()}
     return json.dumps({"step": point.step, "time": round(point.time, 3), **metrics}) + "\n"
 
 
 def write_metrics(run_dir: str | Path, points: Iterable[Point]) -> None:
-    """Replace the file of a run in one step."""
+    """Replace the metrics file of a run in one step."""
     write_whole(Path(run_dir) / METRICS_FILE, "".join(map(point_line, points)))
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a resumed process, sees the old one or the new one, never a half."""
+    """Write a file so that a reader, or a resumed process, sees the whole old file or the whole new one."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

@@ -1,4 +1,4 @@
-"""Figures of one update's trees and of an evaluation, by the names under which they are logged."""
+"""Compute the figures of an update's trees and of an evaluation, by the names under which they are logged."""
 
 import logging
 from collections import Counter, defaultdict
@@ -14,21 +14,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalRollout:
-    """One held-out rollout; `error` names what broke down when it was lost (then it has no reward)."""
+    """One held-out rollout."""
 
     task_id: str
     domain: str
     kind: str
     reward: float | None
+    """The verifier's reward (None: the rollout was lost)."""
     metrics: Mapping[str, float]
+    """The environment's further numbers about it."""
     generated_tokens: int
     num_turns: int
     error: str = ""
+    """The kind of loss when the rollout was lost."""
     faults: Mapping[str, Fault] = field(default_factory=dict)
+    """What broke down on the way, as in `RolloutTree`."""
 
 
 def eval_rollout(tree: RolloutTree) -> EvalRollout:
-    """The one rollout of a tree that was grown for evaluation."""
+    """Return the one rollout of a tree that was grown for evaluation."""
     rollout = tree.rollouts[0] if tree.rollouts else None
     return EvalRollout(
         task_id=tree.task.id,
@@ -44,15 +48,16 @@ def eval_rollout(tree: RolloutTree) -> EvalRollout:
 
 
 def level_of(kind: str) -> str:
-    """Kinds such as "middle-3hop" are grouped by what stands before the first "-"."""
+    """Return the part of a kind before the first "-", by which reports group: "middle" of "middle-3hop"."""
     return kind.partition("-")[0]
 
 
 def tree_metrics(trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
-    """What the trees of one update hold. Rewards and lengths are of root rollouts: continuations are chosen, so biased.
+    """Compute the figures of one update's trees.
 
-    `train/effective_ratio`: share of the prompts with both outcomes among their leaves; `cache/depth_d`: share of the
-    prompt tokens of turn d's requests that came from the KV cache.
+    `train/reward` and `train/overlong_share` are of root rollouts only, because continuations start at chosen turns
+    and would bias them. `train/effective_ratio` is the share of prompts whose leaves have both outcomes.
+    `cache/depth_d` is the share of the prompt tokens of turn d's requests that came from the KV cache.
     """
     roots = [rollout for tree in trees for rollout in tree.rollouts if rollout.kind == "root"]
     both = [tree for tree in trees if tree.has_both_outcomes]
@@ -93,10 +98,10 @@ def _cache_metrics(trees: Sequence[RolloutTree]) -> dict[str, float]:
 
 
 def eval_metrics(rollouts: Sequence[EvalRollout], temperature: float) -> dict[str, float]:
-    """Held-out success at a temperature: all, by kind, by domain, with further metrics of the verifier.
+    """Compute held-out success at a temperature: over all tasks, by kind and by domain, and the verifier's metrics.
 
-    `heldout/lost_tasks`: tasks that broke down; with any, the evaluation is incomplete. When they are more than one in
-    ten there is no success, since the average of the others would mislead.
+    `heldout/lost_tasks` counts tasks that broke down; if there are any, the evaluation is incomplete. If more than one
+    in ten broke down, no success is reported, because the average of the others would mislead.
     """
     suffix = f"t{temperature:.1f}"
     whole = [(rollout, rollout.reward) for rollout in rollouts if rollout.reward is not None]
@@ -117,7 +122,7 @@ def eval_metrics(rollouts: Sequence[EvalRollout], temperature: float) -> dict[st
     for group, values in (item for grouping in groups for item in grouping.items()):
         metrics[f"heldout/success_{suffix}/{group}"] = float(np.mean(values))
     for name, values in _group((name, value) for r, _ in whole for name, value in r.metrics.items()).items():
-        # An environment's metric may be called as one of ours, such as "success" or "turns".
+        # An environment's metric may have the name of one of ours, such as "success" or "turns".
         taken = f"heldout/{name}_{suffix}" in metrics
         metrics[f"heldout/{'env_' if taken else ''}{name}_{suffix}"] = float(np.sum(values)) / len(whole)
     return metrics

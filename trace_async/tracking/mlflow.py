@@ -1,9 +1,9 @@
-"""Where a run's figures go: `<run_dir>/metrics.jsonl` at once and always, and MLflow from a thread of its own.
+"""Log a run's figures to `<run_dir>/metrics.jsonl` at once, and to MLflow from a thread.
 
-The file is the source of truth (`metrics_log.py`). MLflow gets the same points behind a queue, so that the trainer
-never waits for it; when the tracking server does not answer, one warning says so, the points wait, and training goes
+The file is the source of truth (`tracking/log.py`). MLflow gets the same points through a queue, so that the trainer
+never waits for it. When the tracking server does not answer, one warning says so, the points wait, and training goes
 on. A resumed run goes on in the same MLflow run: the thread asks what is there already, adds what the file has and
-MLflow lacks, and logs no (metric, step) a second time.
+MLflow lacks, and logs no (metric, step) twice.
 """
 
 import atexit
@@ -37,23 +37,26 @@ Log = Callable[[str], None]
 
 
 def tracking_uri(config: Config) -> str:
-    """`tracking.uri`, or a sqlite store beside the runs."""
+    """Return `tracking.uri`, or the address of a sqlite store beside the runs."""
     return config.tracking.uri or f"sqlite:///{Path(config.output_dir).absolute() / 'mlflow.db'}"
 
 
 def ui_command(config: Config) -> str:
-    """The command that shows the runs, reachable from this machine only."""
+    """Return the command that shows the runs in a browser, reachable from this machine only."""
     return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri(config))} --host 127.0.0.1"
 
 
 def saved_run_id(run_dir: str | Path) -> str | None:
-    """The MLflow run that `run_dir` was logged to, for `Tracker.start(resume_run_id=…)`; None: there was none yet."""
+    """Return the MLflow run that `run_dir` was logged to (None: there was none yet).
+
+    `Tracker.start(resume_run_id=…)` takes it.
+    """
     path = Path(run_dir) / RUN_ID_FILE
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def end_abandoned(config: Config, run_dir: Path) -> None:
-    """End the MLflow run of a process that was killed, which would stay RUNNING. Says so when the store is away."""
+    """End the MLflow run of a process that was killed; it would stay RUNNING. Prints a line when that fails."""
     run_id = saved_run_id(run_dir)
     if run_id is None:
         return
@@ -68,7 +71,7 @@ def end_abandoned(config: Config, run_dir: Path) -> None:
 
 
 class Tracker:
-    """Logs one run. Methods return at once; `finish` waits (at most a minute) until MLflow has everything."""
+    """Logs one run. Its methods return at once; only `finish` waits, at most a minute, until MLflow has everything."""
 
     def __init__(self, run_dir: Path, mirror: "_MlflowMirror") -> None:
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
@@ -88,11 +91,12 @@ class Tracker:
         parent_run_id: str | None = None,
         log: Log = print,
     ) -> "Tracker":
-        """Begin (or go on with) the log of `run_dir`.
+        """Begin the log of `run_dir`, or go on with it.
 
-        `resume_step`: the step of the checkpoint that training goes on from; later points in the file belong to work
-        that is done again and are dropped. None: a new run; ValueError when the directory already holds points.
-        `parent_run_id`: the MLflow run of a comparison (default: the environment's TRACE_ASYNC_PARENT_RUN).
+        `resume_step` is the step of the checkpoint that training goes on from. Later points in the file belong to work
+        that is done again, so they are dropped. None begins a new run, and raises ValueError when the directory
+        already holds points. `parent_run_id` is the MLflow run of a comparison (default: the environment variable
+        TRACE_ASYNC_PARENT_RUN).
         """
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -109,11 +113,14 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run; None until the tracking store has answered (see `saved_run_id` for later)."""
+        """The MLflow run (None until the tracking store has answered; `saved_run_id` finds it later)."""
         return self._mirror.run_id
 
     def wait_for_run_id(self, timeout_s: float = FINISH_LIMIT_S) -> str | None:
-        """The MLflow run as soon as there is one, for child runs to name; None: the store did not answer in time."""
+        """Wait until there is an MLflow run and return it, for child runs to name.
+
+        Returns None when the store did not answer in time.
+        """
         self._mirror.connected.wait(timeout_s)
         return self._mirror.run_id
 
@@ -125,7 +132,10 @@ class Tracker:
         self._mirror.queue.put(point)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Copy a file or directory to the run's artifacts; it must stay unchanged for the next seconds."""
+        """Copy a file or directory to the run's artifacts.
+
+        The thread copies it later, so it must stay unchanged for the next seconds.
+        """
         self._mirror.queue.put(_Artifact(folder, Path(path), None))
 
     def log_text(self, text: str, artifact_file: str) -> None:
@@ -133,7 +143,10 @@ class Tracker:
         self._mirror.queue.put(_Artifact(artifact_file, None, text))
 
     def finish(self, status: RunStatus = "FINISHED") -> None:
-        """Hand MLflow what is left and end the run there; says what is missing when it cannot. Call once or more."""
+        """Send MLflow what is left, and end the run there. Logs what is missing when it cannot.
+
+        Calls after the first do nothing.
+        """
         if self._finished:
             return
         self._finished = True
@@ -144,13 +157,16 @@ class Tracker:
 
 @dataclass(frozen=True, slots=True)
 class _Artifact:
+    """Something to keep beside the figures: a file or directory (`path`) or a text."""
+
     target: str
+    """The folder for a path, or the file's name for a text, among the run's artifacts."""
     path: Path | None
     text: str | None
 
 
 class _MlflowMirror:
-    """The thread that repeats a run's log to MLflow. Everything that may block or fail happens in it."""
+    """Repeats a run's log to MLflow in a thread. Everything that may block or fail happens in that thread."""
 
     def __init__(
         self, config: Config, run_dir: Path, run_id: str | None, parent: str | None, kept: list[Point], log: Log
@@ -181,7 +197,7 @@ class _MlflowMirror:
             )
 
     def _work(self) -> None:
-        """Wait for work, hand it on, keep what could not be handed on; ends after a status, with one last try."""
+        """Wait for work, send it to MLflow, and keep what could not be sent. Ends after a status, with a last try."""
         quiet_mlflow()
         status: RunStatus | None = None
         self._try(status)
@@ -191,7 +207,7 @@ class _MlflowMirror:
             self._try(status)
 
     def _collect(self, timeout_s: float | None) -> RunStatus | None:
-        """Wait for the next work (or until `timeout_s` has passed) and take all there is; a status ends the log."""
+        """Wait for work, at most `timeout_s`, and take all that is there. Returns a status if one ends the log."""
         try:
             work = self.queue.get(timeout=timeout_s)
             while True:
@@ -226,7 +242,7 @@ class _MlflowMirror:
             self._warned = True
 
     def _connect(self) -> "MlflowClient":
-        """Open the store, make the run or find it again, and learn which points it has."""
+        """Open the store, make the run or find it again, and ask which points it has."""
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=tracking_uri(self._config))
@@ -304,18 +320,24 @@ class _MlflowMirror:
 
 
 def quiet_mlflow() -> None:
-    """Before mlflow is imported: no telemetry, no chatter, and no minutes of retries against a dead server."""
+    """Turn off MLflow's telemetry, its chatter, and minutes of retries against a dead server.
+
+    Must be called before mlflow is imported, because it reads these variables then.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-    for name in ("mlflow", "alembic"):  # imported before us, perhaps
+    for name in ("mlflow", "alembic"):  # in case somebody has imported them before
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def experiment_id(client: "MlflowClient", config: Config) -> str:
-    """The experiment of `tracking.experiment`, made when new; its artifacts lie under the output directory."""
+    """Return the id of the experiment `tracking.experiment`, which is made if it is new.
+
+    With a sqlite store its artifacts lie under the output directory.
+    """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(config.tracking.experiment)
@@ -327,7 +349,8 @@ def experiment_id(client: "MlflowClient", config: Config) -> str:
     try:
         return client.create_experiment(config.tracking.experiment, artifact_location=location)
     except MlflowException:
-        found = client.get_experiment_by_name(config.tracking.experiment)  # another run was quicker?
+        # Another run may have made it in the meantime.
+        found = client.get_experiment_by_name(config.tracking.experiment)
         if found is None:
             raise
         return found.experiment_id

@@ -1,7 +1,7 @@
-"""What a run says while it trains: a live table in a terminal, one short line per update anywhere else.
+"""Show a run while it trains: a live table in a terminal, one short line per update anywhere else.
 
-Metrics that are read, when there (a missing one shows as –). Shares and probabilities are in 0..1; everything is of the
-update itself unless it is called a total; held-out figures stay shown until newer ones come:
+These metrics are shown; a missing one shows as –. Shares and probabilities are in 0..1. A figure is of the latest
+update unless it is called a total. Held-out figures stay until newer ones come:
 
     train/reward                    mean reward of the trees of the update
     train/effective_ratio           share of its prompts whose leaves disagree; train/prompts_both_outcomes: how many
@@ -40,14 +40,15 @@ PHASES = {
     "sync": "sync",
     "checkpoint": "checkpoint",
 }
-RECENT = 10  # updates that the time left is judged by
+RECENT = 10  # the time left is estimated from so many updates
 BARS = "▁▂▃▄▅▆▇█"
 
 
 class Progress:
-    """Shows a run of `total_updates` updates that may end sooner, after `token_budget` generated tokens (0: no bound).
+    """Shows a run of `total_updates` updates.
 
-    `tokens_before`: tokens spent before a resumed run went on. `clock` gives seconds.
+    The run may end sooner, after `token_budget` generated tokens (0: no such limit). `tokens_before` are those that a
+    resumed run had generated before. `clock` gives seconds.
     """
 
     def __init__(
@@ -89,11 +90,14 @@ class Progress:
             self._live.stop()
 
     def message(self, text: str) -> None:
-        """A line of its own, above the table."""
+        """Print a line of its own, above the table."""
         self._console.print(Text(printable(text)), soft_wrap=True)
 
     def update(self, update_index: int, metrics: Mapping[str, float]) -> None:
-        """Update number `update_index` (the first is 1) is done, or (only held-out figures) was tested."""
+        """Show that update number `update_index` (the first is 1) is done.
+
+        If `metrics` holds only held-out figures, show that it was evaluated.
+        """
         self._note_heldout(metrics)
         now = self._clock()
         if any(key.startswith("train/") for key in metrics):
@@ -108,7 +112,7 @@ class Progress:
             self._live.update(self.table(), refresh=True)
 
     def _note_update(self, update_index: int, metrics: Mapping[str, float], now: float) -> None:
-        # By the clock, the first update would count the start of the actors too.
+        # Measured by our own clock, the first update would include the start of the actors.
         self._durations.append(metrics.get("time/step_s", now - self._last))
         self._update = update_index
         self._latest = metrics
@@ -119,7 +123,10 @@ class Progress:
             self._rewards.append(metrics["train/reward"])
 
     def seconds_left(self) -> float | None:
-        """Until the last update or the end of the token budget, whichever comes first; None: nothing to judge by."""
+        """Estimate the seconds until the last update or the end of the token budget, whichever comes first.
+
+        Returns None before the first update.
+        """
         if not self._durations:
             return None
         updates_left = float(max(0, self._total - self._update))
@@ -129,7 +136,7 @@ class Progress:
         return updates_left * statistics.mean(self._durations)
 
     def line(self) -> str:
-        """The run in one line."""
+        """Describe the run in one line."""
         parts = [
             f"update {self._update}/{self._total}",
             f"success {self._show('train/reward')}",
@@ -142,7 +149,7 @@ class Progress:
         return "  ".join([*parts, f"left {_duration(self.seconds_left())}"])
 
     def table(self) -> Group:
-        """The run as a table."""
+        """Render the run as a table."""
         head = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=self._total, completed=self._update, width=32)
         left = f"{_duration(self._last - self._started)} so far, {_duration(self.seconds_left())} left"
@@ -208,7 +215,7 @@ _NAMES = {"heldout/success_t1.0": "t=1", "heldout/success_t0.0": "greedy"}
 
 
 def sparkline(values: "deque[float] | list[float]") -> str:
-    """Shares in 0..1 as a row of bars."""
+    """Draw shares in 0..1 as a row of bars. NaN is left out."""
     return "".join(BARS[min(len(BARS) - 1, max(0, int(value * len(BARS))))] for value in values if value == value)
 
 

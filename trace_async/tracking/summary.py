@@ -1,4 +1,4 @@
-"""What a finished run says at its end, read from its metrics: what improved, what it cost."""
+"""Summarise a finished run from its metrics: what improved, and what it cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Change:
 
 
 def heldout_changes(points: Sequence[Point]) -> list[Change]:
-    """Held-out success by temperature, domain and level, first evaluation against the last."""
+    """Compare held-out success in the first and the last evaluation, by temperature, domain and level."""
     evaluations = [point for point in points if any(key.startswith("heldout/") for key in point.metrics)]
     if len(evaluations) < 2:
         return []
@@ -38,7 +38,7 @@ def heldout_changes(points: Sequence[Point]) -> list[Change]:
 
 
 def summarise(points: Sequence[Point]) -> str:
-    """A few plain lines; the figures are of all updates unless a third is named."""
+    """Return a few plain lines. A figure covers all updates unless it names a third of them."""
     updates = [point.metrics for point in points if "train/effective_ratio" in point.metrics]
     lines = ["", "Held-out success                      before    after"]
     for change in heldout_changes(points):
