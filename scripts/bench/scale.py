@@ -215,89 +215,106 @@ def simulated_engine(index: int, load: Load, stop_token: int, vocab: int, failur
     return SimulatedEngine(answer, latency=LatencyModel(), failure_rate=failures, seed=index)
 
 
-async def simulate(args: argparse.Namespace, config: Config, policy: Path, routing: str) -> dict[str, float]:
-    """Keep `open_prompts` prompts growing until all are done; figures of the middle of the run."""
-    load = Load()
-    engine_meter, driver_meter = Meter(), Meter()
-    prompt_actors = [PromptActor(config, str(policy), None) for _ in range(args.prompt_actors)]
-    renderer = prompt_actors[0].renderer
-    engines = [
-        simulated_engine(i, load, renderer.stop_token_ids[0], renderer.vocab_size, args.failure_rate)
-        for i in range(args.generators)
-    ]
-    for engine in engines:
-        for name in ("_catch_up", "_admit", "_finish_due", "_answer", "_completion", "_drop"):
-            setattr(engine, name, _outermost(engine_meter, getattr(engine, name)))
-        await engine.start()
-    handles: Any = {f"generator-{i}": SimulatedGenerator(engine) for i, engine in enumerate(engines)}
-    for actor in prompt_actors:
-        kept = actor.router
-        actor.router = ROUTING[routing](
-            spill_requests=kept.spill_requests, wait_s=kept.wait_s, max_retries=kept.max_retries
-        )
-        await actor.announce(handles)
-    tasks = actor.domain.tasks("train")
-    books, loop = Books(), asyncio.get_running_loop()
-    places = asyncio.Semaphore(args.generators * args.requests_per_generator // args.rollouts)
+class Simulation:
+    """Prompt actors, generators and what came of them, under virtual time."""
 
-    async def announce_again() -> None:
+    def __init__(self, args: argparse.Namespace, config: Config, policy: Path, routing: str) -> None:
+        self.args, self.routing = args, routing
+        self.engine_meter, self.driver_meter, self.books = Meter(), Meter(), Books()
+        self.prompt_actors = [PromptActor(config, str(policy), None) for _ in range(args.prompt_actors)]
+        renderer = self.prompt_actors[0].renderer
+        self.engines = [
+            simulated_engine(i, Load(), renderer.stop_token_ids[0], renderer.vocab_size, args.failure_rate)
+            for i in range(args.generators)
+        ]
+        self.handles: Any = {f"generator-{i}": SimulatedGenerator(engine) for i, engine in enumerate(self.engines)}
+        self.tasks = self.prompt_actors[0].domain.tasks("train")
+        self.places = asyncio.Semaphore(args.generators * args.requests_per_generator // args.rollouts)
+
+    async def start(self) -> None:
+        for engine in self.engines:
+            for name in ("_catch_up", "_admit", "_finish_due", "_answer", "_completion", "_drop"):
+                setattr(engine, name, _outermost(self.engine_meter, getattr(engine, name)))
+            await engine.start()
+        for actor in self.prompt_actors:
+            kept = actor.router
+            actor.router = ROUTING[self.routing](
+                spill_requests=kept.spill_requests, wait_s=kept.wait_s, max_retries=kept.max_retries
+            )
+        await self.announce()
+
+    async def announce(self) -> None:
+        for actor in self.prompt_actors:
+            await actor.announce(self.handles)
+
+    async def announce_again(self) -> None:
         """As the pool's watch does: a router leaves out a generator on which a request failed until then."""
         while True:
             await asyncio.sleep(2.0)
-            for actor in prompt_actors:
-                await actor.announce(handles)
+            await self.announce()
 
-    async def grow(number: int) -> None:
+    async def grow(self, number: int) -> None:
+        task = self.tasks[number]
         prompt = PendingPrompt(
-            task_id=tasks[number].id, num_roots=args.rollouts, policy_version=0, root_value=0.5, seed=number
+            task_id=task.id, num_roots=self.args.rollouts, policy_version=0, root_value=0.5, seed=number
         )
         try:
-            tree = await prompt_actors[number % len(prompt_actors)].run_prompt(tasks[number], prompt)
+            tree = await self.prompt_actors[number % len(self.prompt_actors)].run_prompt(task, prompt)
         finally:
-            places.release()
-        with driver_meter.measured():
+            self.places.release()
+        with self.driver_meter.measured():
             # What the object store does with it: pickled by the prompt actor, loaded by the driver.
-            books.enter(pickle.loads(message := pickle.dumps(tree, protocol=5)), len(message))
+            self.books.enter(pickle.loads(message := pickle.dumps(tree, protocol=5)), len(message))
 
-    watch = asyncio.create_task(announce_again())
+    async def grow_all(self) -> list[float]:
+        """Keep all places taken until every prompt has ended; each generator's busy share while prompts were left.
+
+        The last prompts leave generators idle, as the end of any run does, so the window closes before them.
+        """
+        loop = asyncio.get_running_loop()
+        running: set[asyncio.Task[None]] = set()
+        begun, before = 0.0, [0.0] * len(self.engines)
+        for number in range(self.args.prompts):
+            await self.places.acquire()
+            task = asyncio.create_task(self.grow(number))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            if number == self.args.prompts // 10:
+                begun, before = loop.time(), [engine.busy_s for engine in self.engines]
+        window_s = loop.time() - begun
+        busy = [(engine.busy_s - then) / window_s for engine, then in zip(self.engines, before, strict=True)]
+        await asyncio.gather(*running)
+        return busy
+
+
+async def simulate(args: argparse.Namespace, config: Config, policy: Path, routing: str) -> dict[str, float]:
+    """Keep `requests_per_generator` rollouts under way for each generator until all prompts are done; the figures."""
+    simulation = Simulation(args, config, policy, routing)
+    await simulation.start()
+    watch = asyncio.create_task(simulation.announce_again())
     started_cpu = time.process_time()
-    running: set[asyncio.Task[None]] = set()
-    half = None
-    for number in range(args.prompts):
-        await places.acquire()
-        task = asyncio.create_task(grow(number))
-        running.add(task)
-        task.add_done_callback(running.discard)
-        if number == args.prompts // 10:
-            half = (loop.time(), [engine.busy_s for engine in engines])
-    # The last prompts leave generators idle, as the end of any run does: busy shares are taken before.
-    assert half is not None
-    window_s = loop.time() - half[0]
-    busy = [(engine.busy_s - before) / window_s for engine, before in zip(engines, half[1], strict=True)]
-    await asyncio.gather(*running)
+    busy = await simulation.grow_all()
     watch.cancel()
-    cpu_s = time.process_time() - started_cpu
-    health = [await engine.health() for engine in engines]
-    prefilled = sum(h.prompt_tokens - h.cached_tokens for h in health)
-    requests = sum(actor.router.num_requests if hasattr(actor.router, "num_requests") else 0 for actor in prompt_actors)
-    own_s = cpu_s - engine_meter.seconds
+    own_s = time.process_time() - started_cpu - simulation.engine_meter.seconds
+    health = [await engine.health() for engine in simulation.engines]
+    books, seconds = simulation.books, asyncio.get_running_loop().time()
+    prompt_tokens = sum(h.prompt_tokens for h in health)
+    cached_tokens = sum(h.cached_tokens for h in health)
     return {
         "busy_share": float(np.mean(busy)),
         "busy_share_min": float(np.min(busy)),
-        "mean_batch": float(np.mean([engine.mean_batch for engine in engines])),
-        "cached_share": sum(h.cached_tokens for h in health) / sum(h.prompt_tokens for h in health),
-        "prefill_over_limit": prefilled / books.read_tokens,
-        "generated_tokens_per_s": books.generated_tokens / loop.time(),
+        "mean_batch": float(np.mean([engine.mean_batch for engine in simulation.engines])),
+        "cached_share": cached_tokens / prompt_tokens,
+        "prefill_over_limit": (prompt_tokens - cached_tokens) / books.read_tokens,
+        "generated_tokens_per_s": books.generated_tokens / seconds,
         "rollouts": float(books.rollouts),
         "failed": float(sum(books.failed.values())),
-        "virtual_hours": loop.time() / 3600,
+        "virtual_hours": seconds / 3600,
         "own_cpu_ms_per_rollout": 1e3 * own_s / books.rollouts,
-        "driver_cpu_ms_per_rollout": 1e3 * driver_meter.seconds / books.rollouts,
-        "own_cpu_per_generator_s": own_s / (loop.time() * args.generators),
-        "cores_for_our_code": own_s / loop.time(),
+        "driver_cpu_ms_per_rollout": 1e3 * simulation.driver_meter.seconds / books.rollouts,
+        "cores_for_our_code": own_s / seconds,
         "message_kib_per_rollout": books.message_bytes / 1024 / books.rollouts,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        **({"requests": float(requests)} if requests else {}),
     }
 
 
