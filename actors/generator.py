@@ -1,4 +1,4 @@
-"""GeneratorActor: one inference engine behind Ray."""
+"""Run one inference engine in a Ray actor of its own."""
 
 import asyncio
 import time
@@ -18,18 +18,19 @@ from trace_async.weights import WeightBucket, WeightManifest, WeightUpdate, join
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratorStats:
-    """One generator at a moment; the seconds are totals since its start."""
+    """A snapshot of one generator. The seconds are totals since its start."""
 
     health: EngineHealth
     num_requests: int
     """Requests that it has accepted and not answered."""
     busy_s: float
-    """With at least one request."""
+    """Seconds with at least one request."""
     alive_s: float
+    """Seconds since it was made."""
 
 
 class GeneratorActor:
-    """Owns one engine; made a Ray actor by the pool. All methods run in the actor's one event loop."""
+    """Owns one engine. The pool makes it a Ray actor, and all methods run in the actor's one event loop."""
 
     def __init__(self, config: Config, policy_path: str, index: int, log_dir: str) -> None:
         self.engine = make_engine(
@@ -49,12 +50,14 @@ class GeneratorActor:
         self.started = time.monotonic()
 
     async def start(self) -> None:
+        """Load the model. Must have ended before any other method is called."""
         await self.engine.start()
 
     async def generate(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
-        """One sample. EngineTimeoutError when the engine gave nothing in engine.request_timeout_s of work.
+        """Return one sample.
 
-        The time in which weights arrive is not the engine's: it has limits of its own.
+        Raises EngineTimeoutError when the engine has not answered within `engine.request_timeout_s` of its own work.
+        Time in which new weights arrive does not count; weight updates have limits of their own.
         """
         if self.num_requests == 0:
             self.busy_since = time.monotonic()
@@ -78,18 +81,22 @@ class GeneratorActor:
         return completion
 
     async def update_weights(self, update: WeightUpdate) -> int:
-        """Returns the policy version served from now on."""
+        """Serve new weights. Returns the policy version that is served from now on."""
         with self.clock.held():
             await self.engine.update_weights(update)
         return update.manifest.policy_version
 
     async def receive_weights(self, *parts: WeightBucket | WeightManifest) -> int:
-        """`update_weights` with what the learner sends: buckets and, last, their manifest."""
+        """Serve the weights that the learner sends as `parts`: buckets and, last, their manifest.
+
+        Ray fetches an argument from the object store only if it is passed by itself, not inside a list.
+        """
         *buckets, manifest = parts
         assert isinstance(manifest, WeightManifest)
         return await self.update_weights(join_buckets((b for b in buckets if isinstance(b, WeightBucket)), manifest))
 
     async def stats(self) -> GeneratorStats:
+        """Return a snapshot. Raises EngineDeadError or EngineTimeoutError when the engine does not answer."""
         now = time.monotonic()
         running = now - self.busy_since if self.num_requests else 0.0
         return GeneratorStats(
@@ -100,19 +107,20 @@ class GeneratorActor:
         )
 
     async def drained(self) -> None:
-        """Returns when no request is in flight; for a generator that gets no new ones any more."""
+        """Wait until no request is in flight. Only useful for a generator that gets no new ones."""
         await self.idle.wait()
 
     async def close(self) -> None:
+        """Stop the engine and give back what it holds."""
         await self.engine.close()
 
 
 def remote_generator(config: Config, policy_path: Path, index: int, log_dir: Path) -> ActorHandle:
-    """Start a GeneratorActor in a process of its own; `start` must be awaited before use."""
+    """Start a GeneratorActor in a process of its own. Its `start` must be awaited before it is used."""
     actor = ray.remote(GeneratorActor).options(
         num_cpus=config.actors.generator_cpus,
         num_gpus=config.actors.generator_gpus,
-        max_concurrency=4096,
+        max_concurrency=4096,  # requests wait in the engine, which batches them, and not in Ray
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(config.engine.num_threads)}},
     )
     return actor.remote(config, str(policy_path), index, str(log_dir))

@@ -1,10 +1,14 @@
-"""GeneratorPool: the generators' lives. They come and go while the run goes on.
+"""Keep the generators of a run alive: start them, replace those that break, and scale their number.
 
         start ─► ready ─(died, hung, failed a weight update)─► gone ─► restarted ─► weights synced ─► ready
                    └────(one too many)─► draining ─(its last request answered)─► closed
 
-A generator is announced to the prompts only while it is ready, that is alive and serving the current weights. The watch
-runs from `start` to `close`, so whoever uses the pool, training or an evaluation, has its generators replaced.
+A generator is announced to the prompts only while it is ready, which means that it is alive and serves the current
+weights. The watch runs from `start` to `close`. So generators are replaced for everybody who uses the pool, for
+training as well as for an evaluation.
+
+Example with two generators: generator-0 dies. The watch hears of it within seconds, announces generator-1 alone, and
+starts generator-2. Once that has loaded the current weights, generator-1 and generator-2 are announced.
 """
 
 import asyncio
@@ -31,9 +35,10 @@ CLOSE_LIMIT_S = 30.0
 
 
 class GeneratorPool:
-    """Lives in the trainer's process. `announce` tells every PromptActor which generators are ready."""
+    """Holds the generators. It lives in the trainer's process, and all its methods run in one event loop."""
 
     def __init__(self, config: Config, policy_path: Path, log_dir: Path, announce: Announce) -> None:
+        """`announce` tells every PromptActor which generators are ready; it is called at every change."""
         self.config = config
         self.policy_path = policy_path
         self.log_dir = log_dir
@@ -51,7 +56,10 @@ class GeneratorPool:
         self.changing = asyncio.Lock()  # weights never change while a generator is being admitted
 
     async def start(self) -> None:
-        """The first generators, all of them ready, and the watch; raises what the first one that failed said."""
+        """Start the first generators and the watch, and return when all are ready.
+
+        Raises the error of the first generator that failed.
+        """
         results = await asyncio.gather(*(self._add() for _ in range(self.target)), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -59,9 +67,9 @@ class GeneratorPool:
         self.watching = asyncio.create_task(self.watch())
 
     async def resize(self, num_generators: int) -> None:
-        """Scale to `num_generators` while the run goes on; returns before new ones have started.
+        """Scale to `num_generators` while the run goes on. Returns before new ones have started.
 
-        One that leaves gets no new request and is closed once it has answered those it has.
+        A generator that leaves gets no new request, and is closed once it has answered those that it has.
         """
         if num_generators < 1:
             raise ValueError(f"num_generators={num_generators}: keep at least one")
@@ -70,6 +78,7 @@ class GeneratorPool:
         self._refill()
 
     async def _shrink(self) -> None:
+        """Let the generators beyond `target` leave."""
         leaving = [(name, self.ready.pop(name)) for name in list(self.ready)[self.target :]]
         if leaving:
             await self.announce(self.ready)
@@ -79,6 +88,7 @@ class GeneratorPool:
             task.add_done_callback(self.draining.discard)
 
     async def _drain(self, name: str, handle: ActorHandle) -> None:
+        """Close a generator that is leaving, after its last request."""
         limit_s = self.config.engine.request_timeout_s
         try:
             await ask(handle.drained.remote(), who=name, limit_s=limit_s)
@@ -89,9 +99,10 @@ class GeneratorPool:
             ray.kill(handle)
 
     async def update_weights(self, weights: Sequence[ObjectRef], policy_version: int) -> float:
-        """Every ready generator serves `policy_version` when this returns; one that fails is lost and replaced.
+        """Give every ready generator the weights `policy_version`. One that fails is lost and replaced.
 
-        Returns the share of the generators that were updated. Raises when none is left.
+        When this returns, every ready generator serves the version. Returns the share of the generators that took it.
+        Raises EngineError when none is left and no new one can be started.
         """
         async with self.changing:
             self.weights = weights
@@ -115,7 +126,7 @@ class GeneratorPool:
         return updated / max(1, len(handles))
 
     async def watch(self, every_s: float = WATCH_EVERY_S) -> None:
-        """Finds generators that died or hang, replaces them; for ever. `start` begins it."""
+        """Find generators that died or hang, and replace them, without end. `start` begins it."""
         limit_s = self.config.engine.request_timeout_s
         while True:
             await asyncio.sleep(every_s)
@@ -130,17 +141,18 @@ class GeneratorPool:
                     raise answer
             await self._shrink()
             self._refill()
-            # A router leaves out a generator on which a request failed; hearing of it again, it goes back to it.
+            # A router stops using a generator on which a request failed, until it is announced again. This one answers.
             await self.announce(self.ready)
 
     async def stats(self) -> dict[str, GeneratorStats]:
-        """By name, of those that answer."""
+        """Return the snapshots, by name, of the generators that answer."""
         handles = dict(self.ready)
         answers = await ask_all([h.stats.remote() for h in handles.values()], who=list(handles), limit_s=CLOSE_LIMIT_S)
         found = zip(handles, answers, strict=True)
         return {name: answer for name, answer in found if isinstance(answer, GeneratorStats)}
 
     async def close(self) -> None:
+        """Stop the watch and all generators. One that does not close in time is killed."""
         tasks = [*self.starting, *self.draining, *([self.watching] if self.watching else [])]
         for task in tasks:
             task.cancel()
@@ -152,11 +164,13 @@ class GeneratorPool:
             ray.kill(handle)
 
     async def _add(self) -> None:
+        """Start one generator, give it the current weights, and announce it."""
         name, index = f"generator-{self.num_made}", self.num_made
         self.num_made += 1
         handle = remote_generator(self.config, self.policy_path, index, self.log_dir)
         try:
             await self._start(name, handle)
+            # Without the lock, an update between the sync and the entry into `ready` would miss this generator.
             async with self.changing:
                 if self.weights:
                     await self._update_one(name, handle, self.weights)
@@ -182,6 +196,7 @@ class GeneratorPool:
         return await ask(handle.receive_weights.remote(*weights), who=f"{name}, new weights:", limit_s=limit_s)
 
     async def _lose(self, name: str) -> None:
+        """Drop a broken generator, tell the prompts, and kill it. Does nothing if it is gone already."""
         handle = self.ready.pop(name, None)
         if handle is None:
             return
@@ -192,6 +207,7 @@ class GeneratorPool:
         ray.kill(handle)
 
     def _refill(self) -> None:
+        """Begin to start as many generators as are missing, counting those that are starting already."""
         for _ in range(self.target - len(self.ready) - len(self.starting)):
             task = asyncio.create_task(self._replace())
             self.starting.add(task)
@@ -201,7 +217,7 @@ class GeneratorPool:
         try:
             await self._add()
         except BROKEN as error:
-            # The watch tries again; what waits for a generator has its own limit and names this error.
+            # The watch tries again. Whoever waits for a generator has a limit of its own and names this error.
             log.error("a generator could not be started: %r", error)
             self.last_error = error
 

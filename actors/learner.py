@@ -1,4 +1,4 @@
-"""LearnerRank: one DeepSpeed rank behind Ray; LearnerGroup: all of them as one learner, with asyncio methods."""
+"""Run the learner's DeepSpeed ranks as Ray actors (`LearnerRank`) and use them as one learner (`LearnerGroup`)."""
 
 import asyncio
 import socket
@@ -18,11 +18,11 @@ from trace_async.weights import WeightBucket, WeightCount, WeightManifest
 
 
 class LearnerRankError(CallError):
-    """A learner rank died or did not answer in time; the message names it. The group must be closed."""
+    """Report that a learner rank died or did not answer in time; the message names it. The group must be closed."""
 
 
 class LearnerRank:
-    """One process of the group. Every method but `meeting_point` is called on all ranks together."""
+    """One process of the group. Every method but `meeting_point` must be called on all ranks together."""
 
     def __init__(self, config: Config, policy_path: str, rank: int) -> None:
         self._config = config
@@ -31,13 +31,14 @@ class LearnerRank:
         self._learner: Any = None
 
     def meeting_point(self) -> tuple[str, int]:
-        """This node's address and a free port, where the ranks meet."""
+        """Return this node's address and a free port, at which the ranks meet."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def build(self, master_addr: str, master_port: int) -> None:
         """Load the policy and join the other ranks."""
+        # Imported here, because its imports take seconds and only the rank's own process needs them.
         from trace_async.learner.learner import Learner
 
         self._learner = Learner(
@@ -50,11 +51,16 @@ class LearnerRank:
         )
 
     def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+        """Train on `trees` (see Learner.update)."""
         return self._learner.update(trees, policy_version)
 
     @ray.method(num_returns="streaming")
     def weights(self, policy_version: int) -> Iterator[WeightBucket | WeightManifest]:
-        """Buckets, each in the object store before the next is gathered, and last their manifest (both of rank 0)."""
+        """Yield the buckets of the weights and, last, their manifest.
+
+        A bucket is in the object store before the next one is gathered, so that one bucket at a time takes memory.
+        Only rank 0 has buckets.
+        """
         count = WeightCount()
         for bucket in self._learner.weights():
             count.add(bucket)
@@ -84,8 +90,11 @@ class LearnerRank:
 
 
 class LearnerGroup:
-    """`learner.num_ranks` ranks. Calls go to all ranks and wait at most `learner.step_timeout_s`; the first failure is
-    raised at once, since ranks that wait for a dead one would wait for long."""
+    """Uses `learner.num_ranks` ranks as one learner.
+
+    A call goes to all ranks and waits at most `learner.step_timeout_s`. The first failure is raised at once, because
+    ranks that wait for a dead one would wait for long.
+    """
 
     def __init__(self, config: Config, policy_path: Path) -> None:
         self._config = config
@@ -94,7 +103,7 @@ class LearnerGroup:
         self._placement: PlacementGroup | None = None
 
     async def start(self) -> None:
-        """Start the processes, on as few nodes as hold them, load the policy, form the group."""
+        """Start the processes on as few nodes as possible, load the policy and let the ranks join each other."""
         learner, num_gpus = self._config.learner, self._config.actors.learner_gpus
         needs = {"CPU": float(learner.num_threads)} | ({"GPU": num_gpus} if num_gpus else {})
         self._placement = placement_group([needs] * learner.num_ranks, strategy="PACK")
@@ -114,37 +123,38 @@ class LearnerGroup:
         await self._all("build", *meeting_point)
 
     async def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
-        """Train on `trees`, by the policy at `policy_version`; `learner/…` metrics (see Learner.update).
+        """Train the policy, which is at `policy_version`, on `trees`. Returns `learner/…` metrics (see Learner.update).
 
-        `learner/updated` is 0 when no tree carries a signal: the weights are what they were.
+        `learner/updated` is 0 when no tree carries a signal, so that the weights are what they were.
         """
+        # Put into the object store once, and not serialised again for every rank.
         shared = ray.put(list(trees))
         results = await self._all("update", shared, policy_version)
         return {f"learner/{name}": value for name, value in results[0].items()}
 
     async def weights(self, policy_version: int) -> list[ray.ObjectRef]:
-        """References to the buckets of the current weights and, last, their manifest as `policy_version`.
+        """Return references to the buckets of the current weights and, last, to their manifest as `policy_version`.
 
-        They stay in the object store; `GeneratorActor.receive_weights` takes them.
+        The weights stay in the object store until `GeneratorActor.receive_weights` takes them from there.
         """
         streams = [rank.weights.remote(policy_version) for rank in self._ranks]
         parts: list[list[ray.ObjectRef]] = await self._wait("weights", [_all_of(stream) for stream in streams])
         return parts[0]
 
     async def save(self, folder: Path) -> None:
-        """Write the learner's part of a checkpoint into `folder`, which all ranks must see; each writes its share."""
+        """Write the learner's part of a checkpoint into `folder`, which all ranks must see. Each writes its share."""
         await self._all("save", str(folder))
 
     async def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote, with whatever number of ranks. CheckpointError when it does not fit."""
+        """Go on from what `save` wrote, with any number of ranks. Raises CheckpointError when it does not fit."""
         await self._all("load", str(folder))
 
     async def export(self, target: Path) -> None:
-        """Write the current policy as a Hugging Face folder, LoRA merged."""
+        """Write the current policy as a Hugging Face folder with LoRA merged."""
         await self._all("export", str(target))
 
     async def close(self) -> None:
-        """End the processes; a rank that hangs is killed."""
+        """End the processes. A rank that hangs is killed."""
         if self._ranks:
             await asyncio.wait([asyncio.wrap_future(rank.close.remote().future()) for rank in self._ranks], timeout=5)
         for rank in self._ranks:
@@ -158,13 +168,14 @@ class LearnerGroup:
         return await self._wait(call, [getattr(rank, call).remote(*arguments) for rank in self._ranks])
 
     async def _wait(self, call: str, replies: Sequence[Awaitable[Any]]) -> list[Any]:
-        # No limit for each: all ranks share one, and the first failure counts.
+        # No call has a limit of its own: all ranks share one, and the first failure counts.
         futures = [asyncio.ensure_future(ask(reply, who=f"rank {rank}")) for rank, reply in enumerate(replies)]
         limit = self._config.learner.step_timeout_s
         done, waiting = await asyncio.wait(futures, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
         failed = {future for future in done if future.exception() is not None}
         if failed and waiting:
-            # Peers of a dead rank fail of broken connections, perhaps before its death is known: prefer the cause.
+            # The peers of a dead rank fail with broken connections, perhaps before Ray reports its death. Wait a
+            # moment, so that the error names the cause and not a consequence.
             done, _ = await asyncio.wait(futures, timeout=2)
             failed = {future for future in done if future.exception() is not None}
         errors = [(rank, future.exception()) for rank, future in enumerate(futures) if future in failed]
@@ -180,7 +191,7 @@ class LearnerGroup:
 
 
 async def _all_of(stream: ray.ObjectRefGenerator) -> list[ray.ObjectRef]:
-    """What the stream brought, when it has ended; raises what ended it before its time."""
+    """Return all references of the stream when it has ended. Raises the error that ended it too early."""
     references = [reference async for reference in stream]
-    await references[-1]
+    await references[-1]  # an error in the actor is the last thing of the stream
     return references

@@ -1,4 +1,7 @@
-"""PromptGroup: the PromptActors as one; a prompt whose actor died or hangs is grown again on another."""
+"""Use all PromptActors as one.
+
+A prompt whose actor died or hangs is grown again on the actor that takes its place.
+"""
 
 import asyncio
 import contextlib
@@ -32,16 +35,19 @@ ANNOUNCE_LIMIT_S = 10.0
 
 @dataclass(slots=True)
 class PromptGroup:
-    """Lives in the trainer's process."""
+    """Holds the PromptActors. It lives in the trainer's process, and all its methods run in one event loop."""
 
     config: Config
     policy_path: Path
     predictor: Predictor | Answering | None
+    """Where the actors ask for V(H) (None: the method needs no predictor)."""
     actors: list[ActorHandle] = field(default_factory=list)
+    """One per slot. The actor of a slot changes when it is replaced; the number of slots does not."""
     generators: Mapping[str, ActorHandle] = field(default_factory=dict)
-    """Those last announced by the pool."""
+    """The generators that the pool announced last."""
 
     def start(self) -> None:
+        """Start `actors.num_prompt_actors` actors. Returns at once."""
         self.actors = [self._make() for _ in range(self.config.actors.num_prompt_actors)]
 
     def _make(self) -> ActorHandle:
@@ -50,7 +56,8 @@ class PromptGroup:
     async def announce(self, generators: Mapping[str, ActorHandle]) -> None:
         """Tell every actor which generators are ready.
 
-        A dead or hung actor is told when it is replaced; the pool announces again every few seconds.
+        One that is dead or hangs only causes a warning here. Its replacement is told when it starts, and the pool
+        announces again every few seconds.
         """
         self.generators = dict(generators)
         replies = [actor.announce.remote(self.generators) for actor in self.actors]
@@ -61,9 +68,10 @@ class PromptGroup:
                 raise answer
 
     async def run(self, ticket: int, prompt: PendingPrompt, task: Task) -> RolloutTree:
-        """The prompt's finished tree. Raises PromptLostError when there is none within the limits.
+        """Return the prompt's finished tree. Raises PromptLostError when there is none within the limits.
 
-        `actors.tree_timeout_s` runs in the actor, from when the prompt has a slot there: waiting for one is no failure.
+        The limit `actors.tree_timeout_s` runs in the actor, from when it begins the prompt. Waiting for a free slot
+        there is no failure.
         """
 
         async def grow(actor: ActorHandle, who: str) -> RolloutTree:
@@ -73,31 +81,35 @@ class PromptGroup:
             return await self._on(ticket % len(self.actors), grow)
         except PromptLostError as error:
             log.error("task %s is lost: %s", task.id, error.kind)
+            # Made anew, because the one from Ray drags the actor's whole traceback along.
             raise PromptLostError(error.kind) from None
         except ActorLostError:
             raise PromptLostError(LossKind.PROMPT_ACTOR_DIED) from None
 
     async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery | LossKind]:
-        """The predictor's question for every task: V after all tokens of its prompt; or why it cannot be asked."""
+        """Return, for every task, the question to the predictor about its prompt, or why it cannot be asked."""
         return _in_order(await self._on_all("prompt_queries", tasks))
 
     async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
-        """For every task the rewards of `count` rollouts by the current policy, fewer where some broke down."""
+        """Return, for every task, the rewards of `count` rollouts by the current policy; fewer if some broke down."""
         return _in_order(await self._on_all("measure", tasks, count))
 
     async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
-        """One rollout per task."""
+        """Return one rollout per task, in any order."""
         return list(itertools.chain.from_iterable(await self._on_all("evaluate", tasks, temperature)))
 
     async def router_stats(self) -> RouterStats:
-        """Totals over the actors that are alive, each since its own start."""
+        """Return the totals of all actors that are alive, each since its own start."""
         replies = [actor.router_stats.remote() for actor in self.actors]
         answers = await ask_all(replies, who=self._names(), limit_s=ANNOUNCE_LIMIT_S)
         alive = [answer for answer in answers if isinstance(answer, RouterStats)]
         return RouterStats(sum(a.num_spilled for a in alive), sum(a.num_retried for a in alive))
 
     async def watch(self, every_s: float = WATCH_EVERY_S) -> None:
-        """Replaces an actor that answers nothing for as long as a whole tree may take; what it grew is grown anew."""
+        """Replace every actor that does not answer for as long as a whole tree may take, without end.
+
+        What it was growing is grown anew, because its death ends the calls that wait for it.
+        """
         while True:
             await asyncio.sleep(every_s)
             limit_s = self.config.actors.tree_timeout_s
@@ -109,7 +121,7 @@ class PromptGroup:
                     await self._replace(slot, actor)
 
     async def _on_all(self, method: str, tasks: Sequence[Task], *arguments: object) -> list[Any]:
-        """What every actor says to its share of the tasks."""
+        """Call `method` on every actor with its share of the tasks. Returns the answers in the order of the slots."""
 
         async def call(share: Sequence[Task], actor: ActorHandle, who: str) -> Any:
             return await ask(getattr(actor, method).remote(share, *arguments), who=who)
@@ -118,8 +130,10 @@ class PromptGroup:
         return await asyncio.gather(*(self._on(slot, partial(call, share)) for slot, share in enumerate(shares)))
 
     async def _on(self, slot: int, call: Callable[[ActorHandle, str], Awaitable[T]]) -> T:
-        """`call` on the slot's actor, and anew on the one in its place when it dies. Raises the last ActorLostError
-        when `actors.max_rollout_retries` more have died too."""
+        """Make `call` on the slot's actor, and again on its replacement if it dies.
+
+        Raises the last ActorLostError when it died more often than `actors.max_rollout_retries` allows.
+        """
         retries_left = self.config.actors.max_rollout_retries
         while True:
             actor = self.actors[slot]
@@ -133,10 +147,12 @@ class PromptGroup:
                 retries_left -= 1
 
     async def _replace(self, slot: int, dead: ActorHandle) -> None:
+        """Put a new actor into the slot, unless somebody else has done so already."""
+        # Every call that waited for the dead actor comes here, and only the first one replaces it.
         if self.actors[slot] is dead:
-            ray.kill(dead)  # one that could not be reached may still be there
+            ray.kill(dead)  # an actor that could not be reached may still be alive
             self.actors[slot] = self._make()
-            # It may have been put on a node that is dying itself: whoever calls it next replaces it again.
+            # The new one may be on a node that is dying too. Then the next call to it replaces it again.
             with contextlib.suppress(CallError):
                 await ask(self.actors[slot].announce.remote(self.generators), who=f"PromptActor {slot}", limit_s=60)
 
@@ -144,11 +160,12 @@ class PromptGroup:
         return [f"PromptActor {slot}" for slot in range(len(self.actors))]
 
     def close(self) -> None:
+        """Kill all actors. They hold nothing that must be given back."""
         for actor in self.actors:
             ray.kill(actor)
 
 
 def _in_order(parts: Sequence[Sequence[T]]) -> list[T]:
-    """Puts the answers to `_on_all` back into the order of the tasks."""
+    """Put the answers to `_on_all` back into the order of the tasks, which were dealt out in turn."""
     answers = [iter(part) for part in parts]
     return [next(answers[index % len(answers)]) for index in range(sum(map(len, parts)))]

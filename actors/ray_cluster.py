@@ -1,4 +1,7 @@
-"""Ray for a run: a local one, or the cluster at `actors.ray_address`; with room for all that the run will start."""
+"""Connect a run to Ray, and check that Ray has room for everything that the run will start.
+
+This is a local Ray, or the cluster at `actors.ray_address`.
+"""
 
 import logging
 import math
@@ -9,12 +12,12 @@ import ray
 
 from trace_async.config import Config, ConfigError
 
-# What a run asks of Ray, by resource and by the settings that it comes from.
+# Resource → (the settings that ask for it → how much they ask for).
 Asked = Mapping[str, Mapping[str, float]]
 
 
 def asked_of_ray(config: Config, *, only_generators: bool = False) -> Asked:
-    """PromptActors ask for nothing: they wait most of their time."""
+    """Return what a run asks of Ray. PromptActors ask for nothing, because they wait most of the time."""
     actors, learner = config.actors, config.learner
     cpus = {"actors.num_generators × actors.generator_cpus": actors.num_generators * actors.generator_cpus}
     gpus = {"actors.num_generators × actors.generator_gpus": actors.num_generators * actors.generator_gpus}
@@ -28,12 +31,14 @@ def asked_of_ray(config: Config, *, only_generators: bool = False) -> Asked:
 
 
 def start_ray(config: Config, *, only_generators: bool = False) -> None:
-    """Connects this process. ConfigError when Ray has too little for the run, which would wait for it without end.
+    """Connect this process to Ray.
 
-    A local Ray counts as many CPUs as are asked for: on few cores they are shared. Ray's own logs stay in its
-    session's folder.
+    Raises ConfigError when Ray has too little for the run; without this check the run would wait for it without end. A
+    local Ray is told that it has as many CPUs as are asked for, so on few cores they are shared. Ray's own logs stay in
+    the folder of its session.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Otherwise Ray hides all GPUs from actors that ask for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     asked = asked_of_ray(config, only_generators=only_generators)
     address = config.actors.ray_address
@@ -55,12 +60,12 @@ def start_ray(config: Config, *, only_generators: bool = False) -> None:
 
 
 def _cpus_to_grow(config: Config) -> float:
-    """CPUs of the generators that a run may scale up to beyond those it starts with."""
+    """Return the CPUs of the generators that a run may add to those that it starts with."""
     return (config.actors.most_generators - config.actors.num_generators) * config.actors.generator_cpus
 
 
 def require_room(asked: Asked, there: Mapping[str, float], place: str) -> None:
-    """ConfigError when `there`, Ray's resources by name, is less than what is asked for."""
+    """Raise ConfigError when `there`, Ray's resources by name, is less than what is asked for."""
     for resource, shares in asked.items():
         total = sum(shares.values())
         if total > there.get(resource, 0.0):
