@@ -1,1 +1,4 @@
-"""Models on disk: loading them, and a small start policy taught by demonstrations. May import `rollout`."""
+"""Keep models on disk: load them, save them, and make a small start policy from demonstrations.
+
+May import `rollout`.
+"""

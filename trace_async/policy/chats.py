@@ -1,8 +1,8 @@
-"""Read a user's own demonstrations: a JSONL file of chats, each turned into tokens as a rollout would be.
+"""Read a user's own demonstrations, a JSONL file of chats, and turn each into tokens as a rollout would be.
 
     {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
 
-What the assistant writes is what is learnt, with the token that ends its turn; all else is context.
+The policy learns what the assistant writes, including the token that ends its turn. Everything else is context.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,10 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def read_chats(path: str | Path, renderer: Renderer) -> list[Demonstration]:
-    """All chats of the file, weights 1 for the assistant's tokens and 0 for the others.
+    """Return all chats of the file, with weight 1 for the assistant's tokens and 0 for the others.
 
-    Raises ValueError naming file and line for a chat without messages, of unknown roles, or without an assistant.
+    Raises ValueError, which names the file and the chat, for a chat without messages, with unknown roles, or without
+    an assistant.
     """
     demos = []
     for number, row in enumerate(read_rows(path, {"messages": list}), 1):

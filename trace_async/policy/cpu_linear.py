@@ -1,8 +1,8 @@
-"""fp32 linear layers at the CPU's full width.
+"""Run fp32 linear layers at the CPU's full width.
 
-PyTorch multiplies fp32 matrices with MKL, which takes its narrow (AVX2) kernels on AMD CPUs. oneDNN comes with PyTorch
-too and uses AVX-512 there, at the same precision: measured on a Zen 5 core, 64 and more rows, it takes 0.55 of the time
-forward and 0.45 forward and backward. On Intel both are alike, so nothing is changed there.
+PyTorch multiplies fp32 matrices with MKL, which takes its narrow (AVX2) kernels on AMD CPUs. oneDNN also comes with
+PyTorch and uses AVX-512 there, at the same precision. Measured on a Zen 5 core with 64 and more rows, it takes 0.55 of
+the time forward, and 0.45 forward and backward. On Intel both are alike, so nothing is changed there.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Below so many rows the call's overhead (10 µs) is larger than what it saves.
+# With fewer rows the overhead of the call (10 µs) is larger than what it saves.
 MIN_ROWS = 32
 
 
@@ -29,17 +29,17 @@ def onednn_is_faster() -> bool:
 
 
 def round_rows(count: int) -> int:
-    """The next of sixteen sizes per octave (at most 6 % more).
+    """Round `count` up to the next of sixteen sizes per octave, which adds at most 6 %.
 
-    oneDNN and compiled kernels keep something for every number of rows they have seen: memory that would grow for as
-    long as sizes are new, and time to make it.
+    oneDNN and compiled kernels keep something for every number of rows that they have seen. With ever new sizes this
+    would take ever more memory, and time to make.
     """
     step = max(16, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for [rows, in] · [out, in]ᵀ without gradients."""
+    """Compute `F.linear`, [rows, in] · [out, in]ᵀ, without gradients."""
     if len(x) < MIN_ROWS or x.dtype != torch.float32 or x.device.type != "cpu" or not onednn_is_faster():
         return F.linear(x, weight, bias)
     num_rows, padding = len(x), round_rows(len(x)) - len(x)
@@ -50,6 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _LinearFunction(torch.autograd.Function):
+    """Gives `linear` a gradient, which it computes by `linear` too."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
@@ -65,7 +67,7 @@ class _LinearFunction(torch.autograd.Function):
 
 
 class FastLinear(nn.Linear):
-    """`nn.Linear` that goes through `linear`, with its gradient."""
+    """An `nn.Linear` that computes through `linear`, with a gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -75,9 +77,12 @@ class FastLinear(nn.Linear):
 
 
 def accelerate_linears(model: nn.Module) -> None:
-    """Let all plain `nn.Linear` of a model be FastLinear, where that is faster; weights and names stay as they are."""
+    """Turn all plain `nn.Linear` of a model into FastLinear, on machines where that is faster.
+
+    Weights and names stay as they are, since only the class of the modules changes.
+    """
     if not onednn_is_faster():
         return
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear:  # not a subclass, which may have a forward of its own
             module.__class__ = FastLinear

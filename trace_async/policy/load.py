@@ -1,4 +1,4 @@
-"""A policy on disk: a local Hugging Face causal LM directory with tokenizer and chat template."""
+"""Load a policy from disk: a local Hugging Face causal LM directory with tokenizer and chat template."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def _directory(path: str | Path) -> Path:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a local policy; never asks the network. Raises ValueError without a fast tokenizer."""
+    """Load the tokenizer of a local policy, without the network. Raises ValueError without a fast tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(_directory(path), local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"policy.path={path}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer)}")
@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 def load_renderer(
     path: str | Path, *, max_observation_tokens: int = 0, template_kwargs: Mapping[str, Json] | None = None
 ) -> Renderer:
-    """The renderer of a local policy: its tokenizer, its template, and every end token that its folder names.
+    """Make the renderer of a local policy from its tokenizer, its template, and every end token that its folder names.
 
     `template_kwargs` are `policy.chat_template_kwargs`. Raises ValueError as Renderer does.
     """
@@ -45,9 +45,9 @@ def load_renderer(
 
 
 def end_token_ids(path: str | Path) -> tuple[int, ...]:
-    """What generation_config.json and config.json name as `eos_token_id`, one number or a list, in that order.
+    """Return what generation_config.json and config.json name as `eos_token_id`, in that order.
 
-    Models with several ways to end an answer, such as Llama 3, list them only there: the tokenizer knows one.
+    Models with several ways to end an answer, such as Llama 3, list them only there; the tokenizer knows just one.
     """
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
@@ -55,6 +55,7 @@ def end_token_ids(path: str | Path) -> tuple[int, ...]:
         ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
         ends = ends if isinstance(ends, list) else [ends]
         for end in ends:
+            # In Python a bool is an int too.
             if end is not None and (isinstance(end, bool) or not isinstance(end, int) or end < 0):
                 raise ValueError(f"{file}: eos_token_id={end}: must be a token's number or a list of them")
             found += [end] if end is not None else []
@@ -62,7 +63,7 @@ def end_token_ids(path: str | Path) -> tuple[int, ...]:
 
 
 def load_model(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """The model of a local policy in eval mode; safetensors only, so that loading runs no foreign code."""
+    """Load the model of a local policy in eval mode, from safetensors only, so that no foreign code runs."""
     model = AutoModelForCausalLM.from_pretrained(
         _directory(path), local_files_only=True, use_safetensors=True, dtype=dtype
     )

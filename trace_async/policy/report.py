@@ -1,4 +1,4 @@
-"""Say what a model's folder says and what is done with it, before any time is spent on it."""
+"""Report what a model's folder says and what is done with it, before any time is spent on it."""
 
 import json
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ _PROBE_TOOL: Mapping[str, Json] = {
 
 
 def describe_policy(path: str | Path, config: Config) -> list[str]:
-    """Lines for people: architecture, head, end tokens, template, context, vocabulary, dtype.
+    """Return lines for people about architecture, head, end tokens, template, context, vocabulary and dtype.
 
-    Raises ConfigError, naming setting and entry, where the folder would be trained on or sampled from wrongly.
+    Raises ConfigError, which names setting and entry, when training or sampling with this folder would go wrong.
     """
     setting = f"policy.path={path}"
     try:
@@ -68,7 +68,7 @@ def _architecture(content: dict[str, object]) -> str:
 
 
 def _template(renderer: Renderer) -> str:
-    """What can be seen of a template from outside: a system message of its own, tools, the start of a turn."""
+    """Find out by trying whether a template adds a system message of its own and whether it shows tools."""
     question = Message(role="user", content="")
     with_system = Prompt(messages=(Message(role="system", content=""), question))
     plain = renderer.render_prompt(Prompt(messages=(question,)))

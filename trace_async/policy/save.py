@@ -1,4 +1,4 @@
-"""Write a policy as a Hugging Face directory that appears whole or not at all."""
+"""Write a policy as a Hugging Face directory, which appears complete or not at all."""
 
 import hashlib
 import json
@@ -16,15 +16,16 @@ ORIGIN_FILE = "origin.json"
 def save_policy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path, origin: Mapping[str, str] | None = None
 ) -> None:
-    """Write model and tokenizer beside `directory`, then rename: whoever finds the directory finds it whole.
+    """Write model and tokenizer beside `directory` and then rename, so that whoever finds it finds it complete.
 
-    `origin` says where the policy comes from; with it the hash of every file is kept in ORIGIN_FILE, for `verify`.
+    `origin` says where the policy comes from. If it is given, the hash of every file is kept in ORIGIN_FILE for
+    `verify`.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".partial-{directory.name}-{os.getpid()}")
     try:
         partial.mkdir()
-        # Not save_pretrained: it loads DeepSpeed where that is installed and draws a progress bar of its own.
+        # Not by save_pretrained, because it loads DeepSpeed if that is installed and draws a progress bar.
         alias = "lm_head.weight" if model.config.tie_word_embeddings else None
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != alias}
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
@@ -35,14 +36,14 @@ def save_policy(
             (partial / ORIGIN_FILE).write_text(json.dumps({**origin, "sha256": hashes}, indent=1))
         partial.rename(directory)
     except OSError:
-        if not directory.is_dir():  # else another process was first, with the same policy
+        if not directory.is_dir():  # otherwise another process was first, with the same policy
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def verify(directory: Path) -> None:
-    """Compare every file with the hash it had when it was written. Raises ValueError naming the first that differs."""
+    """Compare every file with its hash at the time of writing. Raises ValueError, which names one that differs."""
     remedy = f"remove the folder {directory} and call trace-async get-policy again"
     try:
         hashes = json.loads((directory / ORIGIN_FILE).read_text())["sha256"]
