@@ -1,4 +1,7 @@
-"""Inference engines behind the `Engine` protocol; a backend's libraries are imported when it is made, not before."""
+"""Make inference engines behind the `Engine` protocol.
+
+The libraries of a backend are imported when an engine of it is made, not before.
+"""
 
 import importlib
 from pathlib import Path
@@ -18,11 +21,11 @@ BACKENDS: dict[str, str] = {
 def make_engine(
     config: EngineConfig, *, policy_path: Path, max_context_tokens: int, seed: int, log_dir: Path
 ) -> Engine:
-    """The engine of `config.backend`, not started yet.
+    """Make the engine of `config.backend`. It is not started yet.
 
-    `max_context_tokens`: prompt and answer together; `seed`: for requests that bring none; `log_dir`: where a server
-    writes its log. Raises ConfigError for an unknown backend or a `policy_path` that is no model directory, EngineError
-    when the backend cannot be imported.
+    `max_context_tokens` limits prompt and answer together. `seed` is for requests that bring none. A server writes its
+    log into `log_dir`. Raises ConfigError for an unknown backend or a `policy_path` that is no model directory, and
+    EngineError when the backend cannot be imported.
     """
     if config.backend not in BACKENDS:
         raise ConfigError(f"engine.backend={config.backend}: must be one of {', '.join(BACKENDS)}")

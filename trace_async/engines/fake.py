@@ -1,4 +1,4 @@
-"""A scripted engine without a model, for tests of everything that stands in front of an engine."""
+"""Answer by a script instead of a model, for tests of everything that stands in front of an engine."""
 
 import asyncio
 import json
@@ -18,11 +18,11 @@ FAKE_LOGPROB = -0.5
 
 
 class FakeEngine:
-    """Answers the prompt of sample `i` with `reply(prompt_ids, i)`, cut at a stop token or `max_new_tokens`.
+    """Answers sample `i` of a prompt with `reply(prompt_ids, i)`, cut at a stop token or at `max_new_tokens`.
 
-    `token_latency_s`: wait before each token, so that updates and pauses fall between tokens. `failures`: number of
-    the `generate` call (from 0) → the error it raises in place of an answer. Every log-probability is FAKE_LOGPROB;
-    cached tokens are the longest prefix shared with anything seen before under the same weights.
+    It waits `token_latency_s` before each token, so that updates and pauses can fall between tokens. `failures` maps
+    the number of a `generate` call (from 0) to the error that it raises instead of an answer. Every log-probability is
+    FAKE_LOGPROB. The cached tokens are the longest prefix shared with anything seen before under the same weights.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class FakeEngine:
         self._dead.clear()
 
     def kill(self) -> None:
-        """From now on the engine is dead: everything in flight and everything new raises EngineDeadError."""
+        """Let the engine die: everything in flight and everything new raises EngineDeadError."""
         self._dead.set()
 
     async def generate(
@@ -76,7 +76,7 @@ class FakeEngine:
 
     async def _sample(self, prompt: tuple[int, ...], params: SamplingParams, index: int) -> Completion:
         cached = max((_num_shared(prompt, seen) for seen in self._seen), default=0)
-        cached = min(cached, len(prompt) - 1)
+        cached = min(cached, len(prompt) - 1)  # a real engine always computes the last token, for its logits
         self._seen.append(prompt)
         limit = min(params.max_new_tokens, self._max_context_tokens - len(prompt))
         tokens: list[int] = []
@@ -157,15 +157,16 @@ class FakeEngine:
 
 
 def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 class RandomReplyEngine(FakeEngine):
-    """`engine.backend=fake`: uniform random tokens of the policy's vocabulary, a function of seed, prompt and sample.
+    """Answers with uniform random tokens of the policy's vocabulary (`engine.backend=fake`).
 
-    Good for trying the plumbing of a run; no model is loaded and nothing is learnt from it.
+    The tokens are a function of seed, prompt and sample. This is good for trying the plumbing of a run: no model is
+    loaded, and nothing is learnt from it.
     """
 
     def __init__(

@@ -1,13 +1,13 @@
-"""An engine without a model whose *times* are real ones: for asking what a loop would do with 256 generators.
+"""Simulate an engine without a model but with realistic *times*, to ask what a loop would do with 256 generators.
 
         arrive ─► prefill of what the radix cache lacks ─► decode in one batch with all others ─► finish
                   (stalls the batch, as in SGLang)         (a step's time grows with the batch)
 
-Nothing is computed per token. While the batch stays the same, every request gains one token a step; so the engine
-keeps one number, the steps done so far, and a request is finished when that number passes the step at which its last
+Nothing is computed per token. While the batch stays the same, every request gains one token a step. So the engine
+keeps one number, the steps done so far, and a request is finished when this number passes the step at which its last
 token is written. Only arrivals, ends, prefills, pauses and weight updates change the pace.
 
-All waiting is asyncio's, by the loop's clock: under a loop with virtual time an hour passes in seconds.
+All waiting is asyncio's, by the clock of the loop, so under a loop with virtual time an hour passes in seconds.
 """
 
 import asyncio
@@ -38,34 +38,38 @@ class LatencyModel:
     """
 
     step_s: float = 0.0045
-    """Seconds of a decode step, the batch apart."""
+    """Seconds of a decode step that do not depend on the batch."""
     step_per_request_s: float = 0.00003
     """Further seconds of a step for every request in the batch."""
     prefill_tokens_per_s: float = 30_000.0
-    """Prompt tokens a second that are not in the cache; decoding waits meanwhile."""
+    """Prompt tokens a second, of those that are not in the cache. Decoding waits meanwhile."""
     weight_update_s: float = 1.0
     """Seconds in which nothing is decoded while new weights arrive."""
 
     def step(self, batch: int) -> float:
-        """Seconds of one decode step of `batch` requests."""
+        """Return the seconds of one decode step of `batch` requests."""
         return self.step_s + batch * self.step_per_request_s
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
+    """A request whose answer is known from the start; only its time is simulated."""
+
     prompt: np.ndarray
     answer: tuple[int, ...]
     cached: int
+    """Prompt tokens that came from the cache."""
     done: asyncio.Future[None]
     last_step: float = 0.0
+    """The count of steps at which its last token is written."""
     spans: list[VersionSpan] = field(default_factory=list)
 
 
 class SimulatedEngine:
-    """Implements the `Engine` protocol. `answer(prompt_ids, params)` says what is answered, stop token included.
+    """Implements the `Engine` protocol. `answer(prompt_ids, params)` gives the answer, stop token included.
 
-    `cache_tokens`: room of the radix cache; `max_running`: requests decoded at once, others wait in order.
-    `failure_rate`: share of the requests that end with EngineTimeoutError, drawn from `seed`.
+    The radix cache holds `cache_tokens`. At most `max_running` requests are decoded at once; the others wait in order.
+    The share `failure_rate` of the requests, drawn from `seed`, ends with EngineTimeoutError.
     """
 
     def __init__(
@@ -145,7 +149,7 @@ class SimulatedEngine:
     # ── the pace ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _catch_up(self) -> None:
-        """Enter the steps done since the last change of the batch."""
+        """Count the steps done since the last change of the batch. Must be called before every change."""
         now = asyncio.get_running_loop().time()
         since, self._counted_until = self._counted_until, now
         if self._paused or not self._running:
@@ -159,7 +163,7 @@ class SimulatedEngine:
         self._stalled_until = max(self._stalled_until, self._counted_until) + seconds
 
     def _admit(self) -> None:
-        """Requests that wait join the batch as far as there is room; then the next end is timed anew."""
+        """Let waiting requests join the batch while there is room, and time the next end anew."""
         while self._waiting and len(self._running) < self._max_running:
             request = self._waiting.popleft()
             request.cached = min(len(self._cache.match(request.prompt).slots), len(request.prompt) - 1)
@@ -184,7 +188,7 @@ class SimulatedEngine:
 
     def _finish_due(self) -> None:
         self._catch_up()
-        # Steps are sums of quotients: what is due may lie an ulp above the count.
+        # Steps are sums of quotients, so rounding may put what is due a little above the count.
         while self._running and self._running[0][0] <= self._steps + 1e-6:
             request = heapq.heappop(self._running)[2]
             self._remember(np.concatenate([request.prompt, np.asarray(request.answer, np.int64)]))
@@ -197,7 +201,7 @@ class SimulatedEngine:
         self._cache.settle()
 
     def _drop(self, request: _Request) -> None:
-        """A request that is over, finished or aborted, takes no place any more."""
+        """Free the place of a request that is over, finished or aborted."""
         if request in self._waiting:
             self._waiting.remove(request)
         kept = [entry for entry in self._running if entry[2] is not request]
@@ -210,7 +214,7 @@ class SimulatedEngine:
     # ── weights, pauses, the end ─────────────────────────────────────────────────────────────────────────────────
 
     async def update_weights(self, update: WeightUpdate) -> None:
-        """Takes `latency.weight_update_s`; requests in flight go on, with a new version span from their next token."""
+        """Take `latency.weight_update_s`. Requests in flight go on, with a new version span from their next token."""
         self._check_alive()
         version = update.manifest.policy_version
         if version == self._policy_version:

@@ -1,4 +1,4 @@
-"""Limits on an engine's work that do not count the time in which we hold it ourselves."""
+"""Limit an engine's working time without counting the time in which we hold it ourselves."""
 
 import asyncio
 import time
@@ -11,7 +11,11 @@ MIN_WAIT_S = 0.05
 
 
 class WorkClock:
-    """Seconds in which the engine may work: it stands still during pauses and weight updates."""
+    """Counts the seconds in which the engine may work. It stands still during pauses and weight updates.
+
+    Example: a request with a limit of 60 s starts, 10 s later an update holds the engine for 30 s. The request times
+    out 90 s after its start.
+    """
 
     def __init__(self) -> None:
         self.paused = False
@@ -20,16 +24,17 @@ class WorkClock:
         self._held_s = 0.0
 
     def now(self) -> float:
-        """Seconds, from an arbitrary zero."""
+        """Return the seconds since an arbitrary zero."""
         return (self._held_since if self._num_holds else time.monotonic()) - self._held_s
 
     def pause(self) -> None:
-        """Stand still until `resume`, however often it was called."""
+        """Stand still until `resume`. Several calls have the effect of one."""
         if not self.paused:
             self.paused = True
             self._hold()
 
     def resume(self) -> None:
+        """Go on after `pause`, unless a `held` block still holds the clock."""
         if self.paused:
             self.paused = False
             self._release()
@@ -54,7 +59,7 @@ class WorkClock:
             self._held_s += time.monotonic() - self._held_since
 
     async def until_done(self, task: asyncio.Future[T], limit_s: float) -> None:
-        """Returns when `task` has ended; TimeoutError after `limit_s` seconds of this clock, with `task` running on."""
+        """Wait until `task` has ended. Raises TimeoutError after `limit_s` seconds of this clock; `task` runs on."""
         deadline = self.now() + limit_s
         while not task.done():
             await asyncio.wait({task}, timeout=max(MIN_WAIT_S, deadline - self.now()))

@@ -1,1 +1,1 @@
-"""The embedded torch engine: continuous batching with a radix cache in the generator's own process."""
+"""Run continuous batching with a radix cache in the generator's own process: the embedded torch engine."""

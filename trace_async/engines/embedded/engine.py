@@ -1,6 +1,6 @@
-"""The embedded engine: pure PyTorch in this process, on the CPU or one GPU.
+"""Generate in pure PyTorch in this process, on the CPU or one GPU: the embedded engine.
 
-The event loop hands requests and commands to one worker thread, which owns the scheduler and runs step after step; so
+The event loop hands requests and commands to one worker thread, which owns the scheduler and runs step after step. So
 the loop stays responsive, and nothing in the scheduler needs a lock.
 """
 
@@ -37,16 +37,16 @@ Result = TypeVar("Result")
 
 
 class TorchEngine:
-    """Continuous batching and a radix cache on a local Hugging Face model (see the Engine protocol).
+    """Runs a local Hugging Face model with continuous batching and a radix cache (see the Engine protocol).
 
     Its KV needs (max_running_requests · longest request + kv_cache_tokens) · layers · 2 · kv_heads · head_dim numbers.
-    Weight updates: requests in flight are computed anew (their tokens so far) under the new weights and go on.
+    After a weight update the KV of requests in flight is computed anew under the new weights; their tokens stay.
     """
 
     def __init__(
         self, config: EngineConfig, *, policy_path: Path, max_context_tokens: int, seed: int, log_dir: Path
     ) -> None:
-        """`log_dir` is for the engines that are processes; this one writes no log."""
+        """`log_dir` is for engines that are processes of their own; this one writes no log."""
         self._config = config
         self._policy_path = policy_path
         self._max_context_tokens = max_context_tokens
@@ -125,7 +125,7 @@ class TorchEngine:
             raise EngineRequestError(f"stop strings need a tokenizer, and {self._policy_path} has no tokenizer.json")
 
     def _new_request(self, prompt: np.ndarray, params: SamplingParams, index: int) -> Request:
-        # A request without a seed gets its number; the first word keeps the two kinds apart.
+        # A request without a seed is seeded by its number. The 0 or 1 keeps the two kinds of streams apart.
         own = (0, self._seed, self._num_requests) if params.seed is None else (1, params.seed, index)
         self._num_requests += 1
         return Request(
@@ -146,7 +146,7 @@ class TorchEngine:
 
         def load(scheduler: Scheduler) -> None:
             assert self._model is not None
-            # The same version again is no error: whoever is not sure that it arrived may send it twice.
+            # The same version again is no error, because a sender that is not sure it arrived may send it twice.
             if not self._model.load(tensors) and version != scheduler.policy_version:
                 raise WeightSyncError(f"weights version {version} equal those of version {scheduler.policy_version}")
             scheduler.restart_all(version)
@@ -205,12 +205,12 @@ class TorchEngine:
         return not self._paused and time.monotonic() - self._last_progress > self._config.request_timeout_s
 
     def _expect_progress(self) -> None:
-        """The time that an idle worker slept does not count as a hang."""
+        """Start to measure progress now if the worker was idle, since its sleep is no hang."""
         if not self._futures and not self._commands:
             self._last_progress = time.monotonic()
 
     async def _watch(self) -> None:
-        """Everything that waits fails when the worker makes no step for `request_timeout_s`."""
+        """Fail everything that waits when the worker has made no step for `request_timeout_s`."""
         limit = self._config.request_timeout_s
         while True:
             await asyncio.sleep(limit / 4)
@@ -218,7 +218,7 @@ class TorchEngine:
                 self._fail_all(EngineTimeoutError(f"the torch engine made no step in {limit} s"))
 
     async def _command(self, command: Command) -> None:
-        """Run `command` in the worker thread between two steps; its EngineError is raised here."""
+        """Run `command` in the worker thread between two steps. An EngineError of it is raised here."""
         self._check_alive()
         done: asyncio.Future[None] = self._loop.create_future()
 
@@ -245,7 +245,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        """The worker thread: commands, then a step, as long as there is something to do."""
+        """Run commands and then a step, again and again. This is the worker thread."""
         scheduler = self._scheduler
         assert scheduler is not None
         try:
@@ -262,7 +262,7 @@ class TorchEngine:
                 self._loop.call_soon_threadsafe(self._fail_all, EngineDeadError(f"the torch engine died: {error!r}"))
 
     def _next_commands(self, scheduler: Scheduler) -> bool:
-        """Run what was posted, sleeping while there is nothing to do; False when the engine closes."""
+        """Run what was posted, and sleep while there is nothing to do. Returns False when the engine closes."""
         with self._wake:
             while not self._closing and not self._inbox and (self._paused or not _has_work(scheduler)):
                 self._wake.wait()

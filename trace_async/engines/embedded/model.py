@@ -1,7 +1,10 @@
-"""The forward pass of the embedded engine: Llama, Qwen2 and Qwen3 on packed tokens and a padded KV batch.
+"""Compute the forward pass of the embedded engine: Llama, Qwen2 and Qwen3 on packed tokens and a padded KV batch.
 
-A hand-written forward, because a decode step of a small model is mostly the overhead of the modules around the
-multiplications: query, key and value share one product, gate and up another, and nothing is copied to append a token.
+It is written by hand, because a decode step of a small model is mostly overhead of the modules around the
+multiplications. Here query, key and value share one product, gate and up share another, and nothing is copied to
+append a token.
+
+The end of a tensor's name tells its dimensions: `_T` packed tokens of the step, `_B` rows, `_V` vocabulary.
 """
 
 from dataclasses import dataclass
@@ -16,63 +19,64 @@ from trace_async.policy.cpu_linear import linear
 from trace_async.policy.load import load_model
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
-# These stretch with the length of the sequence, so that cached KV would depend on what follows it.
+# These stretch positions by the length of the sequence, so cached KV would depend on what follows it.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer, every matrix [out, in].
-
-    `qkv` has (heads + 2·kv_heads)·head_dim rows, `gate_up` 2·mlp; `qk_norm`: [heads + kv_heads, head_dim] (Qwen3).
-    """
+    """The weights of one layer. Every matrix is [out, in]."""
 
     input_norm: Tensor
     qkv: Tensor
+    """Query, key and value below each other: (heads + 2·kv_heads)·head_dim rows."""
     qkv_bias: Tensor | None
     qk_norm: Tensor | None
+    """[heads + kv_heads, head_dim]; only Qwen3 has it."""
     out: Tensor
     post_norm: Tensor
     gate_up: Tensor
+    """Gate and up below each other: 2·mlp rows."""
     down: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionGroup:
-    """Consecutive rows of the batch that run attention together.
-
-    Tokens `first_token`… of the packed step belong to rows `first_row`…`last_row` (exclusive). `padded_T`: index of
-    each token in the padded [rows, width], None when every row has one token. `mask`: additive, [rows, 1, width, L].
-    """
+    """Consecutive rows of the batch that run attention together. The ends of ranges are exclusive."""
 
     first_token: int
     last_token: int
+    """The tokens `first_token` to `last_token` of the packed step belong to these rows."""
     first_row: int
     last_row: int
     width: int
+    """The most tokens that a row has in this step."""
     padded_T: Tensor | None
+    """Index of each token in the padded [rows, width] (None: every row has one token)."""
     mask: Tensor
+    """Added to the scores, [rows, 1, width, length]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Hidden states to read after `num_layers` layers: of `num_states` rows the mean over their tokens of the step.
-
-    `tokens` [M]: indices of those tokens; `state` [M]: to which of the states each belongs; `counts` [num_states, 1].
-    """
+    """Which hidden states to read in a step. A state is the mean over some tokens of one row."""
 
     num_layers: int
+    """Read after this many layers."""
     num_states: int
     tokens: Tensor
+    """Indices [M] of the tokens that are read."""
     state: Tensor
+    """For each of these tokens [M], the state that it belongs to."""
     counts: Tensor
+    """How many tokens each state has, [num_states, 1]."""
 
 
 class TorchModel:
-    """The weights of a causal LM, fused, with the names they have in Hugging Face for updates in place."""
+    """A causal LM with fused weights, which can be updated in place by their Hugging Face names."""
 
     def __init__(self, path: Path, *, device: torch.device, dtype: str, max_context_tokens: int) -> None:
-        """Raises EngineError for an architecture that is not supported, ValueError for a directory without a model."""
+        """Load the model. Raises EngineError for an unsupported architecture, ValueError when there is no model."""
         model = load_model(path, dtype=dtype)
         config = model.config
         _check_supported(config, max_context_tokens)
@@ -104,7 +108,7 @@ class TorchModel:
         self._sin = signed.to(device, self.dtype)[:, None]
 
     def _own(self, state: dict[str, Tensor], names: list[str]) -> Tensor:
-        """The named weights in one tensor of ours, with a view of each kept for updates."""
+        """Join the named weights to one tensor of ours, and keep a view of each for updates."""
         tensor = torch.cat([state[name] for name in names])
         parts = tensor.split([len(state[name]) for name in names])
         self._targets.update(zip(names, parts, strict=True))
@@ -132,9 +136,9 @@ class TorchModel:
         )
 
     def load(self, tensors: dict[str, Tensor]) -> bool:
-        """Overwrite all weights, and say whether any changed.
+        """Overwrite all weights, and return whether any changed.
 
-        Raises WeightSyncError, with nothing overwritten, when names or shapes do not fit or a weight is not finite.
+        Raises WeightSyncError when names or shapes do not fit or a weight is not finite. Nothing is overwritten then.
         """
         tensors = {name: tensor for name, tensor in tensors.items() if name != self._alias}
         missing, unknown = sorted(set(self._targets) - set(tensors)), sorted(set(tensors) - set(self._targets))
@@ -165,10 +169,10 @@ class TorchModel:
         kv: Tensor,
         reading: Reading | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, vocab] (fp32) after the tokens `last_B`, after writing the KV of all T packed tokens; and the
-        states [num_states, hidden] (fp32, under the final norm) that `reading` asks for.
+        """Write the KV of all T packed tokens into `kv`, and return the logits [B, vocab] after the tokens `last_B`.
 
-        `at_T`: row·capacity + position of each token; `kv`: [layers, 2, rows, capacity, kv_heads, head_dim].
+        Returns also the states [num_states, hidden], under the final norm, that `reading` asks for. Both are fp32.
+        `at_T` is row·capacity + position of each token; `kv` is [layers, 2, rows, capacity, kv_heads, head_dim].
         """
         states = None
         x = F.embedding(ids_T, self._embed)
@@ -201,9 +205,9 @@ class TorchModel:
         return sums / reading.counts
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, group: AttentionGroup) -> Tensor:
-        """Attention of one group's tokens over its rows' KV: [tokens, heads·head_dim].
+        """Attend with one group's tokens over the KV of its rows. Returns [tokens, heads·head_dim].
 
-        The query heads that share a KV head stand beside each other as further queries, so that no KV is repeated.
+        The query heads that share a KV head are put beside each other as further queries, so that no KV is repeated.
         """
         rows, width, length = group.last_row - group.first_row, group.width, group.mask.shape[-1]
         share = self.num_heads // self.num_kv_heads

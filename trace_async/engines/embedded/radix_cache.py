@@ -1,7 +1,8 @@
-"""Which prefixes have their KV in the pool, and where: a radix tree over token ids, after SGLang (arXiv 2312.07104).
+"""Keep track of which prefixes have their KV in the pool, and where.
 
-It knows no tensors: it hands out indices ("slots") into a pool of `capacity` tokens. The owner copies KV between the
-pool and its batch. A running request works on its own copy, so no node is ever locked: evicted is only forgotten.
+This is a radix tree over token ids, after SGLang (arXiv 2312.07104). It knows no tensors: it hands out indices
+("slots") into a pool of `capacity` tokens, and its owner copies KV between the pool and the batch. A running request
+works on its own copy. So no node is ever locked, and to evict a node is only to forget it.
 """
 
 import heapq
@@ -9,24 +10,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Eviction frees at least this share of the pool, so that its scan of all leaves is paid rarely.
+# Eviction frees at least this share of the pool, because it scans all leaves and should be rare.
 EVICT_SHARE = 1 / 16
 TOKEN_BYTES = np.dtype(np.int64).itemsize
 
 
 @dataclass(slots=True, eq=False)
 class RadixNode:
-    """An edge of the tree: its tokens as raw int64 bytes and the pool slots that hold their KV.
-
-    `pending`: the KV is not written yet. `children` by the bytes of their first token.
-    """
+    """An edge of the tree."""
 
     raw: bytes
+    """Its tokens as int64 bytes, which compare faster than arrays."""
     slots: np.ndarray
+    """The pool slots that hold the KV of its tokens."""
     parent: "RadixNode | None"
     last_used: int = 0
+    """The count of lookups at its last use."""
     pending: bool = False
+    """Whether its KV is not written yet."""
     children: dict[bytes, "RadixNode"] = field(default_factory=dict)
+    """By the bytes of their first token."""
 
     @property
     def first(self) -> bytes:
@@ -35,21 +38,27 @@ class RadixNode:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """`slots`: where the KV of the longest ready prefix lies. `num_promised`: prefix length with pending nodes too."""
+    """The cached prefix of a request."""
 
     slots: np.ndarray
+    """The slots of the longest prefix whose KV is ready."""
     num_promised: int
+    """The length of the prefix if pending nodes count too."""
 
 
 class RadixCache:
-    """Longest-prefix match, insertion with splitting of edges, and eviction of the least recently used leaves."""
+    """Finds the longest cached prefix, inserts new tokens, and evicts the least recently used leaves.
+
+    Example: "a b c d" is cached and "a b x" is inserted. The edge "a b c d" is split into "a b" and "c d", and "x"
+    becomes a second child of "a b".
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything; every slot is free again."""
+        """Forget everything. Every slot is free again."""
         self._root = RadixNode(b"", np.empty(0, np.int64), None)
         self._free = np.arange(self.capacity)
         self._num_free = self.capacity
@@ -62,7 +71,7 @@ class RadixCache:
         return self.capacity - self._num_free
 
     def match(self, tokens: np.ndarray) -> Match:
-        """The longest cached prefix of `tokens` (int64, one dimension)."""
+        """Find the longest cached prefix of `tokens` (int64, one dimension)."""
         ready: list[np.ndarray] = []
         still_ready = True
         depth = 0
@@ -74,10 +83,10 @@ class RadixCache:
         return Match(np.concatenate(ready) if ready else np.empty(0, np.int64), depth)
 
     def insert(self, tokens: np.ndarray) -> tuple[int, np.ndarray]:
-        """Make room for the part of `tokens` that is not in the tree: (where that part starts, its slots).
+        """Make room for the part of `tokens` that is not in the tree. Returns (where that part starts, its slots).
 
-        The slots are pending: nobody is served from them before `settle`, when the caller has written their KV. Fewer
-        slots than tokens come back when the pool cannot hold more.
+        The slots are pending: nobody is served from them until the caller has written their KV and called `settle`.
+        There are fewer slots than tokens when the pool cannot hold more.
         """
         node, depth = self._root, 0
         for child, shared in self._walk(tokens):
@@ -92,17 +101,17 @@ class RadixCache:
         return depth, slots
 
     def settle(self) -> None:
-        """The KV of all pending slots has been written."""
+        """Mark all pending slots as ready, because their KV has been written."""
         for node in self._pending:
             node.pending = False
         self._pending.clear()
 
     def _walk(self, tokens: np.ndarray) -> list[tuple[RadixNode, int]]:
-        """The nodes along `tokens` with how many of their tokens agree; marks them as just used."""
+        """Return the nodes along `tokens` with how many tokens of each agree, and mark them as just used."""
         self._clock += 1
         path: list[tuple[RadixNode, int]] = []
         node, depth, num_tokens, size = self._root, 0, len(tokens), TOKEN_BYTES
-        # Edges are compared as bytes: most agree as a whole, and numpy costs microseconds for each.
+        # Edges are compared as bytes, because most agree as a whole and numpy costs microseconds for each.
         raw = tokens.tobytes()
         while depth < num_tokens:
             child = node.children.get(raw[depth * size : (depth + 1) * size])
@@ -121,7 +130,7 @@ class RadixCache:
         return path
 
     def _split(self, node: RadixNode, at: int) -> RadixNode:
-        """Put a new parent with the first `at` tokens above `node`, which keeps the others."""
+        """Put a new parent with the first `at` tokens above `node`, which keeps the other tokens."""
         assert node.parent is not None
         assert 0 < at < len(node.slots)
         border = at * TOKEN_BYTES
@@ -141,7 +150,7 @@ class RadixCache:
         return self._free[self._num_free : self._num_free + num].copy()
 
     def _evict(self, num: int, keep: RadixNode) -> None:
-        """Free at least `num` slots if that many are neither pending nor above `keep`, oldest leaves first."""
+        """Free at least `num` slots, oldest leaves first. Pending nodes, `keep` and those above it stay."""
         leaves = [(node.last_used, id(node), node) for node in self._leaves() if node is not keep and not node.pending]
         heapq.heapify(leaves)
         while num > 0 and leaves:

@@ -1,4 +1,4 @@
-"""Sampling for a whole batch at once."""
+"""Sample tokens for a whole batch at once."""
 
 import hashlib
 
@@ -6,19 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Below 1 by so much that rounding, in scaling by a sum of probabilities, cannot reach that sum.
+# So far below 1 that, scaled by a sum of probabilities and rounded, it still stays below that sum.
 LARGEST_UNIFORM = 1 - 2**-50
 
 
 def stream_key(*parts: int) -> int:
-    """Names a stream of random numbers (64 bits)."""
+    """Return the name of a stream of random numbers (64 bits)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
 
 
 def uniforms(key_B: np.ndarray, index_B: np.ndarray) -> np.ndarray:
-    """Number `index` in [0, 1) of each stream: splitmix64 (Steele, Lea and Flood, OOPSLA 2014). Keys are uint64.
+    """Return number `index` in [0, 1) of each stream, by splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
 
-    A function of key and index instead of a generator with state: a step draws for all its requests at once.
+    Keys are uint64. This is a function of key and index and no generator with state, so that a step can draw for all
+    its requests at once.
     """
     z = key_B + (index_B.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -30,18 +31,18 @@ def uniforms(key_B: np.ndarray, index_B: np.ndarray) -> np.ndarray:
 def sample_tokens(
     logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor, top_p_B: Tensor | None, top_k_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [B] and their log-probabilities [B] under softmax(logits / temperature), before top-p and top-k.
+    """Return tokens [B] and their log-probabilities [B] under softmax(logits / temperature), before top-p and top-k.
 
-    Temperature 0 takes the most likely token and counts as 1 for its log-probability. `uniform_B` in [0, 1) picks the
-    token by inverting the cumulative distribution, so a request's tokens depend on its own numbers only.
-    `top_p_B`, `top_k_B` (0: off): None when no request uses them.
+    Temperature 0 takes the most likely token, whose log-probability is that at temperature 1. `uniform_B` in [0, 1)
+    picks the token by inverting the cumulative distribution, so the tokens of a request depend only on its own numbers.
+    `top_p_B` and `top_k_B` (0: off) are None when no request uses them.
     """
     greedy_B = temperature_B == 0
     logprobs_BV = torch.log_softmax(logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None], dim=-1)
     probs_BV = logprobs_BV.exp()
     if top_p_B is not None and top_k_B is not None:
         probs_BV = _keep_top(probs_BV, top_p_B, top_k_B)
-    # Doubles: with a large vocabulary the rounding of a float's running sum would move the borders between tokens.
+    # In float64, because with a large vocabulary the rounding of a float32 sum would move the borders between tokens.
     cumulative_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
     threshold_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     sampled_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0]
@@ -50,12 +51,12 @@ def sample_tokens(
 
 
 def _keep_top(probs_BV: Tensor, top_p_B: Tensor, top_k_B: Tensor) -> Tensor:
-    """Zero what lies outside the `top_k` most likely tokens, and outside the fewest that hold mass `top_p`."""
+    """Zero all but the `top_k` most likely tokens, and of these all but the fewest that hold the mass `top_p`."""
     sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(probs_BV.shape[1], device=probs_BV.device)
     beyond_k = (top_k_B[:, None] > 0) & (rank_V >= top_k_B[:, None])
     sorted_BV = sorted_BV.masked_fill(beyond_k, 0.0)
-    # Nucleus of what top-k has left, as in transformers, SGLang and vLLM.
+    # The nucleus is taken of what top-k has left, as in transformers, SGLang and vLLM.
     mass_before = sorted_BV.cumsum(dim=-1) - sorted_BV
     beyond_p = mass_before >= top_p_B[:, None] * sorted_BV.sum(dim=-1, keepdim=True)
     # With top_p = 1 rounding must not cut the tail, and the most likely token always stays.

@@ -1,10 +1,10 @@
-"""Continuous batching for the embedded engine: which requests run, where their KV lies, and one step for all of them.
+"""Decide which requests of the embedded engine run and where their KV lies, and make one step for all of them.
 
 A step:  admit ─► copy cached KV in ─► forward + sample ─► copy new KV to the radix cache ─► append ─► remove finished
 
-A running request owns a row: its tokens in host arrays and its KV in `kv[:, :, row]`. Rows are dense (a finished one is
-replaced by the last), so that attention reads the KV in place. The host arrays let every rule of a step (stop ids,
-limits, seeds, temperatures) act on all rows at once.
+A running request owns a row, with its tokens in host arrays and its KV in `kv[:, :, row]`. Rows are dense: the last one
+takes the place of one that finished, so that attention can read the KV in place. With the host arrays, every rule of a
+step (stop ids, limits, seeds, temperatures) acts on all rows at once.
 """
 
 from collections import deque
@@ -20,8 +20,8 @@ from trace_async.engines.embedded.radix_cache import RadixCache
 from trace_async.engines.embedded.sampling import sample_tokens, uniforms
 from trace_async.types import Completion, FinishReason, HiddenState, SamplingParams, VersionSpan
 
-# New tokens that one step takes in: bounds its time and memory; on the CPU so few that activations stay in the cache.
-# A longer prompt still runs, alone.
+# The most new tokens in one step, which bounds its time and memory. On the CPU they are so few that activations stay in
+# the cache. A longer prompt still runs, but alone.
 MAX_PREFILL_TOKENS = {"cpu": 1_024, "cuda": 8_192}
 # Longer prompts are computed in chunks, because the attention mask grows with chunk × context.
 MAX_CHUNK_TOKENS = 1_024
@@ -32,27 +32,28 @@ FIRST_CAPACITY = 128
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sample. `limit`: length of prompt and answer together; `key` names its random numbers.
-
-    `tokens` and `logprobs` (of the answer) are current only while the request waits; `cached_tokens` is None before
-    its first admission.
-    """
+    """One sample."""
 
     prompt_tokens: int
     tokens: np.ndarray
+    """Prompt and answer so far. Current only while the request waits; then the scheduler's arrays hold them."""
     params: SamplingParams
     limit: int
+    """The most tokens of prompt and answer together."""
     key: int
+    """Names its stream of random numbers."""
     logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    """Of the answer, and current only while the request waits, like `tokens`."""
     spans: list[VersionSpan] = field(default_factory=list)
     cached_tokens: int | None = None
+    """Prompt tokens found in the cache at its first admission (None before that)."""
     prompt_state: HiddenState | None = None
     aborted: bool = False
 
 
 @dataclass(slots=True)
 class Totals:
-    """Since the start, in tokens."""
+    """Tokens since the start."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -60,7 +61,7 @@ class Totals:
 
 
 class Scheduler:
-    """All requests of one engine. Not thread-safe: one thread calls it, under `torch.inference_mode`."""
+    """Holds all requests of one engine. Not thread-safe: one thread calls it, under `torch.inference_mode`."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class Scheduler:
         kv_cache_tokens: int,
         decode: Callable[[list[int]], str] | None,
     ) -> None:
-        """`kv_cache_tokens` 0: no prefix cache. `decode`: ids to text, for stop strings."""
+        """`kv_cache_tokens` 0 means no prefix cache. `decode` turns ids into text, for stop strings."""
         self._model = model
         self._max_rows = max_rows
         self._max_context_tokens = max_context_tokens
@@ -111,7 +112,7 @@ class Scheduler:
         return self._remove(self._append(tokens, logprobs))
 
     def abort(self, request: Request) -> None:
-        """Drop a request, wherever it is."""
+        """Drop a request, whether it waits or runs."""
         request.aborted = True
         if request in self.running:
             self._remove([(self.running.index(request), "abort")])
@@ -193,7 +194,7 @@ class Scheduler:
         return row
 
     def _forward(self, num_rows: int) -> torch.Tensor:
-        """Logits [rows, vocab] after each row's last token; computes all tokens that have no KV yet."""
+        """Compute all tokens that have no KV yet. Returns the logits [rows, vocab] after each row's last token."""
         length, computed = self._length[:num_rows], self._computed[:num_rows]
         self._reserve(int(length.max()))
         for row in np.flatnonzero(length - computed > MAX_CHUNK_TOKENS):
@@ -203,7 +204,7 @@ class Scheduler:
         return self._forward_rows(0, length - computed)
 
     def _forward_rows(self, first_row: int, num_new: np.ndarray) -> torch.Tensor:
-        """Compute the next `num_new` [rows] tokens of the rows from `first_row` on; logits after the last ones."""
+        """Compute the next `num_new` [rows] tokens of the rows from `first_row` on. Returns logits after the last."""
         rows = np.arange(first_row, first_row + len(num_new))
         computed, ends = self._computed[rows], np.cumsum(num_new)
         row_T = np.repeat(rows, num_new)
@@ -246,12 +247,12 @@ class Scheduler:
         return logits
 
     def _readers(self, rows: np.ndarray, computed: np.ndarray) -> np.ndarray:
-        """Those of `rows` whose prompt is whole after this step and whose state is wanted."""
+        """Return those of `rows` whose prompt is complete after this step and whose state is wanted."""
         fresh = rows[computed == self._prompt_tokens[rows]]
         return np.array([row for row in fresh if self.running[row].params.read_layers is not None], dtype=np.int64)
 
     def _reading(self, readers: np.ndarray, num_new: np.ndarray, ends: np.ndarray) -> Reading | None:
-        """What the model is asked to read in this step: of every reader its last new tokens, at most `read_tokens`."""
+        """Ask the model to read, for every reader, its last new tokens of this step, at most `read_tokens`."""
         if not len(readers):
             return None
         params = self.running[readers[0]].params
@@ -268,7 +269,10 @@ class Scheduler:
         )
 
     def _mask(self, rows: int, width: int, length: int, padded_T: np.ndarray, position_T: np.ndarray) -> torch.Tensor:
-        """Additive [rows, 1, width, length]: a token sees its own position and all before. Padding sees position 0."""
+        """Return the additive mask [rows, 1, width, length]: a token sees its own position and all before it.
+
+        Padding sees position 0, because a softmax over nothing would be NaN.
+        """
         position = np.zeros(rows * width, np.int64)
         position[padded_T] = position_T
         last_seen = self._to_device(position).view(rows, 1, width, 1)
@@ -289,7 +293,7 @@ class Scheduler:
         return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
     def _append(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[int, FinishReason]]:
-        """Add each row's new token; returns the rows that are finished, ascending, and why."""
+        """Add each row's new token. Returns the rows that are finished, ascending, and why."""
         if not np.isfinite(logprobs).all():
             raise FloatingPointError("the model's logits are not finite: the weights are broken")
         rows = np.arange(len(tokens))
@@ -307,14 +311,14 @@ class Scheduler:
 
     def _ends_with_stop_string(self, row: int, request: Request) -> bool:
         assert self._decode is not None, "requests with stop strings are refused without a tokenizer"
-        # Only strings that the newest token completes matter, and a character takes at most four tokens (its bytes).
+        # Only strings that the newest token completes matter, and a character has at most four tokens (its bytes).
         window = 4 * max(len(text) for text in request.params.stop) + 4
         start = max(request.prompt_tokens, int(self._length[row]) - window)
         text = self._decode(self._tokens[row, start : self._length[row]].tolist())
         return any(stop in text for stop in request.params.stop)
 
     def _remove(self, finished: list[tuple[int, FinishReason]]) -> list[tuple[Request, Completion]]:
-        """Take rows (ascending) out of the batch; their KV goes to the radix cache."""
+        """Take rows (ascending) out of the batch and store their KV in the radix cache."""
         done = [self._completion(row, reason) for row, reason in finished]
         if self._cache is not None:
             known = [(row, self._tokens[row, : self._computed[row]]) for row, _ in finished]
@@ -347,7 +351,7 @@ class Scheduler:
         self.running.pop()
 
     def _arrays(self) -> list[np.ndarray]:
-        """What the host keeps by row."""
+        """List what the host keeps by row."""
         wide: list[np.ndarray] = [self._tokens, self._logprobs, self._stop_ids, self._key]
         return [
             *wide,
@@ -361,7 +365,7 @@ class Scheduler:
         ]
 
     def _store(self, parts: list[tuple[int, int, np.ndarray]]) -> None:
-        """Copy KV from rows to the pool: (row, first position, pool slots) each."""
+        """Copy KV from rows to the pool. A part is (row, first position, pool slots)."""
         if self._cache is None or not parts:
             return
         sources = [row * self._capacity + start + np.arange(len(slots)) for row, start, slots in parts]
@@ -383,9 +387,9 @@ class Scheduler:
         self._kv[:, :, :, :old_capacity] = old
 
     def _new_kv(self, rows: int, capacity: int) -> torch.Tensor:
-        """[layers, 2, rows, capacity, kv_heads, head_dim]."""
+        """Make an empty KV [layers, 2, rows, capacity, kv_heads, head_dim]."""
         model = self._model
-        # Zeros, because attention multiplies masked positions by 0, and 0·nan is nan.
+        # Zeros, because attention multiplies masked positions by 0, and 0·NaN is NaN.
         shape = (model.num_layers, 2, rows, capacity, model.num_kv_heads, model.head_dim)
         return torch.zeros(shape, dtype=model.dtype, device=model.device)
 
@@ -394,9 +398,9 @@ class Scheduler:
 
 
 def _runs_of_similar_width(num_new: np.ndarray) -> list[tuple[int, int]]:
-    """Borders of the runs of neighbouring rows that run attention together: width 1, up to 16, up to 32, …
+    """Return the borders of the runs of neighbouring rows that run attention together: width 1, up to 16, up to 32, …
 
-    The running rows (width 1) come first, then the admitted ones, sorted; so similar widths are neighbours.
+    The running rows (width 1) come first, then the admitted ones, sorted. So similar widths are neighbours.
     """
     bucket = np.where(num_new == 1, 0, np.maximum(4, np.ceil(np.log2(num_new))))
     return list(pairwise([0, *(np.flatnonzero(np.diff(bucket)) + 1).tolist(), len(num_new)]))
