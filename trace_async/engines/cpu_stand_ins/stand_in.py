@@ -1,4 +1,4 @@
-"""Makes a package importable to any depth; whatever is called in it raises NotImplementedError."""
+"""Make a package importable to any depth. Whatever is called in it raises NotImplementedError."""
 
 import importlib.abc
 import importlib.machinery
@@ -7,7 +7,7 @@ import types
 
 
 class _Missing(type):
-    """A class, so that it can stand in type hints, be subclassed and used as a decorator's argument."""
+    """The type of a stand-in. It is a class, so that it can be a type hint, a base class or a decorator's argument."""
 
     def __getattr__(cls, name: str) -> object:
         if name.startswith("__"):
@@ -44,6 +44,6 @@ class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in_for(package: str) -> None:
-    """Turns the already created module `package` into a stand-in, with all its submodules."""
+    """Turn the module `package`, which exists already, into a stand-in with all its submodules."""
     sys.modules[package].__class__ = _StandInModule
     sys.meta_path.append(_StandInFinder(package))

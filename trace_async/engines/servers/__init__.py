@@ -1,1 +1,1 @@
-"""Engines that are servers of their own (SGLang, vLLM): their processes, requests and weights."""
+"""Run engines that are servers of their own (SGLang, vLLM): their processes, their requests and their weights."""

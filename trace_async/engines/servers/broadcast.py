@@ -1,4 +1,4 @@
-"""Weights by broadcast from a generator's process to its server's workers: the sending side."""
+"""Broadcast weights from a generator's process to the workers of its server: the sending side."""
 
 import asyncio
 import functools
@@ -15,14 +15,14 @@ from trace_async.engines.servers.weight_record import Tensors
 from trace_async.engines.vllm_worker.weight_group import WeightGroup
 
 T = TypeVar("T")
-# Asks the server for its part, which it does while we do ours.
+# Asks the server for its part of a step. It must run while we do ours, because the two sides wait for each other.
 Tell = Callable[[dict[str, Reply]], Awaitable[Reply]]
 
 
 class WeightBroadcast:
-    """Makes its process group at the first update, and anew after one that failed.
+    """Sends weights through a process group, which it makes at the first update and anew after one that failed.
 
-    NCCL when this process sees a GPU that the server, on the first `num_workers`, does not use; else gloo.
+    It uses NCCL when this process sees a GPU beyond the first `num_workers`, which the server uses; otherwise gloo.
     """
 
     def __init__(self, *, num_workers: int, on_gpu: bool, timeout_s: float) -> None:
@@ -33,10 +33,11 @@ class WeightBroadcast:
         self._name = ""
 
     async def send(self, tensors: Tensors, *, join: Tell, receive: Tell) -> Reply:
-        """`receive`'s reply. EngineError when either side failed; it ends within `timeout_s` for each of the two steps.
+        """Send the tensors and return the reply of `receive`. Raises EngineError when either side failed.
 
-        `join` is told port, name, world_size, backend and timeout_s of the group to join as ranks 1, 2, ...; `receive`
-        is told group_name and names, dtypes and shapes of the tensors that come, in this order.
+        Each of the two steps ends within `timeout_s`. `join` is given port, name, world_size, backend and timeout_s of
+        the group that the workers join as ranks 1, 2, … `receive` is given group_name and the names, dtypes and shapes
+        of the tensors, in the order in which they come.
         """
         try:
             if self._group is None:
@@ -87,7 +88,7 @@ class WeightBroadcast:
 
 
 async def _both(ours: Callable[[], T], theirs: Awaitable[Reply]) -> tuple[T, Reply]:
-    """Our part, in a thread, and the server's; what the server said first when both failed."""
+    """Do our part in a thread, together with the server's. Raises the server's error first if both failed."""
     done, reply = await asyncio.gather(asyncio.to_thread(ours), theirs, return_exceptions=True)
     if isinstance(reply, BaseException):
         raise reply

@@ -1,4 +1,4 @@
-"""Where the engines' own Python environments lie; scripts/setup_engines.sh, which makes them, has the same rule."""
+"""Find the engines' own Python environments. scripts/setup_engines.sh makes them and follows the same rule."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ FOLDER_VARIABLE = "TRACE_ASYNC_ENGINES"
 
 
 def engines_folder() -> Path:
-    """The folder of `$TRACE_ASYNC_ENGINES`; else `.venvs` of the checkout this code lies in; else the user's cache."""
+    """Return `$TRACE_ASYNC_ENGINES`, or `.venvs` of the checkout that this code lies in, or the user's cache."""
     if named := os.environ.get(FOLDER_VARIABLE):
         return Path(named).expanduser().absolute()
     if checkout := find_checkout():
@@ -19,14 +19,20 @@ def engines_folder() -> Path:
 
 
 def find_checkout() -> Path | None:
-    """The checkout that this code lies in, by what only a checkout has side by side; None when it was installed."""
+    """Return the checkout that this code lies in, or None when it was installed.
+
+    A checkout is known by files that stand side by side only there.
+    """
     landmarks = ("pyproject.toml", "scripts/setup_engines.sh", "trace_async")
     folders = Path(__file__).resolve().parents
     return next((folder for folder in folders if all((folder / name).exists() for name in landmarks)), None)
 
 
 def engine_python(backend: str, configured: str) -> str:
-    """The interpreter of an engine's own environment; ConfigError names the command that builds it."""
+    """Return the interpreter of an engine's own environment.
+
+    Raises ConfigError when there is none; it names the command that builds it.
+    """
     python = Path(configured) if configured else engines_folder() / backend / "bin" / "python"
     if not python.is_file():
         command = (

@@ -1,4 +1,4 @@
-"""Runs one server and sees to it that nothing of it outlives its owner. Standard library only; started by server.py.
+"""Run one server and make sure that nothing of it outlives its owner. Standard library only; server.py starts it.
 
     python guard.py GRACE_S SCRATCH_DIR[:SCRATCH_DIR...] -- COMMAND...
 
@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 KILL_WAIT_S = 10.0
 
-REGISTRY = f"trace_async_files_{os.getuid()}"  # of files that several owners use (shared_file.py)
+REGISTRY = f"trace_async_files_{os.getuid()}"  # holds links to files that several owners use (shared_file.py)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -43,7 +43,7 @@ def _group_members(group: int) -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                # The fields after the parenthesised name, which may hold anything: state, parent, group, ...
+                # The fields after the name: state, parent, group, … The name is in parentheses and may hold anything.
                 fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue  # it ended while we looked
@@ -53,7 +53,10 @@ def _group_members(group: int) -> list[int]:
 
 
 def _shared_memory_of(group: int) -> set[int]:
-    """Inodes below /dev/shm that members of the group have mapped (a name may change, as for semaphores)."""
+    """Return the inodes below /dev/shm that members of the group have mapped.
+
+    They are inodes and not names, because a name may change, as those of semaphores do.
+    """
     inodes = set()
     for pid in _group_members(group):
         try:
@@ -67,9 +70,10 @@ def _shared_memory_of(group: int) -> set[int]:
 
 
 def _reap_all(deadline: float, *, kill: bool) -> bool:
-    """Waits until no child is left; False at the deadline.
+    """Wait until no child is left. Returns False at the deadline.
 
-    `kill`: also those that left the group; they become our children only when their own parent has ended.
+    With `kill`, kill children too. This reaches processes that left the group; they become our children only when
+    their own parent has ended, so it is done again and again.
     """
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     while True:
@@ -81,12 +85,15 @@ def _reap_all(deadline: float, *, kill: bool) -> bool:
             if time.monotonic() > deadline:
                 return False
             for child in children.read_text().split() if kill else ():
-                os.kill(int(child), signal.SIGKILL)  # not yet reaped, so the number is still its own
+                os.kill(int(child), signal.SIGKILL)  # it is not reaped yet, so nobody else has its number
             time.sleep(0.02)
 
 
 def remove_unused(registry: Path) -> None:
-    """Remove what only the registry has left. Files enter it with a user's link, so no new one is ever hit."""
+    """Remove the files that only the registry still links to.
+
+    A file enters the registry with a user's link, so a new file is never removed here.
+    """
     for entry in registry.glob("*"):
         with contextlib.suppress(FileNotFoundError):
             if entry.stat().st_nlink == 1:
@@ -110,7 +117,7 @@ def _end(server: subprocess.Popen[bytes], grace_s: float, inodes: set[int], scra
 
 
 def _leave_owner() -> None:
-    """Become nobody's child. Ray, for one, kills the children of an actor that exits before they can clean up."""
+    """Fork, so that we are no child of the owner. Ray would kill an actor's children before they could clean up."""
     if os.fork():
         os._exit(0)
 
@@ -123,8 +130,8 @@ def main(arguments: list[str]) -> None:
     grace_s, scratch = float(arguments[0]), arguments[1].split(":")
     command = arguments[arguments.index("--") + 1 :]
     _leave_owner()
-    # Handlers, since what is ignored would be ignored by the server too. SGLang's processes send SIGQUIT to their
-    # parent when they break down, and that may be us.
+    # These signals get handlers that do nothing. Ignored signals would be ignored by the server too, since a child
+    # inherits that. SGLang's processes send SIGQUIT to their parent when they break down, and that may be us.
     for number in (signal.SIGQUIT, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     signal.signal(signal.SIGTERM, _ask_to_end)
@@ -142,7 +149,7 @@ def main(arguments: list[str]) -> None:
             if exited in ready:
                 code = server.wait()
             elif not os.read(0, 4096):
-                break
+                break  # the owner has closed its end, or died
             else:
                 inodes |= _shared_memory_of(server.pid)
     finally:

@@ -1,4 +1,4 @@
-"""JSON over loopback HTTP to an inference server, with every way it can fail as a typed EngineError."""
+"""Exchange JSON with an inference server over loopback HTTP, with a typed EngineError for every way to fail."""
 
 import asyncio
 import json
@@ -9,17 +9,18 @@ import aiohttp
 
 from trace_async.engine import EngineDeadError, EngineError, EngineRequestError, EngineTimeoutError
 
-Reply = Any  # decoded JSON; each backend picks its fields out and fails loudly when one is missing
+Reply = Any  # decoded JSON; each backend takes the fields it needs, and fails when one is missing
 
 
 class HttpClient:
-    """`describe` names the server in errors and says where its log is."""
+    """Talks to one server."""
 
     def __init__(self, url: str, describe: Callable[[], str]) -> None:
+        """`describe` names the server in errors and says where its log is."""
         self._url = url
         self._describe = describe
-        # No limits of aiohttp's own: neither on time (each call brings its limit) nor on connections. None is kept
-        # open: a server that closes an idle one just when it is used again would look like a server that died.
+        # aiohttp sets no limits of its own, neither on time (each call brings its limit) nor on connections. No
+        # connection is kept open: if the server closed an idle one just as we use it again, it would look dead.
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None), connector=aiohttp.TCPConnector(limit=0, force_close=True)
         )
@@ -28,7 +29,7 @@ class HttpClient:
         return await self._limited("GET", path, None, limit_s)
 
     async def post(self, path: str, body: Reply, *, limit_s: float | None) -> Reply:
-        """The decoded answer (None when empty). `limit_s` None: the caller watches the time."""
+        """Return the decoded answer (None when it is empty). With `limit_s` None the caller watches the time."""
         if limit_s is None:
             return await self._call("POST", path, body)
         return await self._limited("POST", path, body, limit_s)

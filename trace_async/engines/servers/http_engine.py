@@ -1,4 +1,4 @@
-"""What SGLang and vLLM have in common as engines: a supervised server, spoken to over loopback HTTP.
+"""Use a supervised inference server over loopback HTTP as an engine: what SGLang and vLLM have in common.
 
     generate ─► one request per sample, token ids in, token ids and log-probabilities out; cancelled = aborted there
     update_weights ─► checksum ─► hold: requests in flight keep their tokens and lose their KV
@@ -54,10 +54,9 @@ class HttpEngine(ABC):
     """An engine whose model lives in a server process (see the Engine protocol).
 
     A sample ends with EngineTimeoutError when it takes longer than `engine.request_timeout_s`, not counting pauses and
-    weight updates.
-    After EngineDeadError or EngineTimeoutError `start()` makes a fresh server, with the weights of `policy_path` and
-    version 0: sync weights before it serves. With `engine.url` no process is started or stopped; the server must run
-    on this machine, with `policy_path` as its model.
+    weight updates. After EngineDeadError or EngineTimeoutError, `start()` makes a fresh server with the weights of
+    `policy_path` as version 0; sync weights before it serves. With `engine.url` no process is started or stopped. That
+    server must run on this machine, with `policy_path` as its model.
     """
 
     name: str
@@ -84,7 +83,7 @@ class HttpEngine(ABC):
         self._forget()
 
     def _forget(self) -> None:
-        """What is known of a server that has just been started: nothing."""
+        """Forget all that was known of a server, because a new one has been started."""
         self._totals = _Totals()
         self._record: WeightRecord | None = None
         self._found: dict[str, str] = {}  # the digests that the server reported last
@@ -95,13 +94,13 @@ class HttpEngine(ABC):
 
     @abstractmethod
     def _command(self, port: int, scratch: Path) -> tuple[list[str], dict[str, str]]:
-        """The server's command line and what it needs in its environment; files for it may be put into `scratch`."""
+        """Return the server's command line and environment. Files for it may be put into `scratch`."""
 
     @abstractmethod
     def _generate_request(
         self, request_id: str, prompt: Sequence[int], params: SamplingParams, sample: int
     ) -> tuple[str, Reply]:
-        """Path and JSON body of one sample."""
+        """Return path and JSON body of the request for one sample."""
 
     @abstractmethod
     def _completion(self, reply: Reply) -> Completion: ...
@@ -111,11 +110,11 @@ class HttpEngine(ABC):
 
     @abstractmethod
     async def _ping(self) -> None:
-        """A round trip to the part of the server that runs the model."""
+        """Make a round trip to the part of the server that runs the model."""
 
     @abstractmethod
     async def _hold(self, *, drop_kv: bool) -> None:
-        """Stop decoding. With `drop_kv` what is in flight is computed anew after `_release`."""
+        """Stop decoding. With `drop_kv`, the KV of what is in flight is computed anew after `_release`."""
 
     @abstractmethod
     async def _release(self) -> None: ...
@@ -126,21 +125,21 @@ class HttpEngine(ABC):
 
     @abstractmethod
     async def _load_from_folder(self, folder: Path, tensors: Tensors) -> None:
-        """Load the safetensors in `folder`, which hold `tensors`; EngineError when the server could not."""
+        """Load the safetensors in `folder`, which hold `tensors`. Raises EngineError when the server could not."""
 
     @abstractmethod
     async def _load_by_broadcast(self, tensors: Tensors) -> None:
-        """The same through `_broadcast`."""
+        """Load `tensors` through `_broadcast`."""
 
     @abstractmethod
     async def _flush_cache(self) -> None: ...
 
     @abstractmethod
     async def _digests(self) -> dict[str, str]:
-        """Parameter name → digest of what the server holds now, or RECEIVED name → digest of what it last loaded."""
+        """Return parameter → digest of what the server holds, or RECEIVED name → digest of what it loaded last."""
 
     def _start_weights(self) -> WeightUpdate | None:
-        """What a fresh server holds; None: the weights of `policy_path`."""
+        """Return what a fresh server holds (None: the weights of `policy_path`)."""
         return None
 
     # Start and stop ---------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ class HttpEngine(ABC):
                 await self._until_ready()
                 break
             except EngineDeadError as error:
-                # Another process may have taken the port between our look and the server's.
+                # Another process may have taken the port after we found it free and before the server took it.
                 if not attempts_left or "address already in use" not in str(error).lower():
                     raise
                 await self.close()
@@ -203,7 +202,7 @@ class HttpEngine(ABC):
         await self._broadcast.close()
 
     def process_ids(self) -> list[int]:
-        """The server's processes on this machine, its first one in front; empty when attached or not running."""
+        """Return the server's processes on this machine, the first one in front (empty if attached or not running)."""
         return self._process.process_ids() if self._process is not None else []
 
     def _describe(self) -> str:
@@ -240,13 +239,13 @@ class HttpEngine(ABC):
         try:
             return tuple(await asyncio.gather(*samples))
         finally:
-            # After an error or a cancellation the others are aborted too.
+            # After an error or a cancellation, abort the other samples too.
             for task in samples:
                 task.cancel()
             await asyncio.gather(*samples, return_exceptions=True)
 
     def _checked_request(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
-        """`max_new_tokens` cut to the room that is left; checked here, since a server may take more than it says."""
+        """Check a request, since a server may accept more than it can do, and cut `max_new_tokens` to the room left."""
         self._client()
         if self._broken:
             raise WeightSyncError(f"{self.name} must be synced before it serves: {self._broken}")
@@ -275,7 +274,7 @@ class HttpEngine(ABC):
         return completion
 
     async def _within_limit(self, request: Coroutine[None, None, Reply]) -> Reply:
-        """The reply, or EngineTimeoutError after `request_timeout_s` in which we did not hold the engine."""
+        """Return the reply. Raises EngineTimeoutError after `request_timeout_s` in which we did not hold the engine."""
         limit_s = self._config.request_timeout_s
         task = asyncio.ensure_future(request)
         self._in_flight.add(task)
@@ -319,7 +318,7 @@ class HttpEngine(ABC):
         except EngineDeadError:
             raise
         except EngineTimeoutError:
-            # A server that loads weights may not answer meanwhile; whether it hangs, the update itself will find out.
+            # A server that loads weights may not answer meanwhile. If it hangs, the update itself will find out.
             if not self._control.locked():
                 raise
         except EngineError as error:
@@ -327,7 +326,7 @@ class HttpEngine(ABC):
 
     @property
     def policy_version(self) -> int:
-        """Of the weights that serve now."""
+        """The version of the weights that serve now."""
         return self._record.policy_version if self._record is not None else 0
 
     async def health(self) -> EngineHealth:
@@ -347,7 +346,7 @@ class HttpEngine(ABC):
             self._client()
             assert self._record is not None
             if not self._broken and self._record.has(update.manifest):
-                return  # synced once more, as before re-admission
+                return  # it holds these weights already, and to sync it again is no error
             if self._config.weight_sync == "collective":
                 sent = await asyncio.to_thread(checked_tensors, update)
                 with self._clock.held():
@@ -378,7 +377,7 @@ class HttpEngine(ABC):
                 task.cancel()
             raise WeightSyncError(f"weights version {manifest.policy_version}: {error}") from error
         finally:
-            # Requests that arrive meanwhile wait in the server, so only an update that failed shuts the door.
+            # Requests that arrive during an update wait in the server. Only after a failed one are they refused.
             self._broken = "" if loaded else f"version {manifest.policy_version} was not loaded to its end"
             if not self._clock.paused:
                 await self._release()
@@ -392,7 +391,7 @@ class HttpEngine(ABC):
 
 
 def version_spans(spans: Sequence[dict[str, Reply]]) -> tuple[VersionSpan, ...]:
-    """[{"version": "3", "start": 0, "end": 5}, ...] as servers report them, neighbours of one version joined."""
+    """Read [{"version": "3", "start": 0, "end": 5}, …] as servers report it, and join neighbours of one version."""
     found: list[VersionSpan] = []
     for span in spans:
         if not found or found[-1].policy_version != int(span["version"]):

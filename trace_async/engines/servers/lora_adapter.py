@@ -1,4 +1,4 @@
-"""A LoRA adapter for a server that adds it to the start policy itself: as tensors by name, and as peft's folder."""
+"""Give a server a LoRA adapter that it adds to the start policy itself, as tensors by name and as peft's folder."""
 
 import json
 from collections.abc import Mapping
@@ -16,9 +16,10 @@ _NO_LAYERS = ("embed_tokens.weight", "lm_head.weight")
 
 
 def start_adapter(policy_path: Path, rank: int) -> WeightUpdate:
-    """Version 0, which changes nothing: `<layer>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank] of zeros.
+    """Return version 0, which changes nothing, because all its tensors are zeros.
 
-    For every linear layer but the head, as `policy_weights.add_lora` does.
+    They are `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank] for every linear layer but the
+    head, as `policy_tensors.add_lora` makes them.
     """
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(policy_path.glob("*.safetensors")):
@@ -33,7 +34,7 @@ def start_adapter(policy_path: Path, rank: int) -> WeightUpdate:
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], rank: int) -> None:
-    """Into `folder` (made), over what is there."""
+    """Write the adapter into `folder`, which is made, over what is there."""
     folder.mkdir(exist_ok=True)
     layers = {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors}
     config = {

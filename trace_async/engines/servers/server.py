@@ -1,4 +1,4 @@
-"""The process of an inference server: started, watched and stopped so that nothing of it is left behind."""
+"""Start, watch and stop the process of an inference server so that nothing of it is left behind."""
 
 import asyncio
 import os
@@ -23,19 +23,22 @@ LOG_TAIL_LINES = 25
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
+    """Return a TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU. Asks the system, since the trainer's torch may be a CPU build."""
+    """Return whether this machine has an NVIDIA GPU.
+
+    It asks the system and not torch, because the trainer's torch may be a CPU build.
+    """
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def command_line_flags(arguments: Mapping[str, object]) -> list[str]:
-    """{"max_num_seqs": 64, "enforce_eager": True, "other": False} → --max-num-seqs 64 --enforce-eager."""
+    """Turn {"max_num_seqs": 64, "enforce_eager": True, "other": False} into --max-num-seqs 64 --enforce-eager."""
     flags: list[str] = []
     for name, value in arguments.items():
         if value is False or value is None:
@@ -47,14 +50,14 @@ def command_line_flags(arguments: Mapping[str, object]) -> list[str]:
 
 
 class ServerProcess:
-    """One server behind a guard process (guard.py), in a process group of its own, writing to `log_path`.
+    """One server behind a guard process (guard.py), in a process group of its own. It writes its log to `log_path`.
 
-    `scratch`: private folder on disk, also the server's TMPDIR; `shared_scratch`: the same in shared memory. Both are
-    removed with the process, even when our own process is killed.
+    `scratch` is a private folder on disk, which is also the server's TMPDIR. `shared_scratch` is one in shared memory.
+    Both are removed with the process, even when our own process is killed.
     """
 
     def __init__(self, build: Callable[[Path], tuple[Sequence[str], Mapping[str, str]]], *, log_path: Path) -> None:
-        """`build`: gives command and environment, and may put files for the server into the scratch folder."""
+        """`build` returns command and environment. It may put files for the server into the scratch folder."""
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(tempfile.mkdtemp(prefix="trace_async_"))
@@ -70,14 +73,14 @@ class ServerProcess:
         assert guard.stdout is not None
         self._requests, self._status = guard.stdin, guard.stdout
         self._guard_pid = int(self._status.readline())
-        guard.wait()  # what is waited for is only the process that the guard left
+        guard.wait()  # ends at once: the guard has forked away from this process (_leave_owner in guard.py)
         self._exit_code: int | None = None
 
     def _start_guard(self, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         folders = f"{self.scratch}:{self.shared_scratch}"
         with self.log_path.open("ab") as log:
             return subprocess.Popen(
-                # `-I`: the guard must not import anything of the server's PYTHONPATH.
+                # With `-I` the guard imports nothing from the server's PYTHONPATH.
                 [sys.executable, "-I", str(GUARD), str(GRACE_S), folders, "--", *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -89,14 +92,14 @@ class ServerProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """None while the server runs, or is being cleared away; 128 + the signal's number when a signal ended it."""
+        """The exit code: None while the server runs or is cleared away, 128 + its number when a signal ended it."""
         if self._exit_code is None and select.select([self._status], [], [], 0)[0]:
-            # No line: the guard itself was killed, and the server with it.
+            # An empty line means that the guard itself was killed, and the server with it.
             self._exit_code = int(self._status.readline() or 128 + signal.SIGKILL)
         return self._exit_code
 
     def remember_shared_memory(self) -> None:
-        """Notes what the server holds in /dev/shm now (call it when it is ready), to be removed after its end."""
+        """Note what the server holds in /dev/shm now, so that it is removed after the end. Call it when it is ready."""
         try:
             self._requests.write(b"remember\n")
             self._requests.flush()
@@ -104,7 +107,7 @@ class ServerProcess:
             return  # it has just ended, which the next request reports
 
     def process_ids(self) -> list[int]:
-        """The server's processes, the leader of their group first (empty when it has ended)."""
+        """Return the server's processes, the leader of their group first (empty when it has ended)."""
         children = Path(f"/proc/{self._guard_pid}/task/{self._guard_pid}/children")
         try:
             leaders = [int(pid) for pid in children.read_text().split()]
@@ -117,13 +120,14 @@ class ServerProcess:
         return found
 
     def log_tail(self) -> str:
+        """Return the last lines of the log, for errors."""
         lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         return "\n".join(lines)
 
     async def stop(self) -> None:
-        """SIGTERM, then SIGKILL, to the whole group; returns when nothing of it is left."""
+        """Send SIGTERM and then SIGKILL to the whole group, and return when nothing of it is left."""
         if not self._requests.closed:
-            self._requests.close()
+            self._requests.close()  # the guard ends the server when this end of its input closes
         deadline = time.monotonic() + STOP_LIMIT_S
         while self.exit_code is None:
             if time.monotonic() > deadline:

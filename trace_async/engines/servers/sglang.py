@@ -1,4 +1,4 @@
-"""SGLang 0.5.23 as an engine: the default on GPUs. Recipe and traps: docs/engines.md."""
+"""Use SGLang 0.5.23 as an engine; it is the default on GPUs. Recipe and traps are in docs/engines.md."""
 
 import asyncio
 import json
@@ -22,17 +22,18 @@ CPU_STAND_INS = Path(__file__).parents[1] / "cpu_stand_ins"
 
 @dataclass(slots=True)
 class _Siblings:
-    """Requests in flight for one prompt, and the request that fills the cache for all but the first."""
+    """The requests in flight for one prompt."""
 
     num_in_flight: int = 0
     warm_up: asyncio.Task[None] | None = None
+    """The request that fills the cache for all but the first."""
 
 
 class SGLangEngine(HttpEngine):
-    """SGLang's server with its radix cache on; see HttpEngine for limits and weight updates.
+    """Runs SGLang's server with its radix cache on; see HttpEngine for limits and weight updates.
 
-    Every request's cache namespace is its policy version. `SamplingParams.seed` is not used: SGLang samples per
-    request from one stream unless it runs in its deterministic mode.
+    The policy version is the namespace of a request's cache, so KV of other weights is never used.
+    `SamplingParams.seed` has no effect: SGLang samples all requests from one stream, except in its deterministic mode.
     """
 
     name = "sglang"
@@ -51,11 +52,11 @@ class SGLangEngine(HttpEngine):
             "tp_size": config.tensor_parallel_size,
             "max_running_requests": config.max_running_requests,
             "max_total_tokens": config.kv_cache_tokens or None,
-            # It keeps a few tokens of the context to itself.
+            # SGLang keeps a few tokens of the context to itself.
             "context_length": self._max_context_tokens + 8,
             "random_seed": self._seed,
             "disable_radix_cache": not config.prefix_cache,
-            # Longest prefix first holds siblings on one cold prompt back until the first of them has filled the cache.
+            # "lpm", longest prefix first, holds siblings on a cold prompt back until the first has filled the cache.
             "schedule_policy": "lpm",
             "grammar_backend": "none",
             "weight_version": "0",
@@ -74,7 +75,7 @@ class SGLangEngine(HttpEngine):
             }
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(CPU_STAND_INS)}
             if config.tensor_parallel_size > 1:
-                # By itself it wants a NUMA node for each worker.
+                # Without this it wants a NUMA node for each worker.
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = _shared_out_cores(config.tensor_parallel_size)
         arguments |= config.server_args
         python = engine_python(self.name, config.python)
@@ -116,10 +117,10 @@ class SGLangEngine(HttpEngine):
         )
 
     async def _sample(self, prompt: Sequence[int], params: SamplingParams, sample: int) -> Completion:
-        """Siblings that arrive while the first request for their prompt is in flight wait until its KV is there.
+        """Let siblings that arrive while the first request for their prompt is in flight wait until its KV is there.
 
-        SGLang computes equal cold prompts of one batch once each. So the second to come sends a request that only
-        fills the cache, and all but the first go on when that has ended.
+        SGLang would compute equal cold prompts of one batch once for each of them. So the second one to come sends a
+        request that only fills the cache, and all but the first go on when that has ended.
         """
         if len(prompt) < MIN_SHARED_TOKENS or not self._config.prefix_cache:
             return await super()._sample(prompt, params, sample)
@@ -129,7 +130,7 @@ class SGLangEngine(HttpEngine):
             if siblings.num_in_flight > 1:
                 if siblings.warm_up is None:
                     siblings.warm_up = asyncio.create_task(self._fill_cache(prompt))
-                await asyncio.shield(siblings.warm_up)
+                await asyncio.shield(siblings.warm_up)  # one sibling that is cancelled must not cancel it for all
             return await super()._sample(prompt, params, sample)
         finally:
             siblings.num_in_flight -= 1
@@ -145,7 +146,7 @@ class SGLangEngine(HttpEngine):
         await self._post("/abort_request", {"rid": request_id})
 
     async def _ping(self) -> None:
-        # Asks the scheduler for its state, so it fails when the scheduler hangs; it also answers while paused.
+        # This asks the scheduler for its state, so it fails when the scheduler hangs. It also answers while paused.
         await self._get("/server_info")
 
     async def _hold(self, *, drop_kv: bool) -> None:
@@ -192,17 +193,17 @@ class SGLangEngine(HttpEngine):
 
 
 def _shared_out_cores(num_workers: int) -> str:
-    """As SGLang takes them, `0,2|1,3`; workers share cores where there are fewer of them."""
+    """Share the cores out to the workers, in SGLang's form `0,2|1,3`. Workers share cores if there are too few."""
     cores = sorted(os.sched_getaffinity(0))
     own = (cores[worker::num_workers] or cores for worker in range(num_workers))
     return "|".join(",".join(map(str, some)) for some in own)
 
 
 def _without_end_tokens(policy_path: Path, folder: Path) -> Path:
-    """The model directory once more, by links, naming no token that ends an answer.
+    """Copy the model directory by links, without the entries that name a token that ends an answer.
 
     SGLang ends an answer at the end tokens of the model's and the tokenizer's files, or with `ignore_eos` at no token
-    at all. Here the request's `stop_token_ids` alone end it, as with the other engines.
+    at all. With this copy only the request's `stop_token_ids` end it, as with the other engines.
     """
     folder.mkdir()
     for file in policy_path.iterdir():

@@ -1,8 +1,8 @@
-"""One copy of a large file for all processes of a user on a machine that need it at the same time.
+"""Share one copy of a large file between all processes of a user on a machine that need it at the same time.
 
-Each has a hard link in a folder of its own, so the file lasts as long as its users do, however they end. By one more
-link, in a registry, others find it; that one is removed by the user who leaves last, or, when that was killed, by its
-guard (guard.py) or by the next one to come.
+Every process has a hard link in a folder of its own. So the file lasts as long as its users, however they end. One more
+link in a registry lets others find it. The user who leaves last removes that link; if it was killed, its guard
+(guard.py) or the next user does.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from trace_async.engines.servers.server import SHARED_MEMORY
 
 
 def link_or_write(path: Path, key: str, write: Callable[[Path], None]) -> None:
-    """Have `path` hold the file known as `key`: what another process has of it now, else what `write(path)` makes.
+    """Let `path` hold the file known as `key`: a link to another process's copy, or else what `write(path)` makes.
 
-    Waits for a process that is writing. When `write` raises, so does this, and nobody is given the file.
+    Waits for a process that is writing it. When `write` raises, so does this, and nobody is given the file.
     """
     registry = _registry_beside(path)
     if registry is None:
@@ -28,7 +28,7 @@ def link_or_write(path: Path, key: str, write: Callable[[Path], None]) -> None:
         return
     with _locked(registry):
         remove_unused(registry)
-        # None has it, its last user leaves just now, or this file system knows no links: then everyone writes.
+        # This fails when nobody has it, when its last user leaves just now, or when the file system knows no links.
         with contextlib.suppress(OSError):
             os.link(registry / key, path)
             return
@@ -38,7 +38,7 @@ def link_or_write(path: Path, key: str, write: Callable[[Path], None]) -> None:
 
 
 def unlink(path: Path) -> None:
-    """Give up one's own link."""
+    """Give up our own link."""
     path.unlink()
     registry = _registry_beside(path)
     if registry is not None:
@@ -46,7 +46,10 @@ def unlink(path: Path) -> None:
 
 
 def _registry_beside(path: Path) -> Path | None:
-    """Of the file system that `path` is on, made if need be; None where there is none, or somebody else's."""
+    """Return the registry on the file system of `path`, which is made if need be, since links cannot cross over.
+
+    Returns None if there is no place for one, or if it belongs to somebody else.
+    """
     for root in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         if root.is_dir() and root.stat().st_dev == path.parent.stat().st_dev:
             registry = root / REGISTRY
@@ -60,7 +63,7 @@ def _registry_beside(path: Path) -> Path | None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Only one process, or thread, at a time; a killed one lets go."""
+    """Let only one process or thread inside at a time. The system releases the lock of a killed one."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

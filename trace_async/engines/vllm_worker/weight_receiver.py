@@ -1,4 +1,7 @@
-"""Runs inside vLLM's workers (`--worker-extension-cls weight_receiver.WeightReceiver`), beside nothing else of ours."""
+"""Receive weights inside vLLM's workers (`--worker-extension-cls weight_receiver.WeightReceiver`).
+
+Nothing else of ours can be imported there but the files in this folder.
+"""
 
 import collections
 import hashlib
@@ -14,12 +17,12 @@ Named = Iterator[tuple[str, torch.Tensor]]
 
 
 class WeightReceiver:
-    """Methods that vLLM adds to its Worker class; called through `/collective_rpc`."""
+    """Methods that vLLM adds to its Worker class. They are called through `/collective_rpc`."""
 
     _weight_group: WeightGroup | None = None
 
     def receive_weights(self, folder: str) -> dict[str, str]:
-        """Load every safetensors file in `folder`; returns digests, see `_load_weights`."""
+        """Load every safetensors file in `folder`. Returns digests (see `_load_weights`)."""
 
         def tensors() -> Named:
             for file in sorted(Path(folder).glob("*.safetensors")):
@@ -30,10 +33,10 @@ class WeightReceiver:
         return self._load_weights(tensors())
 
     def receive_adapter(self, name: str, folder: str) -> dict[str, str]:
-        """Load the LoRA adapter in `folder` (peft's files) in place of the one there is; returns its tensors' SHA-256.
+        """Replace the LoRA adapter by the one in `folder` (peft's files). Returns the SHA-256 of its tensors.
 
-        Through the server's own endpoint every later request would load the files anew at each of its steps, and
-        requests in flight would keep the old adapter.
+        The server's own endpoint is not used, because with it every later request would load the files anew at each of
+        its steps, and requests in flight would keep the old adapter.
         """
         from vllm.lora.request import LoRARequest
 
@@ -46,7 +49,7 @@ class WeightReceiver:
         return {key: _sha256(tensor.to(dtype)) for key, tensor in tensors.items()}
 
     def join_weight_group(self, port: int, name: str, world_size: int, backend: str, timeout_s: float) -> None:
-        """Join a group in which rank 0 will broadcast weights; leaves one that was joined before."""
+        """Join a group in which rank 0 will broadcast weights, and leave the one that was joined before."""
         if self._weight_group is not None:
             self._weight_group.close()
         self._weight_group = WeightGroup(
@@ -62,7 +65,7 @@ class WeightReceiver:
     def receive_broadcast(
         self, group_name: str, names: list[str], dtypes: list[str], shapes: list[list[int]]
     ) -> dict[str, str]:
-        """Load what rank 0 of the group sends, one tensor after the other; returns digests, see `_load_weights`."""
+        """Load what rank 0 of the group sends, one tensor after the other. Returns digests (see `_load_weights`)."""
         group = self._weight_group
         assert group is not None, "no weight group was joined"
         assert group.name == group_name, f"a member of {group.name}, not of {group_name}"
@@ -75,11 +78,11 @@ class WeightReceiver:
         try:
             return self._load_weights(received)
         finally:
-            # The sender waits until all has been taken, also when the loader gave up in between.
+            # The sender waits until everything is taken. Take the rest even if the loader gave up in between.
             collections.deque(received, maxlen=0)
 
     def _load_weights(self, tensors: Named) -> dict[str, str]:
-        """Returns the SHA-256 of each tensor as it went into the loader.
+        """Load the tensors and return the SHA-256 of each as it went into the loader.
 
         vLLM repacks parameters for its kernels, so afterwards they could not be compared with what was sent.
         """
@@ -98,7 +101,10 @@ class WeightReceiver:
         return digests
 
     def _repack_tied_head(self, model: torch.nn.Module) -> None:
-        """On the CPU vLLM 0.32 keeps a packed copy of tied embeddings for the head, which a reload leaves stale."""
+        """Renew the packed copy of tied embeddings that vLLM 0.32 keeps for the head on the CPU.
+
+        A reload leaves it stale.
+        """
         config = self.model_runner.model_config.hf_config  # type: ignore[attr-defined]
         head = getattr(model, "lm_head", None)
         if head is None or not config.tie_word_embeddings or next(model.parameters()).device.type != "cpu":
