@@ -223,6 +223,7 @@ class SimulatedEngine:
         self._stall(self._latency.weight_update_s)
         self._policy_version = version
         self._cache.clear()
+        # A request's next token is of the new version. Steps are fractional, so the count of written ones is cut off.
         for last_step, _, request in self._running:
             written = min(len(request.answer), int(len(request.answer) - (last_step - self._steps)))
             if written < len(request.answer):

@@ -139,6 +139,7 @@ class Learner:
         started = time.perf_counter()
         self._assert_fresh(trees, policy_version)
         minibatches = self._plan_all(trees)
+        # All ranks drop the same ones, since the number of pieces is the same everywhere.
         minibatches = [minibatch for minibatch in minibatches if minibatch.num_pieces]
         if not minibatches:
             return {"updated": 0.0, "seconds": time.perf_counter() - started}
@@ -304,6 +305,7 @@ class Learner:
             # DeepSpeed averages gradients over the ranks. The entries are normalised over the whole minibatch already,
             # so their losses must be summed instead: multiplying by the number of ranks undoes the average.
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        # Set here and not by a scheduler of DeepSpeed, so that the step count of a checkpoint is all it depends on.
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.engine.step()

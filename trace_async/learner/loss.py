@@ -65,7 +65,7 @@ def normalize_credits(
         if aggregation == "sequence":
             owner = np.array([node.rollout for node in tree.nodes])
             written = np.zeros(len(tree.rollouts))
-            np.add.at(written, owner[1:], tokens[1:])
+            np.add.at(written, owner[1:], tokens[1:])  # unlike `+=`, it adds for every repeated index
             share[1:] = 1 / np.maximum(written[owner[1:]], 1)
         shares.append(share)
     sums = [

@@ -1,1 +1,4 @@
-"""Figures by name: computed, written down, shown live and at the end. May import `trees`; MLflow only when used."""
+"""Compute figures by name, write them down, and show them live and at the end.
+
+May import `trees`. MLflow is imported only when it is used.
+"""

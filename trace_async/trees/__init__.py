@@ -1,1 +1,1 @@
-"""The rollout tree: what it is, how it is stored and shown. May import the vocabulary."""
+"""Define the rollout tree, store it and show it. May import the vocabulary."""

@@ -112,6 +112,7 @@ class TorchEngine:
         finally:
             for request, future in zip(requests, futures, strict=True):
                 self._futures.pop(request, None)
+                # Whatever has not ended well is dropped from the batch: `cancel` is true if it was still under way.
                 if future.cancel() or future.cancelled() or future.exception() is not None:
                     self._post(partial(_abort, request))
 

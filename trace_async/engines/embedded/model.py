@@ -147,6 +147,7 @@ class TorchModel:
                 f"weights: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
             )
         changed = False
+        # Everything is checked in a first pass, so that a refused update leaves the old weights whole.
         for name, target in self._targets.items():
             found, expected = tensors[name].shape, self._shapes[name]
             if found != expected:

@@ -92,6 +92,7 @@ class RadixCache:
         for child, shared in self._walk(tokens):
             node = child if shared == len(child.slots) else self._split(child, shared)
             depth += shared
+        # The new leaf will hang below `node`, so eviction must spare it.
         slots = self._allocate(len(tokens) - depth, keep=node)
         if len(slots):
             raw = tokens[depth : depth + len(slots)].tobytes()

@@ -120,7 +120,7 @@ class Scheduler:
             self.waiting.remove(request)
 
     def restart_all(self, policy_version: int) -> None:
-        """The weights have changed: forget all KV and queue the running requests again with their tokens so far."""
+        """Forget all KV, because the weights have changed, and queue running requests again with their tokens."""
         self.policy_version = policy_version
         if self._cache is not None:
             self._cache.clear()
@@ -183,6 +183,7 @@ class Scheduler:
         self._stop_ids[row] = -1
         self._stop_ids[row, :num_stop] = params.stop_token_ids
         generated = length - request.prompt_tokens
+        # A span in which nothing was written, because the weights changed again before it began, is replaced.
         if request.spans and request.spans[-1].start == generated:
             request.spans.pop()
         if not request.spans or request.spans[-1].policy_version != self.policy_version:
@@ -208,6 +209,7 @@ class Scheduler:
         rows = np.arange(first_row, first_row + len(num_new))
         computed, ends = self._computed[rows], np.cumsum(num_new)
         row_T = np.repeat(rows, num_new)
+        # For each packed token: its place among the new tokens of its row.
         offset_T = np.arange(ends[-1]) - np.repeat(ends - num_new, num_new)
         position_T = self._computed[row_T] + offset_T
         groups = []
@@ -323,6 +325,7 @@ class Scheduler:
         if self._cache is not None:
             known = [(row, self._tokens[row, : self._computed[row]]) for row, _ in finished]
             self._store([(row, *self._cache.insert(tokens)) for row, tokens in known])
+        # From the highest row down, so that the last row, which fills a gap, is never one that is finished itself.
         for row, _ in reversed(finished):
             self._move_last_row_to(row)
         return done
