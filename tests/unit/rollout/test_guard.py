@@ -186,6 +186,7 @@ async def test_an_environment_that_does_not_close_costs_no_reward(mode, kind):
 
 async def test_a_call_that_swallows_its_cancellation_is_left_behind(monkeypatch):
     monkeypatch.setattr("trace_async.rollout.guard.STOP_GRACE_S", 0.1)
+    misbehaving.RELEASED.clear()  # another test may have set it at its end
     tree = await grow("step_swallows")
     assert set(tree.failures) == {"env_timeout"}
     assert len(tree.rollouts) >= 4
