@@ -1,7 +1,6 @@
 """Fixtures that several test files share: a tiny policy on disk."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -73,13 +72,3 @@ def smollm2_path() -> Path:
     from trace_async.policy.get_policy import get_policy
 
     return get_policy("smollm2", ROOT / ".cache" / "policies")
-
-
-@pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """One local Ray for all tests of a session; its actors load this project from the working directory."""
-    import ray
-
-    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()

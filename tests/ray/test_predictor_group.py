@@ -23,6 +23,7 @@ async def kill(handle: ray.actor.ActorHandle) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("local_ray")
 async def test_the_learning_one_and_a_replica_are_killed_and_answer_as_before(
     policy: Path,  # noqa: F811
     tmp_path: Path,
@@ -30,7 +31,6 @@ async def test_the_learning_one_and_a_replica_are_killed_and_answer_as_before(
 ):
     monkeypatch.setattr("actors.predictor_group.WATCH_EVERY_S", 0.2)
     config = replace(Config(), predictor=PredictorConfig(trunk="policy", num_layers=1, num_replicas=1))
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     group = PredictorGroup.start(config, policy, tmp_path / "checkpoints")
     try:
         await group.ready()
@@ -53,4 +53,3 @@ async def test_the_learning_one_and_a_replica_are_killed_and_answer_as_before(
         assert group.num_caught_up >= 1
     finally:
         group.close()
-        ray.shutdown()

@@ -266,8 +266,7 @@ def plan_micro_batches(pieces: Sequence[Piece], *, num_ranks: int, max_tokens: i
     even: list[list[Piece]] = [[] for _ in range(count)]
     for piece in longest_first:
         min(even, key=_load).append(piece)
-    limit = max([max_tokens, *(piece.num_tokens for piece in pieces)])
-    if max(map(_load, even)) > limit:  # fall back to the packing that is known to fit
+    if any(_load(batch) > max_tokens and len(batch) > 1 for batch in even):  # fall back to what is known to fit
         even = fitted + [[] for _ in range(count - len(fitted))]
     even.sort(key=_load, reverse=True)
     ranks: list[list[list[Piece]]] = [[] for _ in range(num_ranks)]
