@@ -29,19 +29,23 @@ class Resizable(Protocol):
     async def resize(self, num_generators: int) -> None: ...
 
 
+def _needs(config: Config) -> dict[str, float]:
+    """What Ray reserves for one generator."""
+    needs = {"CPU": config.actors.generator_cpus, "GPU": config.actors.generator_gpus}
+    return {name: need for name, need in needs.items() if need}
+
+
 def room_for(config: Config) -> int:
     """How many more generators Ray has room for now."""
     there = ray.available_resources()
-    needs = {"CPU": config.actors.generator_cpus, "GPU": config.actors.generator_gpus}
-    return min((int(there.get(name, 0.0) / need) for name, need in needs.items() if need), default=10**6)
+    return min((int(there.get(name, 0.0) / need) for name, need in _needs(config).items()), default=10**6)
 
 
 def ask_for_nodes(config: Config, num_generators: int) -> None:
     """Tell Ray's autoscaler what so many generators take; without one nothing happens."""
     from ray.autoscaler.sdk import request_resources
 
-    needs = {"CPU": config.actors.generator_cpus, "GPU": config.actors.generator_gpus}
-    request_resources(bundles=[{name: need for name, need in needs.items() if need}] * num_generators)
+    request_resources(bundles=[_needs(config)] * num_generators)
 
 
 class Scaling:
