@@ -4,11 +4,12 @@
 
 Runs `train` as a child and reads, twice a second, the processor time of it and of every process it started. What is
 reported lies between the first and the last update: start-up, the first evaluation and the last one are apart. A
-process that ends between two looks loses at most what it used since the last one.
+process that ends between two looks loses at most what it used since the last one. Last comes how long the generator
+and the learner had nothing to do.
 """
 
 import argparse
-import json
+import math
 import os
 import re
 import signal
@@ -17,13 +18,14 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 from trace_async.config import load_config
-from trace_async.tracking.log import METRICS_FILE
+from trace_async.tracking.log import read_metrics
+from trace_async.types import Point
 
 EVERY_S = 0.5
 _ACTOR = re.compile(r"ray::(\w+?)(\.|:|$)")
@@ -71,18 +73,25 @@ class Meter:
             return
 
 
-def training_steps(metrics_file: Path) -> list[int]:
+def is_update(point: Point) -> bool:
+    return "train/reward" in point.metrics
+
+
+def training_steps(points: Sequence[Point]) -> list[int]:
     """The updates logged so far, and 0 once the start policy has been evaluated."""
-    if not metrics_file.is_file():
-        return []
-    lines = metrics_file.read_bytes().split(b"\n")[:-1]
-    records = [json.loads(line) for line in lines]
-    return [record["step"] for record in records if record["step"] == 0 or "train/reward" in record]
+    return [point.step for point in points if point.step == 0 or is_update(point)]
+
+
+def share_of_time(points: Sequence[Point], metric: str) -> float:
+    """Mean of a share over the updates, each weighted with its seconds. The first one is left out: it waits for trees
+    that nobody had begun. nan before the second update."""
+    updates = [point.metrics for point in points if is_update(point) and point.step > 1]
+    seconds = sum(metrics["time/step_s"] for metrics in updates)
+    return sum(metrics[metric] * metrics["time/step_s"] for metrics in updates) / seconds if updates else math.nan
 
 
 def measure(command: list[str], run_dir: Path) -> tuple[dict[str, float], float, int]:
     """Processor seconds by part between the first evaluation and the last update, the wall seconds, the updates."""
-    metrics_file = run_dir / METRICS_FILE
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
     assert child.stdout is not None
     tail: list[str] = []
@@ -96,7 +105,7 @@ def measure(command: list[str], run_dir: Path) -> tuple[dict[str, float], float,
     signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
     while child.poll() is None:
         time.sleep(EVERY_S)
-        now, found, steps = time.monotonic(), meter.look(), training_steps(metrics_file)
+        now, found, steps = time.monotonic(), meter.look(), training_steps(read_metrics(run_dir))
         if steps and first is None:
             first = (now, found)
         if steps and steps[-1] > updates:
@@ -126,6 +135,10 @@ def main() -> None:
     print(f"\n{updates} updates in {wall_s:.0f} s of wall time, {total:.0f} s of processor time, start-up apart:")
     for part, seconds in sorted(used.items(), key=lambda item: -item[1]):
         print(f"  {part:<20} {seconds:8.1f} s  {seconds / total:6.1%}")
+    points = read_metrics(run_dir)
+    idle = {who: share_of_time(points, f"idle/{who}_share") for who in ("generator", "learner")}
+    print("share of the wall time without work, from the second update on:", end=" ")
+    print(", ".join(f"{who} {share:.3f}" for who, share in idle.items()))
 
 
 if __name__ == "__main__":
