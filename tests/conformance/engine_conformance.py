@@ -112,7 +112,7 @@ class EngineConformance:
     async def harness(cls, tiny_policy_path, tmp_path_factory):
         log_dir = tmp_path_factory.mktemp(f"log_{cls.backend}")
         engine = make_engine(
-            EngineConfig(backend=cls.backend, device="cpu", **cls.settings),
+            EngineConfig(**{"backend": cls.backend, "device": "cpu", **cls.settings}),
             policy_path=tiny_policy_path,
             max_context_tokens=MAX_CONTEXT,
             seed=0,

@@ -190,6 +190,7 @@ def gradients(model, kind, batches):
     prepare_model(model, kind)
     model.zero_grad()
     for batch in batches:
+        batch = batch.to(next(model.parameters()).device)
         e = batch.entries
         logits = model.lm_head(hidden_states(model, batch.layout, kind).index_select(0, e.rows))
         ratio = (logits.log_softmax(-1).gather(1, e.labels[:, None])[:, 0] - e.generator_logprobs).exp()
