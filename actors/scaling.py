@@ -49,7 +49,10 @@ def ask_for_nodes(config: Config, num_generators: int) -> None:
 
 
 class Scaling:
-    """Lives in the trainer's process beside the pool it resizes. An order switches the rule off."""
+    """Lives in the trainer's process beside the pool it resizes. An order switches the rule off.
+
+    `on_change` is told of every decision that changes the size, before it is carried out.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Scaling:
         pool: Resizable,
         run_dir: Path,
         *,
+        on_change: Callable[[Size], None] = lambda size: None,
         room: Callable[[Config], int] = room_for,
         ask_for_nodes: Callable[[Config, int], None] = ask_for_nodes,
     ) -> None:
@@ -64,7 +68,7 @@ class Scaling:
         self.config, self.pool, self.run_dir = config, pool, run_dir
         self.rule = ScalingRule(actors.min_generators or actors.num_generators, actors.most_generators)
         self.sizes = kept_sizes(run_dir)
-        self._room, self._ask_for_nodes = room, ask_for_nodes
+        self._on_change, self._room, self._ask_for_nodes = on_change, room, ask_for_nodes
         self._ordered: int | None = None
         self._update = 0
 
@@ -106,4 +110,5 @@ class Scaling:
         log.info("generators %d → %d: %s", self.pool.target, size.num_generators, size.reason)
         self.sizes.append(size)
         await asyncio.to_thread(keep_sizes, self.run_dir, self.sizes)
+        self._on_change(size)
         await self.pool.resize(size.num_generators)

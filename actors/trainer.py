@@ -38,6 +38,7 @@ from envs import load_domain
 from envs.tasks import heldout_sample, load_splits
 from trace_async.config import Config
 from trace_async.run.checkpoint import CheckpointStore, latest_checkpoint
+from trace_async.run.scaling import Size
 from trace_async.run.state import RunState, load_trainer, save_trainer
 from trace_async.tracking.faults import FaultBook
 from trace_async.tracking.log import read_metrics
@@ -49,6 +50,7 @@ T = TypeVar("T")
 
 OnMetrics = Callable[[int, Mapping[str, float], Sequence[RolloutTree]], None]
 OnRollback = Callable[[int, BaseException], None]
+OnResize = Callable[[Size], None]
 
 
 class Pace(Protocol):
@@ -100,17 +102,20 @@ class Trainer:
         on_metrics: OnMetrics,
         *,
         on_rollback: OnRollback = lambda step, error: None,
+        on_resize: OnResize = lambda size: None,
         make_parts: Callable[[Config, Path, Path], Parts] = Parts.make,
         pace: Pace | None = None,
     ) -> None:
         """`on_metrics`: update, figures, trees. `on_rollback`: the update to which the run went back (-1: its
-        beginning), and why; figures of later ones come again. `pace`: whoever gives one also evaluates at the
+        beginning), and why; figures of later ones come again. `on_resize`: how many generators there are from now on,
+        and why. `pace`: whoever gives one also evaluates at the
         beginning and the end, and ends the run, which stays alive after its last update."""
         self.config = config
         self.run_dir = run_dir
         self.policy_path = policy_path
         self.on_metrics = on_metrics
         self.on_rollback = on_rollback
+        self.on_resize = on_resize
         self.make_parts = make_parts
         self.pace = pace
         domain = load_domain(config.env)
@@ -134,7 +139,7 @@ class Trainer:
             self.run_dir / "logs",
             faults=self.faults,
         )
-        self.scaling = Scaling(self.config, self.parts.pool, self.run_dir)
+        self.scaling = Scaling(self.config, self.parts.pool, self.run_dir, on_change=self.on_resize)
         self._started = False
         self._saved_updates = self._evaluated_updates = -1
         self._updates_in_session = 0
@@ -276,6 +281,7 @@ class Trainer:
                 "idle/learner_share": phases.get("time/wait_for_trees_s", 0.0) / step_s,
                 "idle/generator_share": self._generator_idle_share(stats),
                 "generators/ready": float(len(self.pool.ready)),
+                "generators/target": float(self.pool.target),
                 "generators/lost": float(self.pool.num_lost),
                 "generators/requests_running": float(sum(s.health.num_running for s in stats.values())),
                 "generators/requests_waiting": float(sum(s.health.num_waiting for s in stats.values())),

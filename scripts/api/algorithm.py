@@ -210,6 +210,7 @@ class TraceAlgorithm:
                 self._policy_path,
                 self._on_metrics,
                 on_rollback=self._recorder.on_rollback,
+                on_resize=self._recorder.on_resize,
                 pace=self._pace,
             )
             await self._trainer.run(checkpoint)

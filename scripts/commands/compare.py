@@ -41,7 +41,8 @@ from scripts.comparison.plan import (
 from scripts.comparison.report import build_report, compared_budget, cut_curves
 from trace_async.config import ConfigError
 from trace_async.tracking.log import read_metrics, write_metrics, write_whole
-from trace_async.tracking.mlflow import Tracker, saved_run_id, tracking_uri
+from trace_async.tracking.mlflow import Tracker, saved_run_id
+from trace_async.tracking.mlflow_mirror import tracking_uri
 
 TRAINER = (sys.executable, "-m", "scripts.cli", "train")
 STOP_LIMIT_S = 60.0

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from scripts.viewer.source import RunSource
 from trace_async.config import Config
+from trace_async.run.scaling import SIZES_FILE, Size
 from trace_async.run.state import RunState
 from trace_async.tracking.log import write_whole
-from trace_async.tracking.mlflow import RunStatus, Tracker, saved_run_id
+from trace_async.tracking.mlflow import Tracker, saved_run_id
+from trace_async.tracking.mlflow_mirror import RunStatus
 from trace_async.tracking.progress import Progress
 from trace_async.trees.io import tree_files, trees_path, write_trees
 from trace_async.trees.tree import RolloutTree
@@ -45,6 +47,11 @@ class Recorder:
         self.progress.message(f"{error}: going on from {f'update {step}' if step >= 0 else 'the beginning'}")
         self._tracker.finish("KILLED")
         self._tracker = self._start_tracker(step)
+
+    def on_resize(self, size: Size) -> None:
+        """The number of generators changes: said in the terminal, and kept with its reason beside the figures."""
+        self.progress.message(f"after update {size.update}: {size.num_generators} generators, {size.reason}")
+        self._tracker.log_artifact(self.run_dir / SIZES_FILE)
 
     def finish(self, status: RunStatus) -> None:
         self._keep_page()

@@ -91,7 +91,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
     from scripts.commands.recording import Recorder
     from trace_async.run.checkpoint import latest_checkpoint
     from trace_async.run.state import load_trainer
-    from trace_async.tracking.mlflow import RunStatus
+    from trace_async.tracking.mlflow_mirror import RunStatus
 
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None
     first = load_trainer(checkpoint).state if checkpoint else None
@@ -102,7 +102,14 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
         with terminated_as_interrupted():
             start_ray(config)
         with recorder.progress:
-            trainer = Trainer(config, run_dir, policy_path, recorder.on_metrics, on_rollback=recorder.on_rollback)
+            trainer = Trainer(
+                config,
+                run_dir,
+                policy_path,
+                recorder.on_metrics,
+                on_rollback=recorder.on_rollback,
+                on_resize=recorder.on_resize,
+            )
             asyncio.run(run_until_stopped(trainer.run(checkpoint), trainer.stop))
         status = "FINISHED"
     except (KeyboardInterrupt, StopRequestedError) as stop:

@@ -128,11 +128,13 @@ def paired_differences(ours: dict[int, float], theirs: dict[int, float]) -> list
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
-def mean_curve(curves: Sequence[Curve], budget: float, points: int = 60) -> Curve:
-    """The average of curves over 0..budget, on an even grid within what all of them cover."""
+def mean_curve(curves: Sequence[Curve], budget: float) -> Curve:
+    """The average of curves over 0..budget, within what all of them cover; exact.
+
+    It has a point wherever one of the curves has: between those every curve is straight, and so is their average.
+    """
     start = max(float(curve.cost[0]) for curve in curves)
-    end = common_budget(curves, budget)
-    if start >= end:
-        return Curve(np.array([start]), np.array([np.mean([value_at(curve, start) for curve in curves])]))
-    grid = np.linspace(start, end, points)
-    return Curve(grid, np.mean([np.interp(grid, curve.cost, curve.value) for curve in curves], axis=0))
+    end = max(start, common_budget(curves, budget))
+    own = np.concatenate([curve.cost for curve in curves])
+    points = np.unique([start, *own[(own > start) & (own < end)], end])
+    return Curve(points, np.mean([np.interp(points, curve.cost, curve.value) for curve in curves], axis=0))

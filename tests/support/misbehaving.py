@@ -79,6 +79,7 @@ METRICS: dict[str, dict[Any, Any]] = {
     "metric_none": {"found": None},
     "metric_ours": {"overlong": 0.25},
     "metric_odd_name": {"F1 (%)\n": 0.5},
+    "metric_twins": {"F1 (%)": 0.5, "F1 [%]": 0.25},
     "metric_many": {f"m{i}": 1.0 for i in range(1000)},
 }
 CONTENTS: dict[str, Any] = {

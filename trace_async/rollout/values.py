@@ -91,7 +91,14 @@ def checked_metrics(metrics: object) -> dict[str, float]:
         raise EnvValueError(f"metrics must be a mapping of numbers, not {_kind(metrics)}")
     if len(metrics) > MAX_METRICS:
         raise EnvValueError(f"there are {len(metrics)} metrics of one rollout; at most {MAX_METRICS}")
-    return {_metric_name(name): plain_number(value, f"metrics[{name!r}]") for name, value in metrics.items()}
+    named: dict[str, object] = {}
+    for name in metrics:
+        plain = _metric_name(name)
+        if plain in named:
+            both = " and ".join(f"metrics[{_shown(one)}]" for one in (named[plain], name))
+            raise EnvValueError(f"{both} would both be called {plain!r}; rename one")
+        named[plain] = name
+    return {plain: plain_number(metrics[name], f"metrics[{name!r}]") for plain, name in named.items()}
 
 
 def plain_number(value: object, field: str) -> float:

@@ -1,4 +1,17 @@
-"""Compute the figures of an update's trees and of an evaluation, by the names under which they are logged."""
+"""Compute the figures of an update's trees and of an evaluation, by the names under which they are logged.
+
+Every source has a name space of its own, so that no figure can take another one's name:
+
+    train/ budget/ tokens/ cache/        of an update's trees          learner/ predictor/    of the two models
+    train/reward/DOMAIN                  of one domain's               time/ idle/ generators/   of the loop
+    train/prompts_both_outcomes/LEVEL    of one level's                faults/METHOD.KIND     of what broke down
+    heldout/NAME_tT                      ours, of an evaluation at temperature T
+    heldout/success_tT/KIND              of one kind; a level ("middle") holds all its kinds ("middle-3hop")
+    heldout/domain_tT/DOMAIN             of one domain
+    heldout/env/NAME_tT                  what the environment measured itself
+
+What comes from outside (kinds, domains, names of an environment's metrics) stands last, behind a prefix of ours.
+"""
 
 import logging
 from collections import Counter, defaultdict
@@ -103,7 +116,7 @@ def eval_metrics(rollouts: Sequence[EvalRollout], temperature: float) -> dict[st
     `heldout/lost_tasks` counts tasks that broke down; if there are any, the evaluation is incomplete. If more than one
     in ten broke down, no success is reported, because the average of the others would mislead.
     """
-    suffix = f"t{temperature:.1f}"
+    suffix = temperature_name(temperature)
     whole = [(rollout, rollout.reward) for rollout in rollouts if rollout.reward is not None]
     num_lost = len(rollouts) - len(whole)
     metrics = {f"heldout/num_tasks_{suffix}": float(len(whole)), f"heldout/lost_tasks_{suffix}": float(num_lost)}
@@ -116,16 +129,21 @@ def eval_metrics(rollouts: Sequence[EvalRollout], temperature: float) -> dict[st
         f"heldout/success_{suffix}": float(np.mean([reward for _, reward in whole])),
         f"heldout/turns_{suffix}": float(np.mean([r.num_turns for r, _ in whole])),
     }
-    groups = [_group((r.kind, reward) for r, reward in whole)]
-    groups.append(_group((level_of(r.kind), reward) for r, reward in whole))
-    groups.append(_group((r.domain, reward) for r, reward in whole))
-    for group, values in (item for grouping in groups for item in grouping.items()):
+    # A kind without "-" is a level of its own; where further kinds are of that level, its name stands for all of them.
+    groups = _group((r.kind, reward) for r, reward in whole) | _group((level_of(r.kind), reward) for r, reward in whole)
+    for group, values in groups.items():
         metrics[f"heldout/success_{suffix}/{group}"] = float(np.mean(values))
+    for domain, values in _group((r.domain, reward) for r, reward in whole).items():
+        metrics[f"heldout/domain_{suffix}/{domain}"] = float(np.mean(values))
     for name, values in _group((name, value) for r, _ in whole for name, value in r.metrics.items()).items():
-        # An environment's metric may have the name of one of ours, such as "success" or "turns".
-        taken = f"heldout/{name}_{suffix}" in metrics
-        metrics[f"heldout/{'env_' if taken else ''}{name}_{suffix}"] = float(np.sum(values)) / len(whole)
+        metrics[f"heldout/env/{name}_{suffix}"] = float(np.sum(values)) / len(whole)
     return metrics
+
+
+def temperature_name(temperature: float) -> str:
+    """Return `t1.0` or `t0.0`; with all its digits where one does not tell it from others (`t0.95`)."""
+    short = f"{temperature:.1f}"
+    return f"t{short}" if float(short) == temperature else f"t{temperature!r}"
 
 
 def _group(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:

@@ -33,8 +33,16 @@ def heldout_changes(points: Sequence[Point]) -> list[Change]:
         return []
     first, last = evaluations[0].metrics, evaluations[-1].metrics
     # Of kinds such as "middle-3hop" only the level is shown here.
-    names = [key for key in last if key.startswith("heldout/success_") and key in first and "-" not in key]
-    return [Change(name.removeprefix("heldout/success_"), first[name], last[name]) for name in sorted(names)]
+    shown = ("heldout/success_", "heldout/domain_")
+    names = [key for key in last if key.startswith(shown) and key in first and "-" not in key]
+    names.sort(key=lambda name: (name.startswith("heldout/domain_"), name))
+    return [Change(_shown(name), first[name], last[name]) for name in names]
+
+
+def _shown(name: str) -> str:
+    """`heldout/success_t1.0/middle` → `t1.0/middle`, `heldout/domain_t1.0/math` → `t1.0/domain math`."""
+    what, _, rest = name.removeprefix("heldout/").partition("_")
+    return rest if what == "success" else rest.replace("/", "/domain ", 1)
 
 
 def summarise(points: Sequence[Point]) -> str:

@@ -20,9 +20,17 @@ def config(*overrides: str) -> Config:
 
 async def test_a_waiting_learner_gets_more_generators_with_the_reason_kept(tmp_path: Path):
     pool = FakePool()
-    scaled = Scaling(config(), pool, tmp_path, room=lambda _: 10)
+    told: list[tuple[int, str]] = []
+    scaled = Scaling(
+        config(),
+        pool,
+        tmp_path,
+        room=lambda _: 10,
+        on_change=lambda size: told.append((size.num_generators, size.reason)),
+    )
     for update in range(1, 10):
         await scaled.after_update(update, WAITING)
+    assert told == [(size.num_generators, size.reason) for size in kept_sizes(tmp_path)]
     assert pool.target == 3  # 1 → 2 after update 4, → 3 after update 8
     assert [(size.update, size.num_generators) for size in kept_sizes(tmp_path)] == [(4, 2), (8, 3)]
     assert "learner waited 60%" in kept_sizes(tmp_path)[0].reason

@@ -97,6 +97,7 @@ async def grow(mode: str, *, limits: EnvLimits = QUICK, secret: int = 7, every: 
         ("reward_negative", "step.env_value", "the reward -1.0 is outside of [0, 1]; set env.reward_range"),
         ("metric_nan", "step.env_value", "step(): metrics['found'] must be a finite number, not nan"),
         ("metric_none", "step.env_value", "step(): metrics['found'] must be a finite number, not None"),
+        ("metric_twins", "step.env_value", "metrics['F1 (%)'] and metrics['F1 [%]'] would both be called 'F1 ___'"),
         ("metric_many", "step.env_value", "there are 1000 metrics of one rollout; at most 200"),
     ],
 )

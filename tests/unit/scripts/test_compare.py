@@ -122,6 +122,24 @@ def test_pairs_are_matched_by_seed() -> None:
 
 
 def test_the_mean_curve_stays_within_what_all_cover() -> None:
-    mean = mean_curve([RISING, make_curve([50, 150], [0.0, 1.0])], 1000, points=3)
+    mean = mean_curve([RISING, make_curve([50, 150], [0.0, 1.0])], 1000)
     assert mean.cost.tolist() == [50, 100, 150]
     assert mean.value.tolist() == pytest.approx([0.15, 0.45, 0.8])
+    apart = mean_curve([make_curve([0, 10], [0.0, 1.0]), make_curve([20, 30], [0.0, 0.5])], 1000)
+    assert (apart.cost.tolist(), apart.value.tolist()) == ([20], [0.5])
+
+
+def test_tokens_to_reach_are_exact_on_curves_with_peaks() -> None:
+    """The mean is at .5 from 1,000 to 1,001 only; sixty points over 200,000 lie 3,390 apart and miss it."""
+    peak = make_curve([0, 1000, 1001, 1002, 200_000], [0.0, 0.5, 0.5, 0.1, 0.6])
+    other = make_curve([0, 500, 200_000], [0.5, 0.5, 0.5])
+    assert cost_to_reach(mean_curve([peak, other], 200_000), 0.5) == 1000
+    # (.25 at 0, .375 at 500, .5 at 1,000): .4 lies a fifth of the way from 500 to 1,000.
+    assert cost_to_reach(mean_curve([peak, other], 200_000), 0.4) == pytest.approx(600)
+
+
+@given(st.lists(curves, min_size=1, max_size=4), st.floats(0, 1))
+def test_the_mean_curve_is_the_mean_at_every_cost(some: list[Curve], share: float) -> None:
+    mean = mean_curve(some, math.inf)
+    cost = float(mean.cost[0] + share * (mean.cost[-1] - mean.cost[0]))
+    assert value_at(mean, cost) == pytest.approx(np.mean([value_at(curve, cost) for curve in some]), abs=1e-6)

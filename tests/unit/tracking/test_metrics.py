@@ -73,7 +73,7 @@ def test_eval_metrics_by_kind_and_level():
     assert metrics["heldout/success_t1.0"] == 0.5
     assert metrics["heldout/success_t1.0/middle"] == 0.5
     assert metrics["heldout/success_t1.0/middle-3hop"] == 1.0
-    assert metrics["heldout/f1_t1.0"] == pytest.approx(1.5 / 4)
+    assert metrics["heldout/env/f1_t1.0"] == pytest.approx(1.5 / 4)
 
 
 def test_what_broke_down_is_left_out_and_marked_and_too_much_of_it_leaves_no_average(caplog: pytest.LogCaptureFixture):
@@ -86,17 +86,34 @@ def test_what_broke_down_is_left_out_and_marked_and_too_much_of_it_leaves_no_ave
     assert "2 of 4 rollouts broke down: {'EnvError': 2}" in caplog.text
 
 
-def test_an_environments_metric_of_one_of_our_names_does_not_replace_ours():
-    rollout = EvalRollout(
-        task_id="t",
-        domain="d",
-        kind="k",
-        reward=1.0,
-        metrics={"success": 0.25, "f1": 0.5},
-        generated_tokens=4,
-        num_turns=2,
-    )
-    metrics = eval_metrics([rollout], 1.0)
-    assert metrics["heldout/success_t1.0"] == 1.0
-    assert metrics["heldout/env_success_t1.0"] == 0.25
-    assert metrics["heldout/f1_t1.0"] == 0.5
+def test_figures_of_different_sources_never_take_each_others_names():
+    """The environment's metrics, its kinds and its domains are all named as figures of ours."""
+    names = ("success", "env_success", "turns", "num_tasks", "lost_tasks", "f1", "domain", "success_t1.0")
+    rollouts = [
+        EvalRollout(
+            task_id=str(number),
+            domain=("success", "middle")[number],
+            kind=("middle", "middle-domain")[number],
+            reward=float(number),
+            metrics=dict.fromkeys(names, 0.25),
+            generated_tokens=4,
+            num_turns=2,
+        )
+        for number in range(2)
+    ]
+    assert eval_metrics(rollouts, 1.0) == {
+        "heldout/num_tasks_t1.0": 2,
+        "heldout/lost_tasks_t1.0": 0,
+        "heldout/success_t1.0": 0.5,
+        "heldout/turns_t1.0": 2,
+        "heldout/success_t1.0/middle": 0.5,  # the level, with both of its kinds
+        "heldout/success_t1.0/middle-domain": 1.0,
+        "heldout/domain_t1.0/success": 0.0,
+        "heldout/domain_t1.0/middle": 1.0,
+        **{f"heldout/env/{name}_t1.0": 0.25 for name in names},
+    }
+
+
+def test_temperatures_that_round_to_the_same_digit_have_figures_of_their_own():
+    names = [next(iter(eval_metrics([rollout(1.0)], temperature))) for temperature in (1.0, 0.96, 0.95, 0.0, 0.7)]
+    assert names == [f"heldout/num_tasks_{t}" for t in ("t1.0", "t0.96", "t0.95", "t0.0", "t0.7")]

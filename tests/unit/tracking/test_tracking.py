@@ -12,7 +12,8 @@ import pytest
 
 from trace_async.config import Config, TrackingConfig, load_config
 from trace_async.tracking.log import METRICS_FILE, read_metrics
-from trace_async.tracking.mlflow import Tracker, saved_run_id, tracking_uri, ui_command
+from trace_async.tracking.mlflow import Tracker, saved_run_id, ui_command
+from trace_async.tracking.mlflow_mirror import key_of, tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,80 @@ def test_a_process_that_just_ends_loses_nothing(store: Path, tmp_path: Path) -> 
     run_id = saved_run_id(tmp_path)
     assert run_id is not None
     assert history(make_config(store), run_id, "train/reward") == [(s, float(s)) for s in range(50)]
+
+
+def test_a_point_of_thousands_of_figures_reaches_mlflow(store: Path, tmp_path: Path) -> None:
+    config = make_config(store, "name=large")
+    tracker = Tracker.start(config, tmp_path)
+    tracker.log({f"heldout/env/m{number}_t1.0": float(number) for number in range(2500)}, 0)
+    tracker.log({"train/reward": 0.5}, 1)
+    tracker.finish()
+    assert tracker.run_id is not None
+    assert history(config, tracker.run_id, "train/reward") == [(1, 0.5)]
+    for number in (0, 899, 900, 1000, 2499):
+        assert history(config, tracker.run_id, f"heldout/env/m{number}_t1.0") == [(0, float(number))]
+
+
+def test_what_the_store_refuses_is_named_and_holds_nothing_up(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One figure of a point, one setting and one artifact."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
+
+    take = MlflowClient.log_batch, MlflowClient.log_text
+
+    def log_batch(self: MlflowClient, run_id: str, metrics=(), params=(), **kwargs: object) -> None:
+        bad = [item.key for item in (*metrics, *params) if item.key in ("train/odd", "budget.pool_size")]
+        if bad:
+            raise MlflowException(f"{bad[0]} is taken\nand more", INVALID_PARAMETER_VALUE)
+        take[0](self, run_id, metrics, params, **kwargs)
+
+    def log_text(self: MlflowClient, run_id: str, text: str, artifact_file: str) -> None:
+        if artifact_file == "odd.txt":
+            raise MlflowException("no such name", INVALID_PARAMETER_VALUE)
+        take[1](self, run_id, text, artifact_file)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    monkeypatch.setattr(MlflowClient, "log_text", log_text)
+    config, said = make_config(store), []
+    tracker = Tracker.start(config, tmp_path, log=said.append)
+    tracker.log({"a": 1.0, "train/odd": 2.0, "b": 3.0}, 0)
+    tracker.log_text("x", "odd.txt")
+    tracker.log_text("x", "even.txt")
+    tracker.log({"a": 2.0}, 1)
+    tracker.finish()
+    assert [line.partition(" refuses ")[2] for line in said] == [
+        "budget.pool_size, which is left out there: budget.pool_size is taken",
+        "train/odd, which is left out there: train/odd is taken",
+        "odd.txt, which is left out there: no such name",
+    ]
+    assert tracker.run_id is not None
+    run = MlflowClient(tracking_uri(config)).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"a": 2.0, "b": 3.0}
+    assert run.data.params["budget.root_rollouts"] == "64"
+    assert "budget.pool_size" not in run.data.params
+    assert {a.path for a in MlflowClient(tracking_uri(config)).list_artifacts(tracker.run_id)} == {
+        "config.yaml",
+        "even.txt",
+    }
+
+
+def test_a_name_that_mlflow_does_not_take_is_changed_and_stays_one_of_its_own(store: Path, tmp_path: Path) -> None:
+    assert key_of("heldout/success_t1.0/middle-3hop") == "heldout/success_t1.0/middle-3hop"
+    odd = ["k/F1 (%)", "k/F1 (&)", "k/a//b", "k/a/../b", "/k", "k/", "..", ".", "k/" + "x" * 300, "k/" + "x" * 301]
+    odd += ["k/\ud800", "k/ä", "k/\x1b[2J", "k/a_b", "k/a%b"]
+    names = {name: key_of(name) for name in odd}
+    assert len(set(names.values())) == len(names)
+    config, said = make_config(store), []
+    tracker = Tracker.start(config, tmp_path, log=said.append)
+    tracker.log({name: float(number) for number, name in enumerate(odd)}, 0)
+    tracker.finish()
+    assert said == []
+    assert tracker.run_id is not None
+    for number, name in enumerate(odd):
+        assert history(config, tracker.run_id, names[name]) == [(0, float(number))]
 
 
 class Switch(BaseHTTPRequestHandler):
