@@ -66,7 +66,7 @@ class GeneratorActor:
         answer = asyncio.ensure_future(self.engine.generate(prompt_ids, params))
         try:
             await self.clock.until_done(answer, self.request_timeout_s)
-            (completion,) = answer.result()
+            return answer.result()
         except TimeoutError:
             raise EngineTimeoutError(
                 f"no completion within engine.request_timeout_s={self.request_timeout_s}; "
@@ -78,7 +78,6 @@ class GeneratorActor:
             if self.num_requests == 0:
                 self.idle.set()
                 self.busy_s += time.monotonic() - self.busy_since
-        return completion
 
     async def update_weights(self, update: WeightUpdate) -> int:
         """Serve new weights. Returns the policy version that is served from now on."""

@@ -73,10 +73,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, n: int = 1
-    ) -> tuple[Completion, ...]:
-        """Draw `n` independent samples, which share the prompt's KV.
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+        """Draw one sample. Requests with a common prefix share its KV, also when they come at the same time.
 
         Cancelling the awaiting task aborts the request.
         """
@@ -89,14 +87,6 @@ class Engine(Protocol):
         and their version span. Cached KV of the old weights is dropped. Raises WeightSyncError when the checksum
         differs or nothing changed.
         """
-        ...
-
-    async def pause(self) -> None:
-        """Stop decoding. Requests in flight stay, and continue after `resume`."""
-        ...
-
-    async def resume(self) -> None:
-        """Go on decoding after `pause`."""
         ...
 
     async def health(self) -> EngineHealth:

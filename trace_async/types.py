@@ -120,7 +120,6 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     """Strings that end the turn. Their tokens remain part of the turn."""
-    seed: int | None = None
     read_layers: int | None = None
     """Return the policy's hidden state at the end of the prompt, taken after this many layers (0: after all layers;
     None: return no state). An engine that cannot read hidden states leaves it out."""

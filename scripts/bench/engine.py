@@ -99,7 +99,7 @@ def of_engine(engine: Engine) -> Generate:
     async def generate(prompts: list[list[int]], num: int) -> list[list[int]]:
         params = SamplingParams(max_new_tokens=num)
         done = await asyncio.gather(*(engine.generate(prompt, params) for prompt in prompts))
-        answers = [list(completion.token_ids) for (completion,) in done]
+        answers = [list(completion.token_ids) for completion in done]
         assert all(len(answer) == num for answer in answers), "an engine stopped before the agreed length"
         return answers
 

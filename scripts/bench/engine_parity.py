@@ -60,8 +60,7 @@ async def greedy_trees(config: Config, policy_path: Path, log_dir: Path) -> list
     slots = asyncio.Semaphore(config.engine.max_running_requests)
 
     async def generate(task: Task, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
-        (completion,) = await engine.generate(prompt_ids, params)
-        return completion
+        return await engine.generate(prompt_ids, params)
 
     grower = make_grower(config, domain, renderer, generate, max_retries=0)
     try:

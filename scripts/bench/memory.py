@@ -60,7 +60,8 @@ def run_generator(config: Config, path: Path) -> None:
         scheduler._reserve(longest)
         scheduler._kv.fill_(0.0)
         scheduler._pool.fill_(0.0)
-        await engine.generate([9] * 32, SamplingParams(max_new_tokens=4), n=8)
+        request = SamplingParams(max_new_tokens=4)
+        await asyncio.gather(*(engine.generate([9] * 32, request) for _ in range(8)))
         await engine.close()
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -143,7 +143,7 @@ class SimulatedGenerator:
         return asyncio.ensure_future(self._generate(prompt_ids, params))
 
     async def _generate(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
-        return (await self.engine.generate(prompt_ids, params))[0]
+        return await self.engine.generate(prompt_ids, params)
 
 
 class RoundRobin(GeneratorRouter):

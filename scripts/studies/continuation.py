@@ -50,8 +50,7 @@ async def grow(config: Config, policy: Path, tasks: Sequence[Task], roots: int, 
         )
 
         async def generate(task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
-            (completion,) = await engine.generate(prompt_ids, params)
-            return completion
+            return await engine.generate(prompt_ids, params)
 
         renderer = Renderer(load_tokenizer(policy), max_observation_tokens=config.sampling.max_observation_tokens)
         grower = make_grower(config, load_domain(config.env), renderer, generate)

@@ -80,8 +80,7 @@ class Player:
         self.grower = make_grower(self.config, self.domain, self.renderer, self.generate, max_retries=0)
 
     async def generate(self, task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
-        (completion,) = await self.engine.generate(prompt_ids, params)
-        return completion
+        return await self.engine.generate(prompt_ids, params)
 
     async def tree(self, task: Task, num_roots: int, expansion: Expansion | None = None) -> RolloutTree:
         async with self.slots:

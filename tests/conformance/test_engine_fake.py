@@ -22,14 +22,13 @@ def count_up(prompt, index):
 
 async def test_replies_are_cut_at_stop_and_length():
     engine = FakeEngine(count_up, max_context_tokens=6)
-    (stopped,) = await engine.generate([1, 2], SamplingParams(stop_token_ids=(4,)))
+    stopped = await engine.generate([1, 2], SamplingParams(stop_token_ids=(4,)))
     assert (stopped.token_ids, stopped.finish_reason) == ((3, 4), "stop")
     assert stopped.logprobs == (FAKE_LOGPROB, FAKE_LOGPROB)
-    first, second = await engine.generate([1, 2], SamplingParams(max_new_tokens=3), n=2)
-    assert (first.token_ids, first.finish_reason) == ((3, 4, 5), "length")
-    assert second.token_ids == (13, 14, 15)
-    (full,) = await engine.generate([1, 2], SamplingParams(max_new_tokens=50))
-    assert full.token_ids == (3, 4, 5, 6)  # the context of 6 is full
+    cut = await engine.generate([7, 2], SamplingParams(max_new_tokens=3))
+    assert (cut.token_ids, cut.finish_reason) == ((3, 4, 5), "length")
+    full = await engine.generate([1, 2], SamplingParams(max_new_tokens=50))
+    assert full.token_ids == (13, 14, 15, 16)  # the second answer for this prompt; the context of 6 is full
     assert full.cached_tokens == 1  # seen before, but the last prompt token is always computed
 
 
@@ -39,7 +38,7 @@ async def test_update_in_flight_splits_the_versions():
     await asyncio.sleep(0.025)
     update = pack_weights({"w": torch.ones(2)}, policy_version=3)
     await engine.update_weights(update)
-    (completion,) = await task
+    completion = await task
     assert completion.version_spans[0] == VersionSpan(0, 0)
     assert completion.version_spans[1].policy_version == 3
     with pytest.raises(WeightSyncError):
@@ -55,7 +54,7 @@ async def test_injected_failures_and_death():
         await engine.generate([1], SamplingParams())
     with pytest.raises(EngineRequestError):
         await engine.generate([1_000], SamplingParams())
-    await engine.pause()
+    engine.hold()
     task = asyncio.create_task(engine.generate([1], SamplingParams()))
     await asyncio.sleep(0.02)
     assert not task.done()
@@ -75,7 +74,7 @@ async def test_factory_makes_a_deterministic_fake_and_names_what_is_wrong(tmp_pa
     for _ in range(2):
         engine = make_engine(config, policy_path=tmp_path, max_context_tokens=32, seed=1, log_dir=tmp_path)
         await engine.start()
-        answers.append((await engine.generate([1, 2, 3], SamplingParams(max_new_tokens=20)))[0].token_ids)
+        answers.append((await engine.generate([1, 2, 3], SamplingParams(max_new_tokens=20))).token_ids)
     assert answers[0] == answers[1]
     assert len(answers[0]) == 20
     assert max(answers[0]) < 7

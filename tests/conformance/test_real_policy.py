@@ -109,7 +109,7 @@ class TestSmolLM2:
     async def test_a_turn_after_an_observation_goes_on_from_cached_history(self, harness, renderer):
         prompt = ask(renderer, "Where is the Louvre?")
         params = SamplingParams(temperature=0, max_new_tokens=24, stop_token_ids=renderer.stop_token_ids)
-        (turn,) = await harness.engine.generate(prompt, params)
+        turn = await harness.engine.generate(prompt, params)
         observation = renderer.render_observation(
             [Message(role="tool", content="Louvre : a museum in Paris<|im_end|>")],
             turn_ended=turn.finish_reason == "stop",

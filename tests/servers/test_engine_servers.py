@@ -89,7 +89,8 @@ class ServerConformance(EngineConformance):
 
     async def test_an_aborted_request_stops_in_the_server(self, harness):
         for _ in range(8):
-            task = asyncio.create_task(harness.engine.generate(harness.prompt(20), LONG, n=3))
+            prompt = harness.prompt(20)
+            task = asyncio.gather(*(harness.engine.generate(prompt, LONG) for _ in range(3)))
             await asyncio.sleep(0.1)
             seen = await self.num_running_in_server(harness.engine)
             if task.done():
@@ -129,7 +130,7 @@ class ServerConformance(EngineConformance):
         prompt = harness.prompt(20)
         try:
             await guest.update_weights(harness.new_weights())
-            (completion,) = await guest.generate(prompt, SamplingParams(max_new_tokens=10))
+            completion = await guest.generate(prompt, SamplingParams(max_new_tokens=10))
             assert completion.version_spans[0].policy_version == harness.version + 1
             assert guest.process_ids() == []
         finally:

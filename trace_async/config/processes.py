@@ -101,7 +101,7 @@ class EngineConfig:
     start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds that starting an engine, loading weights into it or starting the predictor may take."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds that one request may take, not counting pauses for new weights."""
+    """Seconds that one request may take, not counting weight updates."""
     num_threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads of the engine."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,9 +19,9 @@ FAKE_LOGPROB = -0.5
 
 
 class FakeEngine:
-    """Answers sample `i` of a prompt with `reply(prompt_ids, i)`, cut at a stop token or at `max_new_tokens`.
+    """Answers request `i` for a prompt with `reply(prompt_ids, i)`, cut at a stop token or at `max_new_tokens`.
 
-    It waits `token_latency_s` before each token, so that updates and pauses can fall between tokens. `failures` maps
+    It waits `token_latency_s` before each token, so that updates can fall between tokens. `failures` maps
     the number of a `generate` call (from 0) to the error that it raises instead of an answer. Every log-probability is
     FAKE_LOGPROB. The cached tokens are the longest prefix shared with anything seen before under the same weights.
     """
@@ -43,6 +44,7 @@ class FakeEngine:
         self._running.set()
         self._dead = asyncio.Event()
         self._seen: list[tuple[int, ...]] = []
+        self._asked: Counter[tuple[int, ...]] = Counter()
         self._policy_version = 0
         self._checksum = ""
         self._num_running = 0
@@ -56,9 +58,15 @@ class FakeEngine:
         """Let the engine die: everything in flight and everything new raises EngineDeadError."""
         self._dead.set()
 
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, n: int = 1
-    ) -> tuple[Completion, ...]:
+    def hold(self) -> None:
+        """Write no token until `release`, like an engine that hangs or one that loads weights."""
+        self._running.clear()
+
+    def release(self) -> None:
+        """Go on after `hold`."""
+        self._running.set()
+
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         self._check_alive()
         call, self.num_calls = self.num_calls, self.num_calls + 1
         if call in self._failures:
@@ -68,13 +76,14 @@ class FakeEngine:
             raise EngineRequestError(f"{len(prompt)} prompt tokens, the context holds {self._max_context_tokens}")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:
             raise EngineRequestError(f"a prompt id is outside the vocabulary of {self._vocab_size}")
-        self._num_running += n
+        self._num_running += 1
         try:
-            return tuple(await asyncio.gather(*(self._sample(prompt, params, i) for i in range(n))))
+            return await self._sample(prompt, params)
         finally:
-            self._num_running -= n
+            self._num_running -= 1
 
-    async def _sample(self, prompt: tuple[int, ...], params: SamplingParams, index: int) -> Completion:
+    async def _sample(self, prompt: tuple[int, ...], params: SamplingParams) -> Completion:
+        index, self._asked[prompt] = self._asked[prompt], self._asked[prompt] + 1
         cached = max((_num_shared(prompt, seen) for seen in self._seen), default=0)
         cached = min(cached, len(prompt) - 1)  # a real engine always computes the last token, for its logits
         self._seen.append(prompt)
@@ -133,14 +142,6 @@ class FakeEngine:
         self._policy_version, self._checksum = manifest.policy_version, manifest.checksum
         self._seen.clear()
 
-    async def pause(self) -> None:
-        self._check_alive()
-        self._running.clear()
-
-    async def resume(self) -> None:
-        self._check_alive()
-        self._running.set()
-
     async def health(self) -> EngineHealth:
         self._check_alive()
         return EngineHealth(
@@ -165,8 +166,8 @@ def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
 class RandomReplyEngine(FakeEngine):
     """Answers with uniform random tokens of the policy's vocabulary (`engine.backend=fake`).
 
-    The tokens are a function of seed, prompt and sample. This is good for trying the plumbing of a run: no model is
-    loaded, and nothing is learnt from it.
+    The tokens are a function of the seed, the prompt and how often it was asked before. This is good for trying the
+    plumbing of a run: no model is loaded, and nothing is learnt from it.
     """
 
     def __init__(

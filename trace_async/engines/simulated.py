@@ -5,7 +5,7 @@
 
 Nothing is computed per token. While the batch stays the same, every request gains one token a step. So the engine
 keeps one number, the steps done so far, and a request is finished when this number passes the step at which its last
-token is written. Only arrivals, ends, prefills, pauses and weight updates change the pace.
+token is written. Only arrivals, ends, prefills and weight updates change the pace.
 
 All waiting is asyncio's, by the clock of the loop, so under a loop with virtual time an hour passes in seconds.
 """
@@ -97,7 +97,6 @@ class SimulatedEngine:
         self._steps = 0.0
         self._counted_until = 0.0
         self._stalled_until = 0.0
-        self._paused = False
         self._dead = False
         self._timer: asyncio.TimerHandle | None = None
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
@@ -107,12 +106,7 @@ class SimulatedEngine:
     async def start(self) -> None:
         self._counted_until = asyncio.get_running_loop().time()
 
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, n: int = 1
-    ) -> tuple[Completion, ...]:
-        return tuple(await asyncio.gather(*(self._sample(prompt_ids, params) for _ in range(n))))
-
-    async def _sample(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         self._check_alive()
         if not 0 < len(prompt_ids) < self._max_context_tokens:
             raise EngineRequestError(f"{len(prompt_ids)} prompt tokens, the context holds {self._max_context_tokens}")
@@ -152,7 +146,7 @@ class SimulatedEngine:
         """Count the steps done since the last change of the batch. Must be called before every change."""
         now = asyncio.get_running_loop().time()
         since, self._counted_until = self._counted_until, now
-        if self._paused or not self._running:
+        if not self._running:
             return
         self._busy_s += now - since
         decoding_s = max(0.0, now - max(since, self._stalled_until))
@@ -180,7 +174,7 @@ class SimulatedEngine:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._running and not self._paused:
+        if self._running:
             steps_left = max(0.0, self._running[0][0] - self._steps)
             start = max(self._stalled_until, self._counted_until)
             when = start + steps_left * self._latency.step(len(self._running))
@@ -211,7 +205,7 @@ class SimulatedEngine:
             heapq.heapify(self._running)
             self._admit()
 
-    # ── weights, pauses, the end ─────────────────────────────────────────────────────────────────────────────────
+    # ── weights, the end ─────────────────────────────────────────────────────────────────────────────────────────
 
     async def update_weights(self, update: WeightUpdate) -> None:
         """Take `latency.weight_update_s`. Requests in flight go on, with a new version span from their next token."""
@@ -231,18 +225,6 @@ class SimulatedEngine:
                 request.spans.append(VersionSpan(written, version))
         self._time_next_end()
         await asyncio.sleep(self._latency.weight_update_s)
-
-    async def pause(self) -> None:
-        self._check_alive()
-        self._catch_up()
-        self._paused = True
-        self._time_next_end()
-
-    async def resume(self) -> None:
-        self._check_alive()
-        self._catch_up()
-        self._paused = False
-        self._time_next_end()
 
     async def health(self) -> EngineHealth:
         self._check_alive()

@@ -11,14 +11,13 @@ MIN_WAIT_S = 0.05
 
 
 class WorkClock:
-    """Counts the seconds in which the engine may work. It stands still during pauses and weight updates.
+    """Counts the seconds in which the engine may work. It stands still during weight updates.
 
     Example: a request with a limit of 60 s starts, 10 s later an update holds the engine for 30 s. The request times
     out 90 s after its start.
     """
 
     def __init__(self) -> None:
-        self.paused = False
         self._num_holds = 0
         self._held_since = 0.0
         self._held_s = 0.0
@@ -27,36 +26,18 @@ class WorkClock:
         """Return the seconds since an arbitrary zero."""
         return (self._held_since if self._num_holds else time.monotonic()) - self._held_s
 
-    def pause(self) -> None:
-        """Stand still until `resume`. Several calls have the effect of one."""
-        if not self.paused:
-            self.paused = True
-            self._hold()
-
-    def resume(self) -> None:
-        """Go on after `pause`, unless a `held` block still holds the clock."""
-        if self.paused:
-            self.paused = False
-            self._release()
-
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Stand still inside the block."""
-        self._hold()
-        try:
-            yield
-        finally:
-            self._release()
-
-    def _hold(self) -> None:
+        """Stand still inside the block. Blocks may overlap."""
         if not self._num_holds:
             self._held_since = time.monotonic()
         self._num_holds += 1
-
-    def _release(self) -> None:
-        self._num_holds -= 1
-        if not self._num_holds:
-            self._held_s += time.monotonic() - self._held_since
+        try:
+            yield
+        finally:
+            self._num_holds -= 1
+            if not self._num_holds:
+                self._held_s += time.monotonic() - self._held_since
 
     async def until_done(self, task: asyncio.Future[T], limit_s: float) -> None:
         """Wait until `task` has ended. Raises TimeoutError after `limit_s` seconds of this clock; `task` runs on."""

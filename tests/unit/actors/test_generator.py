@@ -59,12 +59,12 @@ class SlowUpdates(FakeEngine):
     arrived: asyncio.Event
 
     async def update_weights(self, update: WeightUpdate) -> None:
-        await self.pause()
+        self.hold()
         try:
             await self.arrived.wait()
             await super().update_weights(update)
         finally:
-            await self.resume()
+            self.release()
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ async def test_a_request_held_by_a_weight_update_outlives_the_limit(actor: Gener
 
 
 async def test_a_hung_engine_is_found_within_its_limit(actor: GeneratorActor):
-    await actor.engine.pause()  # not through the actor: to it the engine just gives nothing
+    actor.engine.hold()  # not through the actor: to it the engine just gives nothing
     with pytest.raises(EngineTimeoutError, match=r"request_timeout_s=0\.3; 2 requests are in flight"):
         await asyncio.gather(actor.generate((1,), PARAMS), actor.generate((2,), PARAMS))
 
@@ -107,7 +107,7 @@ async def test_an_engine_that_hangs_after_an_update_that_failed_is_found(actor: 
     actor.engine.arrived.set()
     with pytest.raises(WeightSyncError):
         await actor.update_weights(bad)
-    await actor.engine.pause()
+    actor.engine.hold()
     with pytest.raises(EngineTimeoutError, match="1 requests are in flight"):
         await waiting
     assert actor.num_requests == 0

@@ -104,19 +104,22 @@ async def engine(stub: StubServer, tiny_policy_path: Path, tmp_path: Path) -> As
         await runner.cleanup()
 
 
-async def test_a_request_held_by_an_update_or_a_pause_outlives_the_limit(engine: HttpEngine, stub: StubServer):
-    stub.hang_at = LOAD  # but within the update's own limit
-    await engine.pause()
-    waiting = asyncio.create_task(engine.generate(PROMPT, SamplingParams()))
+async def test_a_request_held_by_an_update_outlives_the_limit(engine: HttpEngine, stub: StubServer):
+    stub.hang_at = LOAD
     update = asyncio.create_task(engine.update_weights(stub.new_weights))
     await stub.reached.wait()
-    await asyncio.sleep(LIMIT_S / 2)
+    waiting = asyncio.create_task(engine.generate(PROMPT, SamplingParams()))
+    # Two calls of the update, each within its own limit, hold the request longer than its limit.
+    await asyncio.sleep(0.6 * LIMIT_S)
+    stub.hang_at = "/flush_cache"
+    stub.reached.clear()
+    stub.awake.set()
+    await stub.reached.wait()
+    await asyncio.sleep(0.6 * LIMIT_S)
+    assert not waiting.done()
     stub.awake.set()
     await update
-    await asyncio.sleep(2 * LIMIT_S)
-    assert not waiting.done()
-    await engine.resume()
-    (completion,) = await waiting
+    completion = await waiting
     assert completion.token_ids == (9,)
     assert completion.version_spans[0].policy_version == 1
 

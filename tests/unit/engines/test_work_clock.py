@@ -18,20 +18,19 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_it_stands_still_while_paused_or_held(seconds: list[float]):
+def test_it_stands_still_while_held(seconds: list[float]):
     clock = WorkClock()
     begin = clock.now()
     seconds[0] = 103.0
     assert clock.now() - begin == 3.0
-    clock.pause()
-    seconds[0] = 110.0
-    clock.pause()  # once more changes nothing
-    with clock.held():  # an update during a pause
+    first, second = clock.held(), clock.held()
+    with first:
+        seconds[0] = 110.0
+        second.__enter__()  # another update begins before this one has ended
         seconds[0] = 120.0
-        clock.resume()
-        seconds[0] = 125.0
-        assert clock.now() - begin == 3.0
-    clock.resume()
+    seconds[0] = 125.0
+    assert clock.now() - begin == 3.0
+    second.__exit__(None, None, None)
     seconds[0] = 126.5
     assert clock.now() - begin == 4.5
     with contextlib.suppress(ValueError), clock.held():
@@ -39,18 +38,16 @@ def test_it_stands_still_while_paused_or_held(seconds: list[float]):
         raise ValueError("the update broke")
     seconds[0] = 131.0
     assert clock.now() - begin == 5.5
-    assert not clock.paused
 
 
 async def test_a_task_is_waited_for_by_this_clock_and_left_running():
     clock = WorkClock()
-    clock.pause()
     done = asyncio.Event()
     task = asyncio.create_task(done.wait())
-    waiting = asyncio.create_task(clock.until_done(task, 0.01))
-    await asyncio.sleep(0.2)
-    assert not waiting.done()
-    clock.resume()
+    with clock.held():
+        waiting = asyncio.create_task(clock.until_done(task, 0.01))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
     with pytest.raises(TimeoutError):
         await waiting
     assert not task.done()

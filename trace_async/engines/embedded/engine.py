@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,7 +58,6 @@ class TorchEngine:
         self._commands: set[asyncio.Future[None]] = set()
         self._inbox: deque[Command] = deque()
         self._wake = threading.Condition()
-        self._paused = False
         self._closing = False
         self._error: BaseException | None = None
         self._last_progress = time.monotonic()
@@ -96,25 +94,22 @@ class TorchEngine:
             decode=load_tokenizer(self._policy_path).decode if self._has_tokenizer else None,
         )
 
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, n: int = 1
-    ) -> tuple[Completion, ...]:
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         self._check_alive()
         prompt = np.array(prompt_ids, np.int64)
         self._check_request(prompt, params)
-        requests = [self._new_request(prompt, params, index) for index in range(n)]
-        futures = [self._loop.create_future() for _ in requests]
+        request = self._new_request(prompt, params)
+        future: asyncio.Future[Completion] = self._loop.create_future()
         self._expect_progress()
-        self._futures.update(zip(requests, futures, strict=True))
-        self._post(lambda scheduler: scheduler.waiting.extend(requests))
+        self._futures[request] = future
+        self._post(lambda scheduler: scheduler.waiting.append(request))
         try:
-            return tuple(await asyncio.gather(*futures))
+            return await future
+        except BaseException:
+            self._post(lambda scheduler: scheduler.abort(request))
+            raise
         finally:
-            for request, future in zip(requests, futures, strict=True):
-                self._futures.pop(request, None)
-                # Whatever has not ended well is dropped from the batch: `cancel` is true if it was still under way.
-                if future.cancel() or future.cancelled() or future.exception() is not None:
-                    self._post(partial(_abort, request))
+            del self._futures[request]
 
     def _check_request(self, prompt: np.ndarray, params: SamplingParams) -> None:
         assert self._model is not None
@@ -125,16 +120,15 @@ class TorchEngine:
         if params.stop and not self._has_tokenizer:
             raise EngineRequestError(f"stop strings need a tokenizer, and {self._policy_path} has no tokenizer.json")
 
-    def _new_request(self, prompt: np.ndarray, params: SamplingParams, index: int) -> Request:
-        # A request without a seed is seeded by its number. The 0 or 1 keeps the two kinds of streams apart.
-        own = (0, self._seed, self._num_requests) if params.seed is None else (1, params.seed, index)
+    def _new_request(self, prompt: np.ndarray, params: SamplingParams) -> Request:
+        key = stream_key(self._seed, self._num_requests)
         self._num_requests += 1
         return Request(
             prompt_tokens=len(prompt),
             tokens=prompt,
             params=params,
             limit=min(len(prompt) + params.max_new_tokens, self._max_context_tokens),
-            key=stream_key(*own),
+            key=key,
         )
 
     async def update_weights(self, update: WeightUpdate) -> None:
@@ -153,18 +147,6 @@ class TorchEngine:
             scheduler.restart_all(version)
 
         await self._command(load)
-
-    async def pause(self) -> None:
-        await self._set_paused(True)
-
-    async def resume(self) -> None:
-        await self._set_paused(False)
-
-    async def _set_paused(self, paused: bool) -> None:
-        def change(scheduler: Scheduler) -> None:
-            self._paused = paused
-
-        await self._command(change)
 
     async def health(self) -> EngineHealth:
         self._check_alive()
@@ -203,7 +185,7 @@ class TorchEngine:
             raise EngineDeadError("the torch engine is not started, or closed")
 
     def _is_stuck(self) -> bool:
-        return not self._paused and time.monotonic() - self._last_progress > self._config.request_timeout_s
+        return time.monotonic() - self._last_progress > self._config.request_timeout_s
 
     def _expect_progress(self) -> None:
         """Start to measure progress now if the worker was idle, since its sleep is no hang."""
@@ -251,8 +233,6 @@ class TorchEngine:
         assert scheduler is not None
         try:
             while self._next_commands(scheduler):
-                if self._paused:
-                    continue
                 finished = scheduler.step()
                 self._last_progress = time.monotonic()
                 if finished:
@@ -265,7 +245,7 @@ class TorchEngine:
     def _next_commands(self, scheduler: Scheduler) -> bool:
         """Run what was posted, and sleep while there is nothing to do. Returns False when the engine closes."""
         with self._wake:
-            while not self._closing and not self._inbox and (self._paused or not _has_work(scheduler)):
+            while not self._closing and not self._inbox and not _has_work(scheduler):
                 self._wake.wait()
             commands, self._inbox = self._inbox, deque()
             self._last_progress = time.monotonic()
@@ -285,10 +265,6 @@ class TorchEngine:
             _fail(future, error)
         for command in self._commands:
             _fail(command, error)
-
-
-def _abort(request: Request, scheduler: Scheduler) -> None:
-    scheduler.abort(request)
 
 
 def _has_work(scheduler: Scheduler) -> bool:

@@ -53,8 +53,8 @@ class _Totals:
 class HttpEngine(ABC):
     """An engine whose model lives in a server process (see the Engine protocol).
 
-    A sample ends with EngineTimeoutError when it takes longer than `engine.request_timeout_s`, not counting pauses and
-    weight updates. After EngineDeadError or EngineTimeoutError, `start()` makes a fresh server with the weights of
+    A sample ends with EngineTimeoutError when it takes longer than `engine.request_timeout_s`, not counting weight
+    updates. After EngineDeadError or EngineTimeoutError, `start()` makes a fresh server with the weights of
     `policy_path` as version 0; sync weights before it serves. With `engine.url` no process is started or stopped. That
     server must run on this machine, with `policy_path` as its model.
     """
@@ -97,10 +97,8 @@ class HttpEngine(ABC):
         """Return the server's command line and environment. Files for it may be put into `scratch`."""
 
     @abstractmethod
-    def _generate_request(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, sample: int
-    ) -> tuple[str, Reply]:
-        """Return path and JSON body of the request for one sample."""
+    def _generate_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> tuple[str, Reply]:
+        """Return path and JSON body of the request."""
 
     @abstractmethod
     def _completion(self, reply: Reply) -> Completion: ...
@@ -113,8 +111,8 @@ class HttpEngine(ABC):
         """Make a round trip to the part of the server that runs the model."""
 
     @abstractmethod
-    async def _hold(self, *, drop_kv: bool) -> None:
-        """Stop decoding. With `drop_kv`, the KV of what is in flight is computed anew after `_release`."""
+    async def _hold(self) -> None:
+        """Stop decoding until `_release`, which computes the KV of what is in flight anew."""
 
     @abstractmethod
     async def _release(self) -> None: ...
@@ -230,19 +228,9 @@ class HttpEngine(ABC):
 
     # Generation -------------------------------------------------------------------------------------------------
 
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, n: int = 1
-    ) -> tuple[Completion, ...]:
+    async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         prompt = [int(token) for token in prompt_ids]
-        params = self._checked_request(prompt, params)
-        samples = [asyncio.create_task(self._sample(prompt, params, sample)) for sample in range(n)]
-        try:
-            return tuple(await asyncio.gather(*samples))
-        finally:
-            # After an error or a cancellation, abort the other samples too.
-            for task in samples:
-                task.cancel()
-            await asyncio.gather(*samples, return_exceptions=True)
+        return await self._sample(prompt, self._checked_request(prompt, params))
 
     def _checked_request(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
         """Check a request, since a server may accept more than it can do, and cut `max_new_tokens` to the room left."""
@@ -256,9 +244,9 @@ class HttpEngine(ABC):
             raise EngineRequestError(f"a prompt id is outside the vocabulary of {self._vocab_size}")
         return replace(params, max_new_tokens=min(params.max_new_tokens, room))
 
-    async def _sample(self, prompt: Sequence[int], params: SamplingParams, sample: int) -> Completion:
+    async def _sample(self, prompt: Sequence[int], params: SamplingParams) -> Completion:
         request_id = uuid.uuid4().hex
-        path, body = self._generate_request(request_id, prompt, params, sample)
+        path, body = self._generate_request(request_id, prompt, params)
         try:
             reply = await self._within_limit(self._client().post(path, body, limit_s=None))
         except (asyncio.CancelledError, EngineTimeoutError):
@@ -301,16 +289,6 @@ class HttpEngine(ABC):
         task.add_done_callback(self._aborts.discard)
 
     # Control ----------------------------------------------------------------------------------------------------
-
-    async def pause(self) -> None:
-        async with self._control:
-            await self._hold(drop_kv=False)
-            self._clock.pause()
-
-    async def resume(self) -> None:
-        async with self._control:
-            await self._release()
-            self._clock.resume()
 
     async def _require_answer(self) -> None:
         try:
@@ -362,7 +340,7 @@ class HttpEngine(ABC):
         assert record is not None
         record.require_names(tensors)
         try:
-            await self._hold(drop_kv=True)
+            await self._hold()
             await load(tensors)
             await self._flush_cache()
             before, self._found = self._found, await self._digests()
@@ -379,8 +357,7 @@ class HttpEngine(ABC):
         finally:
             # Requests that arrive during an update wait in the server. Only after a failed one are they refused.
             self._broken = "" if loaded else f"version {manifest.policy_version} was not loaded to its end"
-            if not self._clock.paused:
-                await self._release()
+            await self._release()
 
     def _weight_folders(self) -> tuple[Path, ...]:
         if self._process is None:

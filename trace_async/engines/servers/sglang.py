@@ -33,7 +33,6 @@ class SGLangEngine(HttpEngine):
     """Runs SGLang's server with its radix cache on; see HttpEngine for limits and weight updates.
 
     The policy version is the namespace of a request's cache, so KV of other weights is never used.
-    `SamplingParams.seed` has no effect: SGLang samples all requests from one stream, except in its deterministic mode.
     """
 
     name = "sglang"
@@ -81,9 +80,7 @@ class SGLangEngine(HttpEngine):
         python = engine_python(self.name, config.python)
         return [python, "-m", "sglang.launch_server", *command_line_flags(arguments)], environment
 
-    def _generate_request(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, sample: int
-    ) -> tuple[str, Reply]:
+    def _generate_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> tuple[str, Reply]:
         sampling: dict[str, object] = {
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -116,14 +113,14 @@ class SGLangEngine(HttpEngine):
             cached_tokens=meta["cached_tokens"],
         )
 
-    async def _sample(self, prompt: Sequence[int], params: SamplingParams, sample: int) -> Completion:
+    async def _sample(self, prompt: Sequence[int], params: SamplingParams) -> Completion:
         """Let siblings that arrive while the first request for their prompt is in flight wait until its KV is there.
 
         SGLang would compute equal cold prompts of one batch once for each of them. So the second one to come sends a
         request that only fills the cache, and all but the first go on when that has ended.
         """
         if len(prompt) < MIN_SHARED_TOKENS or not self._config.prefix_cache:
-            return await super()._sample(prompt, params, sample)
+            return await super()._sample(prompt, params)
         siblings = self._siblings.setdefault(tuple(prompt), _Siblings())
         siblings.num_in_flight += 1
         try:
@@ -131,14 +128,14 @@ class SGLangEngine(HttpEngine):
                 if siblings.warm_up is None:
                     siblings.warm_up = asyncio.create_task(self._fill_cache(prompt))
                 await asyncio.shield(siblings.warm_up)  # one sibling that is cancelled must not cancel it for all
-            return await super()._sample(prompt, params, sample)
+            return await super()._sample(prompt, params)
         finally:
             siblings.num_in_flight -= 1
             if not siblings.num_in_flight:
                 del self._siblings[tuple(prompt)]
 
     async def _fill_cache(self, prompt: Sequence[int]) -> None:
-        _, body = self._generate_request(uuid.uuid4().hex, prompt, SamplingParams(), 0)
+        _, body = self._generate_request(uuid.uuid4().hex, prompt, SamplingParams())
         body["sampling_params"]["max_new_tokens"] = 0
         await self._within_limit(self._client().post("/generate", body, limit_s=None))
 
@@ -149,8 +146,8 @@ class SGLangEngine(HttpEngine):
         # This asks the scheduler for its state, so it fails when the scheduler hangs. It also answers while paused.
         await self._get("/server_info")
 
-    async def _hold(self, *, drop_kv: bool) -> None:
-        await self._post("/pause_generation", {"mode": "retract" if drop_kv else "in_place"})
+    async def _hold(self) -> None:
+        await self._post("/pause_generation", {"mode": "retract"})
 
     async def _release(self) -> None:
         await self._post("/continue_generation")

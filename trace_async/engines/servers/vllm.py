@@ -66,7 +66,7 @@ class VLLMEngine(HttpEngine):
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": str(WORKER_EXTENSION),
             "OMP_NUM_THREADS": str(config.num_threads),
-            # This opens the endpoints for weight updates and pauses. The server listens on the loopback interface only.
+            # This opens the endpoints for weight updates. The server listens on the loopback interface only.
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(bool(config.lora_rank)),
@@ -89,9 +89,7 @@ class VLLMEngine(HttpEngine):
         heads = -(-shape["num_key_value_heads"] // self._config.tensor_parallel_size)
         return int(2 * shape["num_hidden_layers"] * heads * head_dim * self._dtype.itemsize)
 
-    def _generate_request(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, sample: int
-    ) -> tuple[str, Reply]:
+    def _generate_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> tuple[str, Reply]:
         if params.top_p < 1 or params.top_k:
             raise EngineRequestError(
                 "vllm cannot give log-probabilities of the untruncated distribution: "
@@ -108,7 +106,6 @@ class VLLMEngine(HttpEngine):
             # Only what the request names ends a turn; the model directory may name other tokens.
             "ignore_eos": True,
             "logprobs": 0,
-            "seed": None if params.seed is None else (params.seed * 1_000_003 + sample) % 2**63,
         }
         return "/inference/v1/generate", {
             "request_id": request_id,
@@ -140,7 +137,7 @@ class VLLMEngine(HttpEngine):
         # This asks the engine core, so it fails when that hangs. It also answers while paused.
         await self._get("/is_paused")
 
-    async def _hold(self, *, drop_kv: bool) -> None:
+    async def _hold(self) -> None:
         await self._post("/pause?mode=keep&clear_cache=false")
 
     async def _release(self) -> None:
