@@ -131,9 +131,13 @@ class Admission:
         counts = rule.plan(estimates, budget.root_rollouts, rng)
         return [
             PlannedPrompt(
-                task_id=task.id, num_roots=int(count), root_value=float(success), seed=int(rng.integers(2**31))
+                task_id=task.id,
+                num_roots=int(count),
+                root_value=float(success),
+                root_strength=float(strength),
+                seed=int(rng.integers(2**31)),
             )
-            for task, count, success in zip(tasks, counts, estimates.mean, strict=True)
+            for task, count, success, strength in zip(tasks, counts, estimates.mean, estimates.strength, strict=True)
             if count
         ]
 
@@ -174,7 +178,7 @@ class Admission:
         else:
             self.faults.enter(tree.faults)
             self.rounds.arrive(ticket, tree, keep=self.rule.trains_on(tree))
-            self.market.observe(tree)
+            self.market.observe(tree, root_strength=prompt.root_strength)
         self._progress_at = self._now()
         self._notify()
 

@@ -93,11 +93,14 @@ class PromptActor:
             rounds=settings.stage2_rounds,
             value=self._values if rule.needs_values else None,
             oracle_rollouts=settings.oracle_rollouts if rule.needs_values else 0,
+            forks=rule.forks,
+            buys_roots=rule.buys_roots,
+            root_strength=prompt.root_strength,
         )
         return await self.grower.grow(
             task,
             prompt.num_roots,
-            expansion if rule.spends and settings.continuations_per_root else None,
+            expansion if (rule.forks or rule.buys_roots) and settings.continuations_per_root else None,
             policy_version=prompt.policy_version,
             root_value=prompt.root_value,
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trace_async.method.allocation import allocate_prefixes
-from trace_async.method.anchors import Anchor, find_anchors
+from trace_async.method.anchors import Anchor, find_anchors, prompt_anchor
 from trace_async.method.credit import NodeCredit
 from trace_async.method.knapsack import FloatArray
 from trace_async.trees.tree import ROOT, Node, Rollout, RolloutTree
@@ -25,6 +25,11 @@ def by_contrast(anchors: Sequence[Anchor], budget: int) -> Sequence[int]:
     """The paper's Stage 2."""
     counts = allocate_prefixes([a.value for a in anchors], [a.reward for a in anchors], budget)
     return [int(count) for count in counts]
+
+
+def top_up(anchors: Sequence[Anchor], budget: int) -> Sequence[int]:
+    """All of it on further roots of a prompt whose roots agree."""
+    return [0 if anchor.depth else budget for anchor in anchors]
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,14 @@ def _grown(
             yield from _grown(process, longer, chance * p, others, choose, rounds, number)
     elif rounds:
         anchors = find_anchors(tree.tree())
+        if choose is top_up:
+            rewards = [rollout.reward for rollout in tree.rollouts if rollout.kind == "root"]
+            prompt = prompt_anchor(rewards, value=process.value(()), strength=None, expected_tokens=1)
+            anchors = anchors if prompt is None else [prompt, *anchors]
         counts = choose(anchors, rounds[0]) if anchors else []
-        plan = [(a.node, number) for a, count in zip(anchors, counts, strict=True) for _ in range(count)]
+        plan = [
+            (a.node, number + (a.node == ROOT)) for a, count in zip(anchors, counts, strict=True) for _ in range(count)
+        ]
         yield from _grown(process, tree, chance, plan, choose, rounds[1:], number + 1)
     else:
         yield chance, tree

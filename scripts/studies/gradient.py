@@ -104,13 +104,15 @@ class Player:
             return continuations.spend(anchors, budget, rng)
 
         expansion = None
-        if continuations.spends and budget.continuations_per_root:
+        if (continuations.forks or continuations.buys_roots) and budget.continuations_per_root:
             rollouts = self.oracle_rollouts if continuations.needs_values else 0
             expansion = Expansion(
                 plan=plan,
                 per_root=budget.continuations_per_root,
                 rounds=budget.stage2_rounds,
                 oracle_rollouts=rollouts,
+                forks=continuations.forks,
+                buys_roots=continuations.buys_roots,
             )
         chosen = [(task, int(count)) for task, count in zip(tasks, counts, strict=True) if count]
         return list(await asyncio.gather(*(self.tree(task, count, expansion) for task, count in chosen)))

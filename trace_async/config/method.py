@@ -43,8 +43,9 @@ class BudgetConfig:
     (trace_async.method.stage1.rule)."""
     stage2: Stage2Name = "contrast"
     """Which prefixes are continued: none | random | contrast (TRACE) | contrast_per_token (its value per generated
-    token) | contrast_value_only | price (one price for all prompts, their budget in tokens) | package.module:Class of
-    your own (trace_async.method.stage2.rule)."""
+    token) | contrast_value_only | price (one price for all prompts, their budget in tokens) | topup (further roots of
+    prompts whose roots agree, at one price; no continuations) | package.module:Class of your own
+    (trace_async.method.stage2.rule)."""
     continuations: Literal["always", "auto"] = "always"
     """always | auto: continuations are bought only after turns where they beat new root rollouts by what was measured,
     s > 2ρ/(1+ρ) (docs/METHOD.md); the log says what was decided and why."""

@@ -1,5 +1,6 @@
 """Anchors: the places of a tree where Stage 2 can spend."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trace_async.trees.tree import ROOT, Grown
@@ -7,17 +8,40 @@ from trace_async.trees.tree import ROOT, Grown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anchor:
-    """A prefix where Stage 2 can spend: a turn of a finished rollout that is not its last.
-
-    `value`: V(H) of the history up to and including `node`; `reward`: outcome of the rollout that passed there;
-    `expected_tokens`: generated tokens that a continuation is expected to cost; `depth`: turns up to and including it.
-    """
+    """Where Stage 2 can spend: after a turn of a finished rollout that is not its last, or again at the prompt."""
 
     node: int
     value: float
+    """V(H) of the history up to and including `node`."""
     reward: float
+    """Outcome of the rollout that passed there. At the prompt: of all its root rollouts, which agree."""
     expected_tokens: float
+    """Generated tokens that a rollout from here is expected to cost."""
     depth: int = 1
+    """Turns up to and including it; 0: the prompt."""
+    strength: float | None = None
+    """Pseudo rollouts behind `value`, which is then the mean of a Beta posterior. None: it is taken as known."""
+
+
+def prompt_anchor(
+    rewards: Sequence[float], *, value: float | None, strength: float | None, expected_tokens: float
+) -> Anchor | None:
+    """The prompt as a place for further root rollouts. None: it has none, or two that differ, so nothing is open.
+
+    `value`, `strength`: what was believed of it before its `rewards` were known; None: nothing (Beta(1, 1)).
+    """
+    if not rewards or min(rewards) < max(rewards):
+        return None
+    prior = 2.0 if value is None or strength is None else strength
+    after = prior + len(rewards)
+    return Anchor(
+        node=ROOT,
+        value=(prior * (0.5 if value is None else value) + sum(rewards)) / after,
+        reward=rewards[0],
+        expected_tokens=max(1.0, expected_tokens),
+        depth=0,
+        strength=after,
+    )
 
 
 def find_anchors(tree: Grown) -> list[Anchor]:

@@ -32,10 +32,10 @@ def budget_faults(settings: BudgetSettings) -> Iterator[Fault]:
         if getattr(settings, name) not in (off, None) and name not in uses:
             words = f"budget.{rule} ignores it; set {'null' if off is None else off}"
             yield f"budget.{name}", getattr(settings, name), words
-    if settings.continuations != "always" and not stage2.spends:
+    if settings.continuations != "always" and not stage2.forks:
         words = f"budget.stage2={settings.stage2} buys none; set always"
         yield "budget.continuations", settings.continuations, words
-    asks = stage1.needs_estimates or (stage2.needs_values and stage2.spends and settings.continuations_per_root)
+    asks = stage1.needs_estimates or (stage2.needs_values and stage2.forks and settings.continuations_per_root)
     if settings.oracle_rollouts and not asks:
         words = f"neither stage1={settings.stage1} nor stage2={settings.stage2} asks for a value to be measured; set 0"
         yield "budget.oracle_rollouts", settings.oracle_rollouts, words

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trace_async.method.anchors import Anchor, find_anchors
+from trace_async.method.anchors import Anchor, find_anchors, prompt_anchor
 from trace_async.method.knapsack import FloatArray
+from trace_async.method.registry import stage2_class
 from trace_async.method.settings import BudgetSettings
-from trace_async.trees.tree import RolloutTree
+from trace_async.trees.tree import ROOT, RolloutTree
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class _Fork:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What the market keeps of a finished tree. `budget`, `spent`: tokens its continuations might and did write."""
+    """What the market keeps of a finished tree. `budget`, `spent`: tokens that Stage 2 might and did write there."""
 
     budget: float
     spent: int
@@ -95,20 +96,24 @@ class Market:
 
     def __init__(self, settings: BudgetSettings, *, window: int = 256) -> None:
         self.settings = settings
+        self._rule = stage2_class(settings.stage2)
         self.seen: deque[_Seen] = deque(maxlen=window)
         self.closed: frozenset[int] = frozenset()
         self.num_offers = 0
         self._root_tokens: dict[str, float] = {}
         self._owed = 0.0  # tokens of budget not spent yet (negative: overspent)
 
-    def observe(self, tree: RolloutTree) -> None:
-        """Take in a finished tree."""
+    def observe(self, tree: RolloutTree, *, root_strength: float | None = None) -> None:
+        """Take in a finished tree. `root_strength`: pseudo rollouts behind the V of its prompt."""
         if not tree.rollouts:
             return
         self._root_tokens[tree.task.id] = max(1.0, _mean_root_tokens(tree))
         if not self.settings.continuations_per_root:
             return
-        seen = _look_at(tree, self.settings.continuations_per_root)
+        anchors = [*_turns(tree)] if self._rule.forks else []
+        if self._rule.buys_roots and (prompt := _prompt(tree, root_strength)) is not None:
+            anchors.append(prompt)
+        seen = _look_at(tree, self.settings.continuations_per_root, tuple(anchors))
         self.seen.append(seen)
         self._owed += seen.budget - seen.spent
         if self.settings.continuations == "auto":
@@ -203,10 +208,10 @@ def _verdict(is_closed: bool, figures: DepthFigures | None) -> str:
     )
 
 
-def _look_at(tree: RolloutTree, per_root: int) -> _Seen:
+def _look_at(tree: RolloutTree, per_root: int, anchors: tuple[Anchor, ...]) -> _Seen:
     generated = [node.num_generated for node in tree.nodes]
     tokens = [sum(generated[node] for node in tree.fresh_nodes(index)) for index in range(len(tree.rollouts))]
-    roots = [index for index, rollout in enumerate(tree.rollouts) if rollout.kind == "root"]
+    roots = [index for index, rollout in enumerate(tree.rollouts) if rollout.from_stage1]
     bought: dict[int, list[int]] = defaultdict(list)
     for index, rollout in enumerate(tree.rollouts):
         if rollout.kind == "continuation":
@@ -223,26 +228,38 @@ def _look_at(tree: RolloutTree, per_root: int) -> _Seen:
         for anchor, continuations in bought.items()
     ]
     root_tokens = sum(tokens[index] for index in roots)
-    is_root = {node for index in roots for node in tree.fresh_nodes(index)}
     return _Seen(
         # N continuations for every root rollout, and each counts as half a trajectory.
         budget=root_tokens * per_root / 2,
         spent=sum(tokens) - root_tokens,
-        # Only what was there when Stage 2 began: turns of root rollouts after which those themselves went on.
-        anchors=tuple(a for a in find_anchors(tree) if a.node in is_root and _goes_on(tree, a.node)),
+        anchors=anchors,
         forks=tuple(forks),
     )
 
 
-def _mean_root_tokens(tree: RolloutTree) -> float:
-    roots = [index for index, rollout in enumerate(tree.rollouts) if rollout.kind == "root"]
-    return sum(tree.nodes[node].num_generated for index in roots for node in tree.fresh_nodes(index)) / max(
-        1, len(roots)
+# What was there when Stage 2 began.
+
+
+def _turns(tree: RolloutTree) -> list[Anchor]:
+    """Turns of Stage 1's rollouts after which those themselves went on."""
+    found = [(anchor, tree.rollouts[tree.nodes[anchor.node].rollout]) for anchor in find_anchors(tree)]
+    return [anchor for anchor, passed in found if passed.from_stage1 and passed.leaf != anchor.node]
+
+
+def _prompt(tree: RolloutTree, strength: float | None) -> Anchor | None:
+    return prompt_anchor(
+        [rollout.reward for rollout in tree.rollouts if rollout.from_stage1],
+        value=tree.nodes[ROOT].value,
+        strength=strength,
+        expected_tokens=_mean_root_tokens(tree),
     )
 
 
-def _goes_on(tree: RolloutTree, node: int) -> bool:
-    return tree.rollouts[tree.nodes[node].rollout].leaf != node
+def _mean_root_tokens(tree: RolloutTree) -> float:
+    roots = [index for index, rollout in enumerate(tree.rollouts) if rollout.from_stage1]
+    return sum(tree.nodes[node].num_generated for index in roots for node in tree.fresh_nodes(index)) / max(
+        1, len(roots)
+    )
 
 
 def _variance(rewards: list[float]) -> float | None:
@@ -257,9 +274,21 @@ def _decided(pairs: list[tuple[float, float]]) -> float:
 
 
 def marginal_contrast(anchor: Anchor, count: int) -> np.ndarray:
-    """What the 1st, 2nd … `count`-th continuation adds to V_pref (METHOD 2); falling."""
+    """What the 1st, 2nd … `count`-th rollout from here adds to the chance that one ends unlike what is known; falling.
+
+    V_pref's marginals, (1 − x)·x^(k−1) with x the chance that one ends alike (METHOD 2). Where V has a posterior of
+    `strength` s, E[x^k] = Π_{j<k} (x·s + j)/(s + j).
+    """
     alike = anchor.reward * anchor.value + (1 - anchor.reward) * (1 - anchor.value)
-    return np.asarray((1 - alike) * alike ** np.arange(count))
+    known = np.arange(count)
+    # The chance that rollout k + 1 ends alike, once k did.
+    chances = (
+        np.full(count, alike)
+        if anchor.strength is None
+        else ((alike * anchor.strength + known) / (anchor.strength + known))
+    )
+    all_alike = np.concatenate([[1.0], np.cumprod(chances)])
+    return np.asarray(all_alike[:-1] - all_alike[1:])
 
 
 def expected_tokens(anchor: Anchor, tokens_after: tuple[float, ...]) -> float:

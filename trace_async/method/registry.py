@@ -34,6 +34,7 @@ STAGE2 = {
     "random": "trace_async.method.stage2.random:Random",
     "contrast": "trace_async.method.stage2.contrast:Contrast",
     "contrast_per_token": "trace_async.method.stage2.contrast:ContrastPerToken",
+    "topup": "trace_async.method.stage2.price:TopUp",
     "price": "trace_async.method.stage2.price:Price",
     "contrast_value_only": "trace_async.method.stage2.contrast:ContrastValueOnly",
 }

@@ -20,14 +20,20 @@ class PlanPrefixes(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expansion:
-    """Stage 2 of a prompt: `per_root` continuations for every finished root rollout, spent in `rounds` rounds.
-
-    `value` estimates the prefixes; `oracle_rollouts` > 0 measures them instead, each by so many continuations that do
-    not enter the tree.
-    """
+    """Stage 2 of a prompt."""
 
     plan: PlanPrefixes
     per_root: int
+    """So many continuations for every finished root rollout …"""
     rounds: int = 1
+    """… spent in so many rounds."""
     value: Value | None = None
+    """Estimates the prefixes."""
     oracle_rollouts: int = 0
+    """> 0: measures them instead, each by so many continuations that do not enter the tree."""
+    forks: bool = True
+    """Whether turns are anchors. If not, no environment is forked."""
+    buys_roots: bool = False
+    """Whether the prompt is an anchor, too, as long as all its root rollouts agree."""
+    root_strength: float | None = None
+    """Pseudo rollouts behind what was believed of the prompt before."""

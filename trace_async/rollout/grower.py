@@ -51,7 +51,7 @@ class Grower:
             self.renderer,
             self.generate,
             self.limits if temperature is None else self.limits.at(temperature),
-            keep_states=expansion is not None,
+            keep_states=expansion is not None and expansion.forks,
             root_value=root_value,
         )
         try:

@@ -19,7 +19,7 @@ import numpy as np
 
 from trace_async.engine import EngineError
 from trace_async.env import EnvError, EnvValueError, PromptTooLongError, ReplayDivergedError
-from trace_async.method.anchors import find_anchors
+from trace_async.method.anchors import Anchor, find_anchors, prompt_anchor
 from trace_async.printable import printable
 from trace_async.rollout.context import place_context
 from trace_async.rollout.expansion import Expansion, Value
@@ -83,7 +83,7 @@ class PromptRun:
         await _run_all(self._attempt("root", ROOT) for _ in range(count))
 
     async def expand(self, expansion: Expansion) -> int:
-        """Spend the prompt's continuation budget; returns how many continuations were allocated."""
+        """Spend what Stage 2 may; returns how many rollouts it bought."""
         budget = expansion.per_root * len(self._builder.rollouts)
         allocated = 0
         for round_number in range(expansion.rounds):
@@ -91,16 +91,37 @@ class PromptRun:
                 await self._measure_values(expansion.oracle_rollouts)
             elif expansion.value is not None:
                 await self._ask_values(expansion.value)
-            # A turn whose replay diverged has no state any more: nothing can be continued from it.
-            anchors = [anchor for anchor in find_anchors(self._builder) if anchor.node in self._states]
+            anchors = self._anchors(expansion)
             share = -(-(budget - allocated) // (expansion.rounds - round_number))
             if not anchors or share <= 0:  # a rule may have spent more than its share
                 break
             counts = expansion.plan(anchors, share)
             chosen = [anchor.node for anchor, count in zip(anchors, counts, strict=True) for _ in range(int(count))]
-            await _run_all(self._attempt("continuation", node, round_number) for node in chosen)
+            await _run_all(
+                self._attempt("root", ROOT, round_number + 1)
+                if node == ROOT
+                else self._attempt("continuation", node, round_number)
+                for node in chosen
+            )
             allocated += len(chosen)
         return allocated
+
+    def _anchors(self, expansion: Expansion) -> list[Anchor]:
+        # A turn whose replay diverged has no state any more: nothing can be continued from it.
+        found = [anchor for anchor in find_anchors(self._builder) if anchor.node in self._states]
+        if not expansion.buys_roots:
+            return found
+        roots = [rollout for rollout in self._builder.rollouts if rollout.kind == "root"]
+        written = sum(
+            self._builder.nodes[n].num_generated for rollout in roots for n in self._builder.path(rollout.leaf)
+        )
+        prompt = prompt_anchor(
+            [rollout.reward for rollout in roots],
+            value=self._builder.nodes[ROOT].value,
+            strength=expansion.root_strength,
+            expected_tokens=written / max(1, len(roots)),
+        )
+        return found if prompt is None else [prompt, *found]
 
     def tree(self, policy_version: int, num_roots: int, num_continuations: int) -> RolloutTree:
         return self._builder.tree(

@@ -12,8 +12,8 @@ from trace_async.trees.tree import RolloutTree
 
 
 def finished_roots(tree: RolloutTree) -> int:
-    """Root rollouts of the tree that were not lost: those that an update can train on."""
-    return sum(rollout.kind == "root" for rollout in tree.rollouts)
+    """Root rollouts of Stage 1 that were not lost: M of them make an update, whatever Stage 2 adds to them."""
+    return sum(rollout.from_stage1 for rollout in tree.rollouts)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,8 @@ def in_words(counts: Mapping[str, int]) -> str:
 
 @dataclass(slots=True)
 class Ledger:
-    """Where every allocated root rollout and continuation went. Continuations are entered when their tree arrives.
+    """Where every allocated root rollout and continuation went. What Stage 2 bought is entered when its tree arrives,
+    all of it as continuations.
 
     At any moment allocated = trained + failed + waiting in the buffer + in flight (`check`).
     """

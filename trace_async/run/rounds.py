@@ -125,6 +125,7 @@ class Rounds:
             num_roots=plan.num_roots,
             policy_version=self.state.policy_version,
             root_value=plan.root_value,
+            root_strength=plan.root_strength,
             seed=plan.seed,
         )
         ticket = self.state.num_prompts

@@ -26,6 +26,8 @@ class PlannedPrompt:
     """Root rollouts that Stage 1 gave it (m_i)."""
     root_value: float | None
     """V(prompt) as it was believed when the round was planned."""
+    root_strength: float | None = None
+    """Pseudo rollouts behind that belief."""
     seed: int
     """Seed of its own random choices, such as those of Stage 2."""
 
@@ -39,6 +41,7 @@ class PendingPrompt:
     policy_version: int
     """The learner's version when it started: its tree must be trained at most `max_staleness` versions later."""
     root_value: float | None
+    root_strength: float | None = None
     seed: int
     offer: Offer | None = None
     """What the market says to its Stage 2; given when it is sent off and in no checkpoint."""

@@ -96,7 +96,7 @@ def decisions(tree: RolloutTree, stage2: str) -> dict[int, str]:
     Everything is computed from what the tree keeps: V at the time of the allocation, the outcome of the rollout that
     passed there, and the number of continuations bought.
     """
-    words = {ROOT: _root_words(tree)}
+    words = {ROOT: _root_words(tree, stage2)}
     bought: dict[int, list[int]] = {}
     for index, rollout in enumerate(tree.rollouts):
         if rollout.kind == "continuation":
@@ -111,13 +111,16 @@ def decisions(tree: RolloutTree, stage2: str) -> dict[int, str]:
     return words
 
 
-def _root_words(tree: RolloutTree) -> str:
+def _root_words(tree: RolloutTree, stage2: str) -> str:
     value, m = tree.nodes[ROOT].value, tree.num_roots_allocated
     given = f"Stage 1 gave {m} root rollouts"
+    further = sum(rollout.kind == "root" and not rollout.from_stage1 for rollout in tree.rollouts)
+    more = f" As they agreed, Stage 2 ({stage2}) bought {further} further ones." if further else ""
     if value is None or m < 2:
-        return f"{given}."
+        return f"{given}.{more}"
     contrast = 1 - value**m - (1 - value) ** m  # the m rollouts neither all succeed nor all fail
-    return f"{given}: with V = {value:.2f} both outcomes were expected among them with probability {contrast:.2f}."
+    chance = f"with V = {value:.2f} both outcomes were expected among them with probability {contrast:.2f}"
+    return f"{given}: {chance}.{more}"
 
 
 def _anchor_words(

@@ -84,8 +84,12 @@ class Rollout:
     """The verifier's reward, in [0, 1]."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     round: int = 0
-    """The round of Stage 2 that bought a continuation, counted from 0 (0 for a root rollout). Its credit may depend
-    only on what was known before that round."""
+    """When it was bought. A continuation: the round of Stage 2, counted from 0. A root rollout: 0 when Stage 1 gave it,
+    r + 1 when round r of Stage 2 did. Its credit may depend only on what was known before that round."""
+
+    @property
+    def from_stage1(self) -> bool:
+        return self.kind == "root" and self.round == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ class RolloutTree:
     num_roots_allocated: int = 0
     """Root rollouts that Stage 1 gave."""
     num_continuations_allocated: int = 0
-    """Continuations that Stage 2 gave."""
+    """Rollouts that Stage 2 gave: continuations, or further root rollouts."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Kind of loss → number of rollouts lost that way."""
     faults: Mapping[str, Fault] = field(default_factory=dict)
@@ -154,8 +158,8 @@ class RolloutTree:
                 raise ValueError(f"rollout {r}: exactly root rollouts are anchored at the prompt")
             if self.children[rollout.leaf]:
                 raise ValueError(f"rollout {r}: its last node {rollout.leaf} has children")
-            if rollout.round < 0 or (rollout.kind == "root" and rollout.round):
-                raise ValueError(f"rollout {r}: round {rollout.round} must be ≥ 0, and 0 for a root rollout")
+            if rollout.round < 0:
+                raise ValueError(f"rollout {r}: round {rollout.round} must be ≥ 0")
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scripts.studies.exact import Process, by_contrast, gradient_estimate, grown_trees
+from scripts.studies.exact import Process, by_contrast, gradient_estimate, grown_trees, top_up
 from trace_async.learner.loss import normalize_credits
 from trace_async.method.credit import compute_credit
 
@@ -111,6 +111,23 @@ def test_two_rounds_of_stage_2_are_two_unbiased_groups(advantage, values, chance
     assert two[None][1] == pytest.approx((chance + again) * slope)
     # A lone root has no root term, so all of it is the branch term's.
     assert two[None] == pytest.approx(truth)
+
+
+@pytest.mark.parametrize("advantage", ["trace", "trace_fresh"])
+@pytest.mark.parametrize("rounds", [(3,), (1, 1)])
+def test_further_roots_of_a_prompt_whose_roots_agree_add_unbiased_groups(advantage, rounds):
+    """V = .5: two roots agree with ½. Three more weigh 1/5 each; or one weighs 1/3 and, if it agrees (½), the next 1/4.
+
+    Pooled with the first two, as GRPO does, they would be biased: that they came says how the first ones ended.
+    """
+    process = Process(chances={(): 0.5}, success={(0,): 0.6, (1,): 0.4})
+    found, agreed = np.zeros(1), 0.0
+    for chance, tree in grown_trees(process, 2, choose=top_up, rounds=rounds):
+        found += chance * gradient_estimate(process, tree, compute_credit(advantage, tree))
+        agreed += chance * (len(tree.rollouts) > 2)
+    assert agreed == pytest.approx(0.5)
+    further = 0.5 * 3 / 5 if rounds == (3,) else 0.5 / 3 + 0.25 / 4
+    assert found == pytest.approx((1 + further) * process.gradient())
 
 
 @pytest.mark.parametrize(("longer", "value"), [("success", 0.55), ("failure", 0.45)])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.method.test_credit import make_tree
 from trace_async.config import BudgetConfig, ConfigError
 from trace_async.method.allocation import allocate_prefixes
-from trace_async.method.anchors import Anchor
+from trace_async.method.anchors import Anchor, prompt_anchor
 from trace_async.method.market import MIN_ANCHORS, PROBE_EVERY, DepthFigures, Market, Offer, marginal_contrast
 from trace_async.method.registry import stage2_rule
 
@@ -51,6 +51,66 @@ def test_an_easy_prompt_buys_nothing_at_the_price_at_which_an_even_one_buys():
 def test_without_a_price_yet_the_budget_is_spent_as_published():
     rule = stage2_rule(BudgetConfig(stage2="price"))
     assert rule.spend([anchor(0.2), anchor(0.5)], 3, RNG).tolist() == [1, 2]
+
+
+def test_a_prompt_whose_roots_agree_is_open_as_far_as_its_posterior_says():
+    """Beta(.5, 1.5) and two failures: Beta(.5, 3.5). Another succeeds with 1/8, only the one after it with 7/8·.5/5."""
+    found = prompt_anchor([0.0, 0.0], value=0.25, strength=2.0, expected_tokens=10)
+    assert found == Anchor(node=0, value=0.125, reward=0.0, expected_tokens=10, depth=0, strength=4.0)
+    assert marginal_contrast(found, 2) == pytest.approx([0.125, 0.0875])
+    assert prompt_anchor([0.0, 1.0], value=0.25, strength=2.0, expected_tokens=10) is None
+    # Nothing known before: Beta(1, 1), and Beta(3, 1) after two successes.
+    unknown = prompt_anchor([1.0, 1.0], value=None, strength=None, expected_tokens=10)
+    assert (unknown.value, unknown.strength) == (0.75, 4.0)
+
+
+def test_topup_buys_further_roots_while_they_are_worth_the_price():
+    prompt = prompt_anchor([0.0, 0.0], value=0.25, strength=2.0, expected_tokens=10)
+    config = BudgetConfig(stage2="topup")
+    for price, bought in ((0.0126, 0), (0.0124, 1), (0.0087, 2)):
+        assert stage2_rule(config, Offer(price=price)).spend([prompt], 4, RNG).tolist() == [bought]
+    assert stage2_rule(config).spend([prompt], 5, RNG).tolist() == [2]  # no price yet: a root for two continuations
+    # At one price for both, the better buy of the two: a continuation at V = .5 after a success, .5 and .25 for 10.
+    both = stage2_rule(BudgetConfig(stage2="price"), Offer(price=0.02)).spend([prompt, anchor(0.5)], 4, RNG)
+    assert both.tolist() == [0, 2]
+    both = stage2_rule(BudgetConfig(stage2="price"), Offer(price=0.012)).spend([prompt, anchor(0.5)], 4, RNG)
+    assert both.tolist() == [1, 3]
+
+
+def test_topup_meets_its_budget_in_tokens():
+    """Two roots of 20 tokens, so 20 tokens a prompt for further ones; about half of the prompts agree."""
+    config = BudgetConfig(stage2="topup", continuations_per_root=1)
+    market, spent, budget = Market(config), 0.0, 0.0
+    for number in range(400):
+        chance = RNG.beta(0.6, 0.6)
+        value, strength = float(np.clip(chance, 0.02, 0.98)), 4.0
+        rewards = (RNG.random(2) < chance).astype(float).tolist()
+        prompt = prompt_anchor(rewards, value=value, strength=strength, expected_tokens=20)
+        anchors = [prompt] if prompt else []
+        counts = stage2_rule(config, market.offer()).spend(anchors, 2, RNG) if anchors else [0]
+        tree = grown([value, value], rewards, [0, 0])
+        tree = further_roots(tree, int(sum(counts)), value)
+        market.observe(tree, root_strength=strength)
+        if number >= 100:
+            spent += 20 * sum(counts)
+            budget += 20
+    assert spent == pytest.approx(budget, rel=0.15)
+
+
+def further_roots(tree, count, value):
+    """So many roots of 20 tokens that Stage 2 bought; V of the prompt is `value`."""
+    parents = [node.parent for node in tree.nodes[1:]]
+    rollouts = [([*tree.path(r.leaf)[1:]], r.reward) for r in tree.rollouts]
+    tokens = {index: node.num_generated for index, node in enumerate(tree.nodes)}
+    for _ in range(count):
+        parents.append(0)
+        rollouts.append(([len(parents)], float(RNG.random() < value)))
+        tokens[len(parents)] = 20
+    longer = make_tree(parents, rollouts, tokens)
+    old = len(tree.rollouts)
+    nodes = (replace(longer.nodes[0], value=value), *longer.nodes[1:])
+    bought = tuple(replace(r, round=int(index >= old)) for index, r in enumerate(longer.rollouts))
+    return replace(longer, nodes=nodes, rollouts=bought)
 
 
 def grown(values, rewards, counts):

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from trace_async.config import BudgetConfig
 from trace_async.engine import EngineDeadError
 from trace_async.env import EnvError, ReplayDivergedError
 from trace_async.method.anchors import Anchor
+from trace_async.method.market import Offer
+from trace_async.method.registry import stage2_rule
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import Grower
 from trace_async.rollout.guard import EnvGuard
@@ -210,6 +213,47 @@ async def test_several_rounds_spend_the_same_budget_and_may_continue_continuatio
     assert seen == [2, 4]
     assert tree.num_continuations_allocated == 3
     assert [r.round for r in tree.rollouts] == [0, 0, 0, 1]
+
+
+async def top_up(*digits: int, num_roots: int, rounds: int = 1) -> RolloutTree:
+    """Grow with further roots for three tokens of contrast in a hundred tokens, for what was believed to be even."""
+    rule = stage2_rule(BudgetConfig(stage2="topup"), Offer(price=0.03))
+
+    def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:
+        return rule.spend(anchors, budget, np.random.default_rng(0))
+
+    expansion = Expansion(
+        plan=plan, per_root=2, rounds=rounds, forks=rule.forks, buys_roots=rule.buys_roots, root_strength=2.0
+    )
+    return await run_tree(
+        TASK,
+        lambda _: SumEnv(),
+        NumberRenderer(),
+        Script(*digits),
+        limits(),
+        num_roots=num_roots,
+        expansion=expansion,
+    )
+
+
+async def test_a_prompt_whose_roots_agree_is_topped_up_with_roots_and_one_whose_roots_differ_is_not():
+    """Roots write 6 tokens. After one failure, Beta(1, 2): 1/3 and then 2/3·1/4 = 1/6 for 6 tokens, .056 and .028."""
+    tree = await top_up(1, 1, 2, *(1, 0, 0), num_roots=1)
+    assert [(r.kind, r.anchor, r.reward, r.round) for r in tree.rollouts] == [("root", 0, 0.0, 0), ("root", 0, 1.0, 1)]
+    assert (tree.num_roots_allocated, tree.num_continuations_allocated) == (1, 1)
+    # One of two that differ has nothing to be found any more.
+    tree = await top_up(1, 1, 1, 1, 0, 1, num_roots=2)
+    assert sorted(r.reward for r in tree.rollouts) == [0.0, 1.0]
+    assert tree.num_continuations_allocated == 0
+
+
+async def test_topping_up_in_two_rounds_looks_again_before_the_second():
+    # The first further root fails as well: Beta(1, 3), 1/4 for 6 tokens = .042, so one more; it succeeds.
+    tree = await top_up(1, 1, 2, 1, 1, 2, *(1, 0, 0), num_roots=1, rounds=2)
+    assert [(r.reward, r.round) for r in tree.rollouts] == [(0.0, 0), (0.0, 1), (1.0, 2)]
+    # The first one succeeds: the second round finds nothing open.
+    tree = await top_up(1, 1, 2, 1, 0, 0, num_roots=1, rounds=2)
+    assert [(r.reward, r.round) for r in tree.rollouts] == [(0.0, 0), (1.0, 1)]
 
 
 async def test_what_breaks_down_is_tried_again_and_then_counted_but_never_a_reward():

@@ -1,6 +1,7 @@
 """The staleness bound and the ledger."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,19 @@ def test_an_update_waits_for_what_is_due_and_takes_oldest_first():
     assert buffer.ready(1, more_to_come=False)
     assert [tree.task.id for tree in buffer.take(1)] == ["old b", "old c"]
     assert [tree.task.id for tree in buffer.waiting] == ["young b"]
+
+
+def test_further_roots_of_stage_2_do_not_fill_an_update():
+    """An update is M = 4 roots of Stage 1. Of three that a prompt had, Stage 2 bought one."""
+    buffer = TreeBuffer(roots_per_update=4, max_staleness=1)
+    grown = make_tree("a", version=0, num_roots=3)
+    topped_up = replace(grown, rollouts=(*grown.rollouts[:2], replace(grown.rollouts[2], round=1)))
+    for ticket, tree in enumerate((topped_up, topped_up)):
+        buffer.admit(ticket, 0)
+        assert not buffer.ready(0, more_to_come=True)
+        buffer.finish(ticket, tree)
+    assert buffer.waiting_roots == 4
+    assert buffer.ready(0, more_to_come=True)
 
 
 def test_zero_staleness_waits_for_all_that_grow():

@@ -12,7 +12,7 @@ from trace_async.method.stage2.rule import Stage2Rule
 class NoContinuations(Stage2Rule):
     """Nothing is continued."""
 
-    spends = False
+    forks = False
     needs_values = False
     uses = frozenset()
 

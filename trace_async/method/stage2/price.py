@@ -12,19 +12,42 @@ from trace_async.method.stage2.rule import Stage2Rule
 
 
 class Price(Stage2Rule):
-    """A continuation is bought while its expected contrast per expected token is above λ, the market's price.
+    """A rollout is bought while its expected contrast per expected token is above λ, the market's price.
 
-    λ moves with what was spent, so that over prompts the spending meets the budget in tokens; one prompt may spend
-    nothing and another a lot, and none waits for any other. As long as there is no price, K_i as published.
+    It may be a continuation, or a further root where all roots of the prompt agree. λ moves with what was spent, so
+    that over prompts the spending meets the budget in tokens; one prompt may spend nothing and another a lot, and none
+    waits for any other. As long as there is no price, K_i continuations as published.
     """
 
+    buys_roots = True
+
     def plan(self, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:
-        cap, offer = self.settings.max_per_prefix, self.offer
-        if offer.price is None:
-            values, rewards = [a.value for a in anchors], [a.reward for a in anchors]
-            return allocate_prefixes(values, rewards, budget, max_per_prefix=cap)
+        if self.offer.price is None:
+            return self._without_price(anchors, budget)
         counts = np.zeros(len(anchors), dtype=np.int64)
         for index, anchor in enumerate(anchors):
-            rates = marginal_contrast(anchor, cap or MAX_PER_PREFIX) / expected_tokens(anchor, offer.tokens_after)
-            counts[index] = (rates > offer.price).sum()
+            contrast = marginal_contrast(anchor, self.settings.max_per_prefix or MAX_PER_PREFIX)
+            counts[index] = (contrast / expected_tokens(anchor, self.offer.tokens_after) > self.offer.price).sum()
         return counts
+
+    def _without_price(self, anchors: Sequence[Anchor], budget: int) -> IntArray:
+        counts = np.zeros(len(anchors), dtype=np.int64)
+        turns = [index for index, anchor in enumerate(anchors) if anchor.depth]
+        values, rewards = [anchors[index].value for index in turns], [anchors[index].reward for index in turns]
+        counts[turns] = allocate_prefixes(values, rewards, budget, max_per_prefix=self.settings.max_per_prefix)
+        return counts
+
+
+class TopUp(Price):
+    """Sequential top-up: what others spend on continuations goes to further roots of prompts that are still open.
+
+    Stage 1's roots are a first look. Where they agree, the posterior of the prompt says how likely a further one is to
+    end otherwise, and it is bought while that is worth the price. As long as there is no price, a root for every two
+    continuations that the prompt could have had, as a continuation counts as half a trajectory.
+    """
+
+    forks = False
+    needs_values = False
+
+    def _without_price(self, anchors: Sequence[Anchor], budget: int) -> IntArray:
+        return np.array([min(budget // 2, self.settings.max_per_prefix or budget)] * len(anchors), dtype=np.int64)

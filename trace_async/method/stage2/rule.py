@@ -26,8 +26,10 @@ class Stage2Rule(ABC):
     and name it as `budget.stage2=my_package.my_module:Deepest`.
     """
 
-    spends: ClassVar[bool] = True
-    """Whether it ever buys anything. If not, environments need not be forked."""
+    forks: ClassVar[bool] = True
+    """Whether it continues turns. If not, environments need not be forked."""
+    buys_roots: ClassVar[bool] = False
+    """Whether it buys further root rollouts: then the prompt is among the anchors (depth 0) while its roots agree."""
     needs_values: ClassVar[bool] = True
     """Whether `plan` looks at V of the anchors. If not, the predictor is not asked."""
     uses: ClassVar[frozenset[str]] = frozenset({"max_per_prefix", "stage2_rounds"})
@@ -48,4 +50,4 @@ class Stage2Rule(ABC):
 
     @abstractmethod
     def plan(self, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:
-        """Continuations of each anchor, integers [anchors]. `anchors` is not empty; `budget` is the published K_i."""
+        """Rollouts from each anchor, integers [anchors]. `anchors` is not empty; `budget` is the published K_i."""
