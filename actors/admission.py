@@ -211,9 +211,11 @@ class Admission:
                 f"{self.log_dir}"
             )
 
-    def account(self, trees: Sequence[RolloutTree], *, updated: bool, elapsed_s: float = 0.0) -> None:
+    def account(
+        self, trees: Sequence[RolloutTree], *, updated: bool, finite: bool = True, elapsed_s: float = 0.0
+    ) -> None:
         """Enter a finished update; more prompts may start."""
-        self.rounds.account(trees, updated=updated, elapsed_s=elapsed_s)
+        self.rounds.account(trees, updated=updated, finite=finite, elapsed_s=elapsed_s)
         self._notify()
 
     def snapshot(self) -> SavedTrainer:

@@ -38,6 +38,7 @@ from envs import load_domain
 from envs.tasks import heldout_sample, load_splits
 from trace_async.config import Config
 from trace_async.run.checkpoint import CheckpointStore, latest_checkpoint
+from trace_async.run.rounds import NothingToLearnError
 from trace_async.run.scaling import Size
 from trace_async.run.state import RunState, load_trainer, save_trainer
 from trace_async.tracking.faults import FaultBook
@@ -235,7 +236,15 @@ class Trainer:
                 await self.clock.time("checkpoint", self._save_once())
             if self._evaluation_due():
                 await self._report_evaluation()
+            await self._check_worth()
+
+    async def _check_worth(self) -> None:
+        """NothingToLearnError when going on is pointless; what the run has is saved before."""
+        try:
             self.admission.rounds.check_worth(str(self.run_dir / "logs"))
+        except NothingToLearnError:
+            await self._save_once()
+            raise
 
     async def _update(self, trees: list[RolloutTree], started: float) -> None:
         version = self.state.policy_version
@@ -249,7 +258,8 @@ class Trainer:
             weights = await self.clock.time("gather", learner.weights(version + 1))
             await self.clock.time("sync", self._sync(weights, version + 1))
         step_s = time.monotonic() - started
-        self.admission.account(trees, updated=updated, elapsed_s=step_s)
+        finite = not learned.get("learner/skipped_steps")
+        self.admission.account(trees, updated=updated, finite=finite, elapsed_s=step_s)
         metrics = tree_metrics(trees, version) | learned | predicted | await self._run_metrics(step_s)
         self.on_metrics(self.state.num_updates, metrics, trees)
         await self.scaling.after_update(self.state.num_updates, metrics)

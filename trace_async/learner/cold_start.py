@@ -32,6 +32,7 @@ from trace_async.policy.report import describe_policy
 from trace_async.policy.save import save_policy
 from trace_async.policy.warm_start import Demonstration, demonstrations, learning_rate_factor
 from trace_async.rollout.renderer import Renderer
+from trace_async.run.model_folder import logit_factor
 
 _LOGPROB_CHUNK = 512
 
@@ -160,7 +161,12 @@ def _loss(model: Any, row: Sequence[Demonstration]) -> torch.Tensor:
     hidden = hidden_states(model, layout, attention_for(model.device, flat=False))
     labels = torch.from_numpy(layout.token_ids)[targets]
     logprobs, _ = entry_logprobs(
-        model.get_output_embeddings(), hidden, targets - 1, labels, temperature=1.0, chunk_tokens=_LOGPROB_CHUNK
+        model.get_output_embeddings(),
+        hidden,
+        targets - 1,
+        labels,
+        temperature=1.0 / logit_factor(model.config.to_dict()),
+        chunk_tokens=_LOGPROB_CHUNK,
     )
     return -logprobs.mean()
 

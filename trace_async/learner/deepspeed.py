@@ -200,9 +200,21 @@ def _clip_before_step(optimizer: torch.optim.Optimizer, max_norm: float) -> None
     def clip(adam: Any, _args: Any, _kwargs: Any) -> None:
         parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
         # DeepSpeed's get_global_grad_norm reads this attribute.
-        adam._global_grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+        norm = adam._global_grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+        if not torch.isfinite(norm):
+            adam.zero_grad(set_to_none=True)  # AdamW passes over a parameter without a gradient, its state included
 
     optimizer.register_step_pre_hook(clip)
+
+
+def step_if_finite(engine: Any) -> float:
+    """Take an optimizer step, unless a gradient is not finite on any rank; then weights and optimizer stay as they are.
+
+    Returns the gradient norm before clipping; one that is not finite says that no step was taken. DeepSpeed's own
+    optimizers (ZeRO 1–3, bf16) leave such a step out by themselves.
+    """
+    engine.step()
+    return float(engine.get_global_grad_norm() or 0.0) if engine.was_step_applied() else math.inf
 
 
 @contextlib.contextmanager

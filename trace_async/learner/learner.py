@@ -7,6 +7,7 @@ Every rank is given the same trees and makes the same plan. So ranks exchange gr
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,14 @@ import transformers
 from torch import nn
 
 from trace_async.config import Config, ConfigError, LearnerConfig
-from trace_async.learner.deepspeed import RankAddress, join_ranks, make_deepspeed, make_frozen, partitioned_loading
+from trace_async.learner.deepspeed import (
+    RankAddress,
+    join_ranks,
+    make_deepspeed,
+    make_frozen,
+    partitioned_loading,
+    step_if_finite,
+)
 from trace_async.learner.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
 from trace_async.learner.policy_tensors import add_lora, policy_buckets
 from trace_async.learner.probe import check_packed_rows
@@ -28,12 +36,15 @@ from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.packing.attention import AttentionKind, attention_for, hidden_states, prepare_model
 from trace_async.packing.layout import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
 from trace_async.policy.load import load_model
+from trace_async.run.model_folder import logit_factor
 from trace_async.trees.tree import RolloutTree
 from trace_async.weights import WeightBucket, host_bucket
 
+log = logging.getLogger(__name__)
+
 
 class LearnerError(Exception):
-    """Report that an update went wrong: no weight changed, or a loss is not finite. Go on from the last checkpoint."""
+    """Report that an update went wrong: no weight changed. Go on from the last checkpoint."""
 
 
 class TokenLogprobs(nn.Module):
@@ -47,7 +58,8 @@ class TokenLogprobs(nn.Module):
         super().__init__()
         self.policy = policy
         self._kind = kind
-        self._temperature = temperature
+        # A head that multiplies its logits by a factor is the head without it, at another temperature.
+        self._temperature = temperature / logit_factor(policy.config.to_dict())
         self._chunk_tokens = chunk_tokens
         self._entropy = entropy
 
@@ -133,8 +145,9 @@ class Learner:
         """Train the policy, which is at `policy_version`, on `trees`. Returns metrics over all ranks.
 
         Every rank is given all trees. The metric `updated` is 0 when no weight changed because no token has credit or
-        all tokens with credit are clipped. Asserts `actors.max_staleness`. Raises LearnerError when a loss is not
-        finite, or when no weight changed for another reason.
+        all tokens with credit are clipped. A step whose loss or gradient is not finite is left out, weights and
+        optimizer stay as they are, and `skipped_steps` counts it. Asserts `actors.max_staleness`. Raises LearnerError
+        when no weight changed for another reason.
         """
         started = time.perf_counter()
         self._assert_fresh(trees, policy_version)
@@ -159,11 +172,13 @@ class Learner:
         result |= {name: start[name] for name in start if name.startswith("mismatch")}
         result["loss"] /= len(minibatches)
         changed = self._changed(before)
-        if not changed and result["clip_fraction"] < 1:
+        skipped = sum(not math.isfinite(norm) for norm in grad_norms)
+        if not changed and not skipped and result["clip_fraction"] < 1:
             raise LearnerError(f"update at version {policy_version}: no weight changed (grad norms {grad_norms})")
         unique = self._sum([batch.layout.num_tokens for m in minibatches for batch in m.batches if batch.has_credit])
         return result | {
             "updated": float(changed),
+            "skipped_steps": float(skipped),
             "grad_norm": float(np.mean(grad_norms)),
             "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "packed_tokens": unique,
@@ -283,7 +298,7 @@ class Learner:
     ) -> float:
         """Go backward through all micro-batches and take one optimizer step.
 
-        Returns the gradient norm before clipping.
+        Returns the gradient norm before clipping. When it is not finite, the step was left out.
         """
         loss_config = self.config.loss
         reference = self._reference_logprobs(minibatch)
@@ -298,7 +313,9 @@ class Learner:
             )
             loss, clipped = policy_loss(batch.entries, terms, loss_config)
             if not torch.isfinite(loss):
-                raise LearnerError(f"update at version {policy_version}: the loss is {loss.item()}")
+                log.error("update at version %d: the loss is %s; its step is left out", policy_version, loss.item())
+                # Its gradient may be finite on this rank. All ranks must see that the sum is not.
+                loss = loss * math.nan
             if batch.has_credit:
                 for counter in counters:
                     counter.add(batch.entries, terms, loss, clipped, policy_version)
@@ -308,11 +325,11 @@ class Learner:
         # Set here and not by a scheduler of DeepSpeed, so that the step count of a checkpoint is all it depends on.
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        self.engine.step()
-        self.num_steps += 1
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if not math.isfinite(norm):
-            raise LearnerError(f"update at version {policy_version}: the gradient norm is {norm}")
+        norm = step_if_finite(self.engine)
+        if math.isfinite(norm):
+            self.num_steps += 1
+        else:
+            log.error("update at version %d: a gradient is not finite; its step is left out", policy_version)
         return norm
 
     def _no_grad(self, model: Any, minibatch: _Minibatch) -> list[torch.Tensor]:

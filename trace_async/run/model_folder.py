@@ -1,11 +1,12 @@
 """Read what a model's config.json says, and refuse by name what would come out wrong.
 
 What the trainer computes from a policy is its last hidden states, over rows of packed trees, and its head on some of
-them. A model that does more than that (caps or scales its logits, gives attention a sink, routes to experts) would be
-trained on other log-probabilities than it generates with, in silence.
+them, times a factor where the model has one. A model that does more than that (caps its logits, gives attention a sink,
+routes to experts) would be trained on other log-probabilities than it generates with, in silence.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,13 @@ from trace_async.config import Config, ConfigError
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Of the head, which the learner calls by itself: a factor that is neutral at 1, a cap that is off when empty.
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "mup_width_multiplier")
+# Heads of which transformers' code says what it does with that factor: model_type → entry, power of the factor.
+_SCALED_HEADS = {
+    "cohere": ("logit_scale", 1),
+    "cohere2": ("logit_scale", 1),
+    "granite": ("logits_scaling", -1),
+    "hyperclovax": ("logits_scaling", 1),
+}
 _CAPS = ("final_logit_softcapping", "attn_logit_softcapping", "attn_logit_soft_cap")
 _SINKS = ("gpt_oss",)
 
@@ -45,13 +53,23 @@ def require_plain_decoder(content: Mapping[str, object], setting: str) -> None:
                 "router's balance is looked after; use a dense model"
             )
     for name in _SCALES:
-        if content.get(name) not in (None, 1, 1.0):
+        known = _SCALED_HEADS.get(str(content.get("model_type")), ("", 0))[0] == name
+        if known and not 0 < logit_factor(content) < math.inf:
+            raise ConfigError(f"{setting}: config.json has {name}={content[name]}, which must be a positive number")
+        if not known and content.get(name) not in (None, 1, 1.0):
             raise ConfigError(_head(setting, name, content[name], "scales its logits"))
     for name in _CAPS:
         if content.get(name) is not None:
             raise ConfigError(_head(setting, name, content[name], "caps its logits or attention scores"))
     if content.get("model_type") in _SINKS:
         raise ConfigError(_head(setting, "model_type", content["model_type"], "has attention sinks"))
+
+
+def logit_factor(content: Mapping[str, object]) -> float:
+    """By what a model's head multiplies its logits, from its config.json; 1 for most, NaN where that says no number."""
+    name, power = _SCALED_HEADS.get(str(content.get("model_type")), ("", 1))
+    value = content.get(name, 1.0)
+    return float(value) ** power if isinstance(value, int | float) and value else math.nan
 
 
 def _head(setting: str, name: str, value: object, what: str) -> str:

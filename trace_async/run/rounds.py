@@ -32,6 +32,7 @@ from trace_async.trees.tree import RolloutTree
 from trace_async.types import LossKind
 
 MAX_UPDATES_WITHOUT_CREDIT = 20
+MAX_UPDATES_NOT_FINITE = 5
 MAX_LOST_POOLS = 5
 
 
@@ -168,15 +169,22 @@ class Rounds:
         self._roots_in_training = sum(map(finished_roots, trees))
         return trees
 
-    def account(self, trees: Sequence[RolloutTree], *, updated: bool, elapsed_s: float = 0.0) -> None:
-        """Enter a finished update. Without a token of credit no weight has changed, and the version stays."""
+    def account(
+        self, trees: Sequence[RolloutTree], *, updated: bool, finite: bool = True, elapsed_s: float = 0.0
+    ) -> None:
+        """Enter a finished update. Without a token of credit no weight has changed, and the version stays.
+
+        `finite` false: a step of it was left out, since its loss or gradient was not finite.
+        """
         state = self.state
         for tree in trees:
             state.ledger.train(tree)
         self._roots_in_training = 0
         state.num_updates += 1
         state.policy_version += updated
-        state.updates_without_credit = 0 if updated else state.updates_without_credit + 1
+        state.updates_not_finite = 0 if finite else state.updates_not_finite + 1
+        if finite:
+            state.updates_without_credit = 0 if updated else state.updates_without_credit + 1
         state.elapsed_s += elapsed_s
         self._since_update = _SinceUpdate()
         self.check_ledger()
@@ -211,6 +219,12 @@ class Rounds:
             )
         if since.filtered >= MAX_UPDATES_WITHOUT_CREDIT * per_update and since.filtered == since.finished:
             raise NothingToLearnError(self._no_contrast(f"of {since.filtered} rollouts since the last update"))
+        if self.state.updates_not_finite >= MAX_UPDATES_NOT_FINITE:
+            raise NothingToLearnError(
+                f"loss or gradient was not finite in {self.state.updates_not_finite} updates in a row; the weights are "
+                "those of before. Lower learner.learning_rate, or look at learner/mismatch_max: an engine whose "
+                f"log-probabilities are not the learner's is broken. The causes are in {hint}"
+            )
         if self.state.updates_without_credit >= MAX_UPDATES_WITHOUT_CREDIT:
             raise NothingToLearnError(self._no_contrast(f"in {self.state.updates_without_credit} updates in a row"))
 
@@ -236,6 +250,7 @@ class Rounds:
     def restore(self, saved: SavedTrainer) -> None:
         """Go on from a snapshot. Its pending prompts are to be grown again, under their tickets."""
         self.state = saved.state.copy()
+        self.state.updates_without_credit = self.state.updates_not_finite = 0  # after a resume nothing of before counts
         self._position = dict(saved.dataset)
         self.planned = deque(saved.planned)
         self.pending = dict(saved.pending)

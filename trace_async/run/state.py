@@ -57,6 +57,8 @@ class RunState:
     """Batches trained on. One without a token of credit changes no weight, so no `policy_version`."""
     updates_without_credit: int = 0
     """Of those without credit, how many in a row up to now."""
+    updates_not_finite: int = 0
+    """Of those whose step was left out since loss or gradient was not finite, how many in a row up to now."""
     num_rounds: int = 0
     """Rounds of Stage 1 that were planned."""
     num_prompts: int = 0

@@ -14,6 +14,7 @@ from actors.trainer import StopRequestedError, Trainer
 from tests.support.fake_parts import FakeLearner, FakeParts, FakePrompts
 from trace_async.config import load_config
 from trace_async.run.checkpoint import latest_checkpoint
+from trace_async.run.rounds import NothingToLearnError
 from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
 
@@ -109,6 +110,24 @@ async def test_a_learner_rank_that_dies_is_replaced_from_the_last_checkpoint_ins
     assert run.updates == [1, 2, 3, 4, 5, 5, 6]  # figures of 5 come again; the tracker drops the first
     assert state.num_updates == 6
     state.ledger.check(waiting=0, in_flight_roots=0)
+
+
+async def test_updates_that_are_never_finite_end_the_run_with_the_last_good_weights_saved(tmp_path: Path):
+    class Broken(FakeLearner):
+        async def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+            good = self.updates < 3
+            return await super().update(trees, policy_version) | {
+                "learner/updated": float(good),
+                "learner/skipped_steps": float(not good),
+            }
+
+    parts = FakeParts(learner=Broken())
+    run = Run(tmp_path, parts, overrides=["num_updates=20", "checkpoint.every_updates=0"])
+    with pytest.raises(NothingToLearnError, match="not finite in 5 updates in a row"):
+        await run.trainer.run()
+    assert run.updates == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert parts.pool.versions == [1, 2, 3]  # what was not trained is not sent
+    assert saved_updates(tmp_path) == ["000008"]
 
 
 async def test_a_rank_that_dies_again_before_any_update_ends_the_run_with_its_cause(tmp_path: Path):

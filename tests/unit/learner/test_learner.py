@@ -1,3 +1,4 @@
+import math
 import random
 import socket
 import subprocess
@@ -235,14 +236,56 @@ def test_an_update_that_changes_no_weight_is_an_error(tiny_policy_path):
             learner.update(trees_of(1), VERSION)
 
 
-def test_a_loss_that_is_not_finite_is_an_error(tiny_policy_path):
-    trees = trees_of(0)
-    nodes = [replace(n, logprobs=(float("-inf"),) * n.num_generated) for n in trees[0].nodes]
-    with (
-        learning(configure(), tiny_policy_path) as learner,
-        pytest.raises(LearnerError, match="the loss is"),
-    ):
-        learner.update([replace(trees[0], nodes=tuple(nodes)), *trees[1:]], VERSION)
+def impossible(tree: RolloutTree) -> RolloutTree:
+    """The tree, of whose tokens its engine says that they could not be sampled."""
+    return replace(tree, nodes=tuple(replace(n, logprobs=(-math.inf,) * n.num_generated) for n in tree.nodes))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["learner.minibatches=2"],
+        ["learner.zero_stage=1"],
+        ["learner.zero_stage=2"],
+        ZERO_3,
+        ["learner.dtype=bfloat16"],
+        ["learner.zero_stage=2", "learner.dtype=bfloat16"],
+    ],
+    ids=" ".join,
+)
+def test_a_step_whose_loss_is_not_finite_is_left_out_and_the_next_one_is_as_if_it_had_not_been(
+    tiny_policy_path, overrides
+):
+    config = configure(*overrides)
+    with learning(config, tiny_policy_path) as learner:
+        learner.update(trees_of(0), VERSION)
+        expected = learner.update(trees_of(1), VERSION)
+        weights = weights_of(learner)
+    bad = [impossible(tree) for tree in trees_of(7)]
+    with learning(config, tiny_policy_path) as learner:
+        learner.update(trees_of(0), VERSION)
+        before = weights_of(learner)
+        skipped = learner.update(bad, VERSION)
+        assert (skipped["updated"], skipped["skipped_steps"]) == (0.0, float(config.learner.minibatches))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(learner).items())
+        found = learner.update(trees_of(1), VERSION)
+        assert found["skipped_steps"] == 0.0
+        assert found["optimizer_steps"] == expected["optimizer_steps"] == 2.0 * config.learner.minibatches
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(learner).items())
+
+
+def test_a_gradient_that_is_not_finite_leaves_its_step_out(tiny_policy_path):
+    """The loss is finite, the backward pass is not, as it may be of a kernel."""
+    with learning(configure(), tiny_policy_path) as learner:
+        before = weights_of(learner)
+        hook = learner.policy.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+        metrics = learner.update(trees_of(0), VERSION)
+        assert (metrics["updated"], metrics["skipped_steps"]) == (0.0, 1.0)
+        assert math.isfinite(metrics["loss"])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(learner).items())
+        hook.remove()
+        assert learner.update(trees_of(0), VERSION)["updated"] == 1.0
 
 
 @pytest.mark.parametrize("correction", ["none", "decoupled", "tis"])

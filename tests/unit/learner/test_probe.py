@@ -48,6 +48,10 @@ LLAMA_FAMILIES = (
 EXACT = {
     **dict.fromkeys(LLAMA_FAMILIES, LLAMA_LIKE),
     "GPT2": GPT2_LIKE,
+    "Granite": {**LLAMA_LIKE, "logits_scaling": 8.0, "attention_multiplier": 0.3, "embedding_multiplier": 12.0},
+    "Cohere": {**LLAMA_LIKE, "logit_scale": 0.25},
+    "Cohere2": {**LLAMA_LIKE, "logit_scale": 0.25, "layer_types": ["full_attention"] * 2},
+    "HyperCLOVAX": {**LLAMA_LIKE, "logits_scaling": 0.5},
     "OPT": {**OPT_LIKE, "ffn_dim": 64, "word_embed_proj_dim": 32},
 }
 # Their attention or their positions do not know of a packed row; branch by branch they are right.
@@ -62,10 +66,14 @@ ONLY_FLAT = {
     "Rwkv": {**SIZES, "hidden_size": 32, "num_hidden_layers": 2},
     "StableLm": LLAMA_LIKE,
 }
-# Their head does more than multiply, which the learner leaves out in trees and branches alike.
+# Their head does more than multiply (it caps), which the learner leaves out in trees and branches alike.
 NEVER = {
-    "Granite": {**LLAMA_LIKE, "logits_scaling": 8.0},
-    "Cohere": {**LLAMA_LIKE, "logit_scale": 0.25},
+    "Gemma3Text": {
+        **LLAMA_LIKE,
+        "head_dim": 8,
+        "layer_types": ["full_attention"] * 2,
+        "final_logit_softcapping": 2.0,
+    },
 }
 FLAT = Config(learner=LearnerConfig(packing="flat"))
 

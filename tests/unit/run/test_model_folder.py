@@ -3,7 +3,7 @@
 import pytest
 
 from trace_async.config import Config, ConfigError, LearnerConfig, SamplingConfig
-from trace_async.run.model_folder import read_config, require_context, require_plain_decoder
+from trace_async.run.model_folder import logit_factor, read_config, require_context, require_plain_decoder
 from trace_async.run.plan import shape_from_json
 
 
@@ -16,6 +16,9 @@ from trace_async.run.plan import shape_from_json
         ({"n_routed_experts": 256}, r"n_routed_experts=256"),
         ({"logits_scaling": 8.0}, r"scales its logits \(logits_scaling=8.0\)"),
         ({"logit_scale": 0.0625}, r"logit_scale=0.0625"),
+        ({"model_type": "granite", "logit_scale": 0.0625}, r"logit_scale=0.0625"),
+        ({"model_type": "granite", "logits_scaling": 0}, r"logits_scaling=0, which must be a positive number"),
+        ({"model_type": "cohere", "logit_scale": "1/16"}, r"logit_scale=1/16, which must be a positive number"),
         ({"final_logit_softcapping": 30.0}, r"caps its logits or attention scores \(final_logit_softcapping=30.0\)"),
         ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50.0"),
         ({"model_type": "gpt_oss"}, "attention sinks"),
@@ -31,6 +34,20 @@ def test_what_would_be_computed_wrongly_is_named(entry, message):
 )
 def test_what_is_neutral_passes(entry):
     require_plain_decoder(entry, "policy.path=here")
+    assert logit_factor(entry) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("entry", "factor"),
+    [
+        ({"model_type": "granite", "logits_scaling": 8}, 0.125),
+        ({"model_type": "cohere", "logit_scale": 0.0625}, 0.0625),
+        ({"model_type": "hyperclovax", "logits_scaling": 0.5}, 0.5),
+    ],
+)
+def test_a_head_of_which_it_is_known_what_it_does_with_its_factor_passes(entry, factor):
+    require_plain_decoder(entry, "policy.path=here")
+    assert logit_factor(entry) == factor
 
 
 @pytest.mark.parametrize(("name", "value"), [("hidden_size", None), ("num_hidden_layers", "2"), ("vocab_size", 0)])

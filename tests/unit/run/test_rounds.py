@@ -169,6 +169,34 @@ def test_an_update_without_credit_counts_but_keeps_the_version():
         rounds.check_worth("the log")
 
 
+def test_updates_that_are_not_finite_count_in_a_row_and_end_the_run_in_words():
+    rounds = books(m=4, staleness=1, updates=30)
+    for number, finite in enumerate([False] * 4 + [True] + [False] * 5):
+        plan(rounds, [4])
+        start_all(rounds)
+        finish(rounds, number)
+        rounds.check_worth("the log")
+        rounds.account(rounds.take(), updated=finite, finite=finite)
+    assert (rounds.state.policy_version, rounds.state.updates_without_credit) == (1, 0)
+    with pytest.raises(NothingToLearnError, match=r"not finite in 5 updates in a row.*learning_rate.*in the log"):
+        rounds.check_worth("the log")
+    again = books(m=4, staleness=1, updates=30)
+    again.restore(rounds.snapshot())
+    again.check_worth("the log")
+
+
+def test_after_a_resume_updates_without_credit_count_anew():
+    rounds = books(m=4, staleness=1, updates=30)
+    for number in range(20):
+        plan(rounds, [4])
+        start_all(rounds)
+        finish(rounds, number)
+        update(rounds, updated=False)
+    again = books(m=4, staleness=1, updates=30)
+    again.restore(rounds.snapshot())
+    again.check_worth("the log")
+
+
 def test_after_a_resume_nothing_that_failed_before_counts():
     rounds = books(m=8, staleness=1, updates=400)
     for _ in range(256 // 8):  # four losses in five, over many updates
