@@ -4,7 +4,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,8 @@ class SavedTrainer:
 
 
 def save_trainer(folder: Path, saved: SavedTrainer) -> None:
-    counters = {name: value for name, value in asdict(saved.state).items() if name != "ledger"}
+    # Not asdict: before Python 3.12 it makes a Counter of pairs out of a Counter.
+    counters = {one.name: getattr(saved.state, one.name) for one in fields(saved.state) if one.name != "ledger"}
     record = {
         "format": FORMAT,
         "counters": counters,

@@ -15,6 +15,7 @@ def test_round_trip(tmp_path: Path):
     state = RunState(policy_version=3, num_rounds=5, num_prompts=20, generated_tokens=999, elapsed_s=1.5)
     state.ledger.allocate_roots(20)
     state.ledger.lose_tree(2, LossKind.TREE_TIMEOUT)
+    state.lost_candidates.update([LossKind.ENV, LossKind.ENV, LossKind.ENV_TIMEOUT])
     saved = SavedTrainer(
         state=state,
         dataset={"seed": 0, "num_tasks": 9, "epoch": 1, "position": 4},
