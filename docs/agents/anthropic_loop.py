@@ -12,8 +12,7 @@ LOOK = {
 }
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
+def solve(task: dict) -> str:
     client = Anthropic()
     messages = [{"role": "user", "content": f"go {task['hops']} signs from {task['start']}"}]
     while True:
@@ -24,8 +23,7 @@ def main() -> None:
         messages.append({"role": "assistant", "content": answer.content})
         calls = [block for block in answer.content if block.type == "tool_use"]
         if not calls:
-            print(answer.content[0].text)
-            return
+            return answer.content[0].text
         results = [
             {
                 "type": "tool_result",
@@ -38,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print(solve(json.load(sys.stdin)))

@@ -8,8 +8,7 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
+def solve(task: dict) -> str:
 
     @tool
     def look(place: str) -> str:
@@ -19,8 +18,8 @@ def main() -> None:
     agent = create_agent(ChatOpenAI(model="policy"), tools=[look], system_prompt="follow the signs")
     asked = {"role": "user", "content": f"go {task['hops']} signs from {task['start']}"}
     result = agent.invoke({"messages": [asked]}, config={"recursion_limit": 24})
-    print(result["messages"][-1].content)
+    return result["messages"][-1].content
 
 
 if __name__ == "__main__":
-    main()
+    print(solve(json.load(sys.stdin)))

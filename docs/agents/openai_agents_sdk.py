@@ -7,8 +7,7 @@ from agents import Agent, OpenAIChatCompletionsModel, Runner, function_tool, set
 from openai import AsyncOpenAI
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
+def solve(task: dict) -> str:
     set_tracing_disabled(True)  # it would report every run to api.openai.com
 
     @function_tool
@@ -19,8 +18,8 @@ def main() -> None:
     model = OpenAIChatCompletionsModel(model="policy", openai_client=AsyncOpenAI())
     agent = Agent(name="follow", instructions="follow the signs", model=model, tools=[look])
     result = Runner.run_sync(agent, f"go {task['hops']} signs from {task['start']}", max_turns=12)
-    print(result.final_output)
+    return result.final_output
 
 
 if __name__ == "__main__":
-    main()
+    print(solve(json.load(sys.stdin)))

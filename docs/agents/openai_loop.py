@@ -1,7 +1,6 @@
 """A plain loop over the `openai` client. It knows nothing of training: its model is where OPENAI_BASE_URL says."""
 
 import json
-import os
 import sys
 
 from openai import OpenAI
@@ -16,8 +15,7 @@ LOOK = {
 }
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
+def solve(task: dict) -> str:
     client = OpenAI()
     messages = [
         {"role": "system", "content": "follow the signs"},
@@ -28,8 +26,7 @@ def main() -> None:
         message = answer.choices[0].message
         messages.append(message)
         if not message.tool_calls:
-            print(message.content)
-            return
+            return message.content
         for call in message.tool_calls:
             place = json.loads(call.function.arguments).get("place")
             found = task["signs"].get(place, "nothing")
@@ -37,5 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert os.environ.get("OPENAI_BASE_URL"), "run by trace-async train, which says where the model is"
-    main()
+    print(solve(json.load(sys.stdin)))

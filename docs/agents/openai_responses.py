@@ -15,8 +15,7 @@ async def run(agent: Agent, question: str):
     return result
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
+def solve(task: dict) -> str:
     set_tracing_disabled(True)  # it would report every run to api.openai.com
 
     @function_tool
@@ -27,8 +26,8 @@ def main() -> None:
     model = OpenAIResponsesModel(model="policy", openai_client=AsyncOpenAI())
     agent = Agent(name="follow", instructions="follow the signs", model=model, tools=[look])
     result = asyncio.run(run(agent, f"go {task['hops']} signs from {task['start']}"))
-    print(result.final_output)
+    return result.final_output
 
 
 if __name__ == "__main__":
-    main()
+    print(solve(json.load(sys.stdin)))

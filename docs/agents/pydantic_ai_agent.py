@@ -7,8 +7,7 @@ from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
+def solve(task: dict) -> str:
     agent = Agent(OpenAIChatModel("policy"), instructions="follow the signs")
 
     @agent.tool_plain
@@ -16,8 +15,8 @@ def main() -> None:
         """the place that the sign at a place points to"""
         return task["signs"].get(place, "nothing")
 
-    print(agent.run_sync(f"go {task['hops']} signs from {task['start']}").output)
+    return agent.run_sync(f"go {task['hops']} signs from {task['start']}").output
 
 
 if __name__ == "__main__":
-    main()
+    print(solve(json.load(sys.stdin)))

@@ -8,8 +8,7 @@ from smolagents import OpenAIServerModel, ToolCallingAgent, tool
 from smolagents.monitoring import LogLevel
 
 
-def main() -> None:
-    task = json.load(sys.stdin)
+def solve(task: dict) -> str:
 
     @tool
     def look(place: str) -> str:
@@ -22,8 +21,8 @@ def main() -> None:
 
     model = OpenAIServerModel("policy", api_base=os.environ["OPENAI_BASE_URL"], api_key=os.environ["OPENAI_API_KEY"])
     agent = ToolCallingAgent(tools=[look], model=model, max_steps=8, verbosity_level=LogLevel.OFF)
-    print(agent.run(f"go {task['hops']} signs from {task['start']}"))
+    return agent.run(f"go {task['hops']} signs from {task['start']}")
 
 
 if __name__ == "__main__":
-    main()
+    print(solve(json.load(sys.stdin)))

@@ -9,6 +9,7 @@ from typing import Any
 from envs.agent.check import check_replay
 from envs.agent.endpoint import HttpEndpoint
 from envs.agent.env import AgentEnv, AgentSettings, FirstRequests
+from envs.agent.fork_runner import ForkRunner
 from envs.agent.runner import CommandRunner, FunctionRunner, Runner
 from envs.agent.session import Session
 from envs.agent.verifier import CommandVerifier, FunctionVerifier
@@ -29,13 +30,15 @@ MODEL_ERRORS = (
 
 class Agent:
     """`agent`: `package.module:function`, a coroutine or a plain function of `task` (a dict, one row of the file),
-    `base_url` and `api_key`, that returns its result; or `command`: a program that finds its model in the environment
-    (OPENAI_BASE_URL …), its task on standard input and in TRACE_TASK, and prints its result.
+    `base_url` and `api_key`, that returns its result. With `python`, the interpreter of an environment of its own, it
+    runs there, in a process forked for each rollout, and its module is found from `cwd`. Or `command`: a program that
+    finds its model in the environment (OPENAI_BASE_URL …), its task on standard input and in TRACE_TASK, and prints its
+    result.
 
     `tasks`: a JSONL file; rows may have an `id` and a `kind`. `heldout`: another one; without it a sample of
     `num_heldout` rows of `tasks` is held out. `verifier`: `package.module:function(task, outcome)` → reward in [0, 1],
     or a command as a list. `max_turns`: requests in a rollout. `turn_timeout_s`: between an answer and the next
-    request. `max_running`: commands at once. `model_errors`: further names of exceptions that are the model's doing.
+    request. `max_running`: processes at once. `model_errors`: further names of exceptions that are the model's doing.
     `host`, `advertise`: where the endpoint listens, and by which name agents elsewhere reach it.
     """
 
@@ -47,6 +50,7 @@ class Agent:
         tasks: str,
         verifier: str | Sequence[str],
         agent: str = "",
+        python: str = "",
         command: Sequence[str] = (),
         cwd: str = "",
         heldout: str = "",
@@ -67,7 +71,11 @@ class Agent:
         _positive("verifier_timeout_s", verifier_timeout_s)
         self._split = self._read_split(tasks, heldout, num_heldout)
         self._runner: Runner
-        if agent:
+        if python and not agent:
+            raise ConfigError("env.args.python: the interpreter of env.args.agent; a command names its own")
+        if python:
+            self._runner = ForkRunner(agent, python, cwd, max_running)
+        elif agent:
             self._runner = FunctionRunner(load_function("agent", agent))
         else:
             self._runner = CommandRunner(words("command", command), cwd, max_running)

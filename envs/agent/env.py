@@ -53,6 +53,8 @@ class FirstRequests:
 class AgentEnv:
     """One rollout of an agent, or the frozen state of one (`goal`), which starts when it is used."""
 
+    blocking = False  # requests wait in one event loop; agents and plain verifiers never run in it
+
     def __init__(
         self,
         task: Task,

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from envs.agent.keeper import GRACE_S, Keeper
 from trace_async.env import EnvError
 from trace_async.types import Json
 
 log = logging.getLogger(__name__)
 
 _KEPT_OUTPUT = 1_000_000
-_KILL_AFTER_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,16 @@ class Access:
 
     base_url: str
     api_key: str
+
+
+def access_variables(access: Access) -> dict[str, str]:
+    """The environment variables by which clients find their model."""
+    return {
+        "OPENAI_BASE_URL": access.base_url,
+        "OPENAI_API_KEY": access.api_key,
+        "ANTHROPIC_BASE_URL": access.base_url.removesuffix("/v1"),
+        "ANTHROPIC_API_KEY": access.api_key,
+    }
 
 
 class AgentFailed(Exception):
@@ -110,9 +120,9 @@ class _RunningFunction:
         return result
 
     async def _wait_until_ended(self) -> None:
-        await asyncio.wait([asyncio.wrap_future(self._ended)], timeout=_KILL_AFTER_S)
+        await asyncio.wait([asyncio.wrap_future(self._ended)], timeout=GRACE_S)
         if not self._ended.done():
-            log.warning("an agent still runs %g s after its rollout was closed; it is left to itself", _KILL_AFTER_S)
+            log.warning("an agent still runs %g s after its rollout was closed; it is left to itself", GRACE_S)
 
 
 class _RunningCoroutine(_RunningFunction):
@@ -171,17 +181,16 @@ class CommandRunner:
         self._command = tuple(command)
         self._cwd = cwd or None
         self._slots = asyncio.Semaphore(max_running)
+        self._keeper = Keeper()
 
     async def start(self, task: Mapping[str, Json], access: Access) -> Running:
         text = json.dumps(task)
         added = {
-            "OPENAI_BASE_URL": access.base_url,
-            "OPENAI_API_KEY": access.api_key,
-            "ANTHROPIC_BASE_URL": access.base_url.removesuffix("/v1"),
-            "ANTHROPIC_API_KEY": access.api_key,
+            **access_variables(access),
             # The limit of Linux is 128 KiB for one variable; a longer task is on standard input alone.
             "TRACE_TASK": text if len(text) < 100_000 else "",
         }
+        self._keeper.start()
         await self._slots.acquire()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -199,16 +208,21 @@ class CommandRunner:
         except BaseException:
             self._slots.release()
             raise
-        return _RunningCommand(process, text.encode(), self._slots)
+        self._keeper.started(process.pid)
+        return _RunningCommand(process, text.encode(), partial(self._ended, process.pid))
+
+    def _ended(self, group: int) -> None:
+        self._keeper.ended(group)
+        self._slots.release()
 
     async def close(self) -> None:
-        return None
+        self._keeper.close()
 
 
 class _RunningCommand:
-    def __init__(self, process: asyncio.subprocess.Process, task: bytes, slots: asyncio.Semaphore) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, task: bytes, on_end: Callable[[], None]) -> None:
         self._process = process
-        self._slots: asyncio.Semaphore | None = slots
+        self._on_end: Callable[[], None] | None = on_end
         self._work = asyncio.create_task(self._run(task))
 
     async def _run(self, task: bytes) -> tuple[int, str, str]:
@@ -224,7 +238,7 @@ class _RunningCommand:
 
     async def result(self) -> Json:
         code, out, err = await asyncio.shield(self._work)
-        self._release()
+        self._note_end()
         if code:
             last = err.strip().splitlines()[-1:] or ["no word on standard error"]
             # The last line of a Python traceback is `package.Kind: message`.
@@ -238,16 +252,16 @@ class _RunningCommand:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, number)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_KILL_AFTER_S):
+                    async with asyncio.timeout(GRACE_S):
                         await asyncio.shield(self._work)
                         break
         self._work.cancel()
-        self._release()
+        self._note_end()
 
-    def _release(self) -> None:
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            slots.release()
+    def _note_end(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()
 
 
 async def _read_tail(stream: asyncio.StreamReader) -> str:

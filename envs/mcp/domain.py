@@ -40,6 +40,8 @@ class Snapshot:
 class McpEnv:
     """One rollout. Its servers start with its first call; a frozen one (`_made` without `_live`) with its first use."""
 
+    blocking = False  # a connection lives in one event loop
+
     def __init__(self, domain: "Mcp", task: Task, made: Sequence[Made] = (), turns: int = 0) -> None:
         self._domain = domain
         self._task = task

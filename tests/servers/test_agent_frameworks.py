@@ -13,6 +13,7 @@ from trace_async.method.anchors import Anchor
 from trace_async.rollout.expansion import Expansion
 
 PYTHON = ROOT / ".venvs" / "agents" / "bin" / "python"
+AGENTS = ROOT / "docs" / "agents"
 FRAMEWORKS = ["openai_loop", "openai_agents_sdk", "pydantic_ai_agent", "langgraph_agent", "smolagents_agent"]
 FRAMEWORKS += ["anthropic_loop", "openai_responses"]
 
@@ -36,10 +37,13 @@ def follows_signs(task: dict) -> ScriptedPolicy:
     return ScriptedPolicy(say)
 
 
+@pytest.mark.parametrize("way", ["command", "fork"])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-async def test_a_frameworks_agent_is_rolled_out_and_continued_by_replay(framework: str):
-    command = [str(PYTHON), str(ROOT / "docs" / "agents" / f"{framework}.py")]
-    domain = Follow(command=command, seed=7)
+async def test_a_frameworks_agent_is_rolled_out_and_continued_by_replay(framework: str, way: str):
+    if way == "command":
+        domain = Follow(command=[str(PYTHON), str(AGENTS / f"{framework}.py")], seed=7)
+    else:
+        domain = Follow(agent=f"{framework}:solve", python=str(PYTHON), cwd=str(AGENTS), seed=7)
     task = domain.tasks("train")[0]
     assert task.data["hops"] == 3
     policy = follows_signs(dict(task.data))

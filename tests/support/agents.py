@@ -5,10 +5,13 @@ The task is `{"keys": ["a", "b"], "answer": …}`; the tool `lookup` knows NUMBE
 
 import asyncio
 import json
+import os
 import random
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -174,16 +177,65 @@ async def sleeper(task: Mapping[str, Any], base_url: str, api_key: str) -> None:
     await asyncio.sleep(3600)
 
 
+async def counter(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
+    """Three turns in the words of the tiny policy, whatever it says; `acts` of the task says what goes wrong."""
+    acts = task.get("acts")
+    if acts == "never_asks":
+        return "nothing to ask"
+    messages: list[dict[str, Any]] = [{"role": "user", "content": f"w{task['word']}"}]
+    for turn in range(3):
+        message = (await ask(base_url, api_key, {"model": "any", "messages": messages}))["choices"][0]["message"]
+        if turn == 1 and acts == "crashes":
+            raise OSError("the agent's disk is full")
+        if turn == 1 and acts == "hangs":
+            await asyncio.sleep(3600)
+        messages += [message, {"role": "user", "content": f"w{50 + turn}"}]
+    if acts == "asks_late":
+        LATE.append(asyncio.create_task(_asks_late(task, base_url, api_key, messages)))
+    return " ".join(message["content"] for message in messages if message["role"] == "assistant")
+
+
+LATE: list[asyncio.Task[None]] = []
+
+
+async def _asks_late(task: Mapping[str, Any], base_url: str, api_key: str, messages: list[dict[str, Any]]) -> None:
+    """Goes on after its end; what it is told is written to the file that the task names."""
+    await asyncio.sleep(0.1)
+    try:
+        told = str(await ask(base_url, api_key, {"model": "any", "messages": messages}))
+    except RuntimeError as error:
+        told = str(error)
+    with Path(task["told"]).open("a", encoding="utf-8") as file:  # noqa: ASYNC230 a line
+        file.write(f"{told}\n")
+
+
+def mostly_even(task: Mapping[str, Any], outcome: Any) -> float:
+    """The verifier of `counter`: more of the words that were said have an even number than an odd one."""
+    numbers = [int(word[1:]) for word in str(outcome.result).split() if word[:1] == "w" and word[1:].isdigit()]
+    return float(sum(1 if number % 2 == 0 else -1 for number in numbers) > 0)
+
+
 def right_sum(task: Mapping[str, Any], outcome: Any) -> float:
     """The verifier."""
     return float(str(outcome.result).strip() == str(task["answer"]))
 
 
+def plain_counter(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
+    """`counter` as a command that starts a process of its own beside it; `pids` of the task names the folder where both
+    leave their process ids."""
+    child = subprocess.Popen(["sleep", "3600"])
+    for pid in (os.getpid(), child.pid):
+        (Path(task["pids"]) / str(pid)).touch()
+    said = asyncio.run(counter(task, base_url, api_key))
+    child.kill()
+    child.wait()
+    return said
+
+
 def main() -> None:
     """As a command: task on standard input, model in the environment."""
-    import os
-
-    print(plain_adder(json.load(sys.stdin), os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"]))
+    agent = plain_counter if sys.argv[1:] == ["counter"] else plain_adder
+    print(agent(json.load(sys.stdin), os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"]))
 
 
 if __name__ == "__main__":

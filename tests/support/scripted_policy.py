@@ -6,7 +6,7 @@ from tests.unit.rollout.test_renderer import make_tokenizer
 from trace_async.env import Domain
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import Grower
-from trace_async.rollout.guard import EnvGuard
+from trace_async.rollout.guard import EnvGuard, EnvLimits
 from trace_async.rollout.limits import RolloutLimits
 from trace_async.rollout.renderer import Renderer
 from trace_async.trees.tree import RolloutTree
@@ -57,8 +57,14 @@ def says(*turns: str) -> ScriptedPolicy:
 
 
 async def grow_tree(
-    domain: Domain, policy: ScriptedPolicy, expansion: Expansion | None = None, *, num_roots: int = 1, **changes
+    domain: Domain,
+    policy: ScriptedPolicy,
+    expansion: Expansion | None = None,
+    *,
+    num_roots: int = 1,
+    env_limits: EnvLimits | None = None,
+    **changes,
 ) -> RolloutTree:
     """The tree of the domain's first task."""
-    grower = Grower(EnvGuard(domain.make_env), RENDERER, policy, limits(**changes))
+    grower = Grower(EnvGuard(domain.make_env, env_limits), RENDERER, policy, limits(**changes))
     return await grower.grow(domain.tasks("train")[0], num_roots, expansion)

@@ -44,7 +44,9 @@ class EnvConfig:
     """Seconds that one `close` may take. A rollout whose environment does not close keeps its reward."""
     blocking: bool = False
     """Run each method of the environment in a thread of its own: for tools that wait without `await` (`time.sleep`,
-    `requests`), which would hold up every other prompt. A domain may ask for it with an attribute `blocking = True`."""
+    `requests`), which would hold up every other prompt. A domain may ask for it with an attribute `blocking = True`.
+    Environments with `blocking = False`, such as `agent` and `mcp`, stay in the event loop that holds their
+    connections; what blocks in them has threads of its own."""
     reward_range: Annotated[tuple[float, ...], Field(min_length=2, max_length=2)] = (0.0, 1.0)
     """Lowest and highest reward of the verifier, mapped to 0 and 1, such as [-1, 1] or [0, 100]."""
 

@@ -5,7 +5,8 @@
 | raise anything      | EnvError, naming environment, task and method                                          |
 | hang                | cancelled at the method's limit, EnvTimeoutError; the others go on                     |
 | give odd values     | converted where the meaning is plain (rollout/values.py), else EnvValueError           |
-| block the loop      | told once; with `env.blocking` every call gets a thread of its own                     |
+| block the loop      | told once; with `env.blocking` every call gets a thread of its own, unless the         |
+|                     | environment has `blocking = False`: its state belongs to one event loop                |
 | fail to close       | counted; the rollout keeps its reward                                                  |
 """
 
@@ -101,13 +102,19 @@ class EnvGuard:
         return env
 
     async def call(
-        self, task: Task, method: str, call: Callable[[], Awaitable[Any] | Any], check: Callable[[Any], T]
+        self,
+        task: Task,
+        method: str,
+        call: Callable[[], Awaitable[Any] | Any],
+        check: Callable[[Any], T],
+        *,
+        in_loop: bool = False,
     ) -> T:
-        """The checked answer of one method. Raises EnvError."""
+        """The checked answer of one method. `in_loop`: also where others get a thread. Raises EnvError."""
         where = f"{named(task)}: {method}()"
         setting, limit_s = self.limits.of(method)
         try:
-            if self._threads is not None:
+            if self._threads is not None and not in_loop:
                 answer = await self._threads.run(call, limit_s)
             else:
                 answer = await within(limit_s, self.watch.drive(where, invoked(call)))
@@ -153,34 +160,38 @@ class GuardedEnv:
         self._task = task
         self._env = env
         self._asking = env if isinstance(env, AskingEnv) else None
+        self._in_loop = getattr(env, "blocking", None) is False
 
     async def init(self) -> Prompt:
-        return await self._guard.call(self._task, "init", self._env.init, checked_prompt)
+        return await self._call("init", self._env.init, checked_prompt)
 
     async def next_limits(self) -> TurnLimits:
         """What the environment asks of the next turn; nothing where it leaves all to the run."""
         if self._asking is None:
             return TurnLimits()
-        return await self._guard.call(self._task, "next_limits", self._asking.next_limits, _checked_limits)
+        return await self._call("next_limits", self._asking.next_limits, _checked_limits)
 
     async def step(self, turn: PolicyTurn) -> StepResult:
         """Carry out one turn of the policy. The reward is in [0, 1], whatever `env.reward_range` is."""
         check = partial(checked_result, reward_range=self._guard.limits.reward_range)
         if self._asking is not None:
-            return await self._guard.call(self._task, "answer", partial(self._asking.answer, turn), check)
+            return await self._call("answer", partial(self._asking.answer, turn), check)
         step = partial(self._env.step, turn.text, truncated=turn.truncated)
-        return await self._guard.call(self._task, "step", step, check)
+        return await self._call("step", step, check)
 
     async def fork(self) -> "GuardedEnv":
-        env = await self._guard.call(self._task, "fork", self._env.fork, lambda env: env)
+        env = await self._call("fork", self._env.fork, lambda env: env)
         return GuardedEnv(self._guard, self._task, env)
 
     async def close(self) -> None:
         """Never raises: a reward that the verifier gave stays, whatever becomes of the state afterwards."""
         try:
-            await self._guard.call(self._task, "close", self._env.close, lambda _: None)
+            await self._call("close", self._env.close, lambda _: None)
         except EnvError as error:
             self._guard.note(f"close.{error.loss}", str(error))
+
+    async def _call(self, method: str, call: Callable[[], Awaitable[Any] | Any], check: Callable[[Any], T]) -> T:
+        return await self._guard.call(self._task, method, call, check, in_loop=self._in_loop)
 
 
 async def invoked(call: Callable[[], Awaitable[T] | T]) -> T:

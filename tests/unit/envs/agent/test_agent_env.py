@@ -14,6 +14,7 @@ from tests.support.scripted_policy import TOKENIZER, ScriptedPolicy, call, grow_
 from trace_async.config import ConfigError
 from trace_async.method.anchors import Anchor
 from trace_async.rollout.expansion import Expansion
+from trace_async.rollout.guard import EnvLimits
 from trace_async.trees.tree import ROOT as PROMPT
 from trace_async.trees.tree import RolloutTree
 
@@ -107,6 +108,14 @@ async def test_plain_functions_and_commands_are_agents_too(make_domain):
         policy = says(call("a"), call("b"), "3", call("b"), "4", "3")
         tree = await grow(make_domain(**changes), policy, two_after(1))
         assert [rollout.kind for rollout in tree.rollouts] == ["root", "continuation", "continuation"]
+        assert sorted(rollout.reward for rollout in tree.rollouts) == [0.0, 1.0, 1.0]
+
+
+async def test_an_agent_stays_in_its_event_loop_where_other_environments_get_threads(make_domain):
+    for agent in ("adder", "plain_adder"):
+        policy = says(call("a"), call("b"), "3", call("b"), "4", "3")
+        tree = await grow(make_domain(agent), policy, two_after(1), env_limits=EnvLimits(blocking=True))
+        assert tree.failures == {}, tree.faults
         assert sorted(rollout.reward for rollout in tree.rollouts) == [0.0, 1.0, 1.0]
 
 
