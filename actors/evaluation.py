@@ -1,34 +1,199 @@
-"""Held-out evaluation, inside a run or of a policy on its own."""
+"""Held-out evaluation, inside a run or of a policy on its own.
 
-from collections.abc import Sequence
+        before the first update, after the last     on all generators; nothing else is to be done
+        between updates (eval.every_updates)        on eval.num_generators of them, which are lent for it and keep the
+                                                    weights of that update; training goes on with the others
+        between updates, with one generator         training waits
+
+An evaluation is entered under the update whose weights it is of, so its figures may come after those of later updates.
+One runs at a time: when the next is due, it begins after the one before it has ended, and updates wait until then.
+
+Example with 4 generators and eval.every_updates=10: after update 10 generator-3 is lent. Updates 11 to 17 are made with
+the other three. Then the evaluation is done, its figures are entered under step 10, and generator-3 takes the weights
+of update 17.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from actors.generator_pool import GeneratorPool
+from actors.prompt import HeldOut
 from actors.prompt_group import PromptGroup
 from envs import load_domain
 from envs.tasks import heldout_sample, load_splits
 from trace_async.config import Config
 from trace_async.tracking.faults import FaultBook
-from trace_async.tracking.metrics import eval_metrics
+from trace_async.tracking.heldout import heldout_figures
+from trace_async.tracking.log import read_metrics
+from trace_async.trees.io import heldout_path, write_trees
+from trace_async.trees.tree import RolloutTree
 from trace_async.types import Task
 
+log = logging.getLogger(__name__)
 
-async def heldout_metrics(
-    prompts: PromptGroup, tasks: Sequence[Task], temperatures: Sequence[float], faults: FaultBook
-) -> dict[str, float]:
-    """Success of the weights that the generators serve, one rollout per task and temperature.
 
-    What broke down is entered in `faults`; a task that no try could play is left out (`eval_metrics`).
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Which policy an evaluation is of, and how far the run was then."""
+
+    num_updates: int = 0
+    policy_version: int = 0
+    elapsed_s: float = 0.0
+    """Seconds of training."""
+    generated_tokens: int = 0
+
+
+class Players(Protocol):
+    """What an evaluation asks of the PromptActors; see `PromptGroup`."""
+
+    async def evaluate(self, tasks: Sequence[Task], wanted: HeldOut) -> Sequence[RolloutTree]: ...
+
+
+class Lender(Protocol):
+    """What an evaluation asks of the pool; see `GeneratorPool`."""
+
+    @property
+    def ready(self) -> Mapping[str, object]: ...
+
+    @property
+    def loan_lost(self) -> asyncio.Event: ...
+
+    async def lend(self, num_generators: int) -> int: ...
+
+    async def take_back(self) -> None: ...
+
+
+class Evaluations:
+    """All evaluations of a session. Lives in the trainer's process; `run` goes on beside the updates."""
+
+    def __init__(
+        self,
+        config: Config,
+        tasks: Sequence[Task],
+        prompts: Players,
+        pool: Lender,
+        faults: FaultBook,
+        run_dir: Path,
+        *,
+        report: Callable[[int, Mapping[str, float]], None],
+    ) -> None:
+        """`tasks`: those held out. `report`: takes the update and the figures of each evaluation that has ended."""
+        self.config = config
+        self.tasks = tasks
+        self.prompts = prompts
+        self.pool = pool
+        self.faults = faults
+        self.run_dir = run_dir
+        self.report = report
+        self.newest = -1
+        """The newest update whose evaluation is reported or under way (-1: none)."""
+        self._begun: asyncio.Queue[tuple[Moment, int]] = asyncio.Queue()
+
+    def resume(self) -> None:
+        """Take over from the run's log which update was evaluated last."""
+        points = read_metrics(self.run_dir)
+        heldout = (p.step for p in points if any(name.startswith("heldout/") for name in p.metrics))
+        self.newest = max(heldout, default=-1)
+
+    def due(self, num_updates: int) -> bool:
+        """Whether a multiple of `eval.every_updates` has come since the newest evaluation."""
+        every = self.config.eval.every_updates
+        return bool(every) and num_updates // every > self.newest // every
+
+    async def begin(self, moment: Moment) -> bool:
+        """Begin an evaluation beside training, once the one before it has ended.
+
+        Returns False when no generator can be lent: then training has to wait for it (`play`).
+        """
+        await self.finish()
+        num_lent = await self.pool.lend(self.config.eval.num_generators)
+        if num_lent:
+            self.newest = moment.num_updates
+            self._begun.put_nowait((moment, num_lent))
+        return num_lent > 0
+
+    async def run(self) -> None:
+        """Play what `begin` began, without end."""
+        while True:
+            moment, num_lent = await self._begun.get()
+            share = num_lent / (num_lent + len(self.pool.ready))
+            playing = asyncio.ensure_future(self.play(moment, share=share))
+            lost = asyncio.ensure_future(self.pool.loan_lost.wait())
+            try:
+                await asyncio.wait((playing, lost), return_when=asyncio.FIRST_COMPLETED)
+                if playing.done():
+                    playing.result()
+                else:
+                    log.error(
+                        "the evaluation of update %d is given up: the generator that kept its weights is lost; another "
+                        "one begins after the update under way",
+                        moment.num_updates,
+                    )
+                    self.newest = -1
+            finally:
+                for task in (playing, lost):
+                    task.cancel()
+                await asyncio.gather(playing, lost, return_exceptions=True)
+            await self.pool.take_back()
+            self._begun.task_done()
+
+    async def finish(self) -> None:
+        """Wait for the evaluation that runs beside training, if one does."""
+        await self._begun.join()
+
+    async def play(self, moment: Moment, *, share: float = 1.0) -> None:
+        """Evaluate and report the figures. `share`: of all generators, those that are there for it."""
+        figures = await self.figures(moment, share=share)
+        self.report(moment.num_updates, figures)
+        self.newest = moment.num_updates
+
+    async def figures(self, moment: Moment, *, share: float = 1.0) -> dict[str, float]:
+        """Return the figures of one evaluation, and keep its trees for the viewer."""
+        started = time.monotonic()
+        figures: dict[str, float] = {}
+        tokens = 0
+        for temperature in self.config.eval.temperatures:
+            trees = await self._trees(moment, temperature, share)
+            for tree in trees:
+                self.faults.enter(tree.faults)
+            tokens += sum(tree.num_generated_tokens for tree in trees)
+            figures |= heldout_figures(trees, temperature, self._num_samples(temperature))
+            if self.config.eval.keep_trees:
+                path = heldout_path(self.run_dir, moment.num_updates, temperature)
+                await asyncio.to_thread(write_trees, path, trees)
+        return figures | {
+            "tokens/eval": float(tokens),
+            "tokens/generated_total": float(moment.generated_tokens),
+            "time/eval_s": time.monotonic() - started,
+            "time/elapsed_s": moment.elapsed_s,
+        }
+
+    def _num_samples(self, temperature: float) -> int:
+        return self.config.eval.samples_per_task if temperature > 0 else 1
+
+    async def _trees(self, moment: Moment, temperature: float, share: float) -> Sequence[RolloutTree]:
+        wanted = HeldOut(
+            temperature=temperature,
+            num_samples=self._num_samples(temperature),
+            policy_version=moment.policy_version,
+            tasks_at_once=max(1, int(share * self.config.actors.prompts_per_actor)),
+        )
+        return [_only_of(moment.policy_version, tree) for tree in await self.prompts.evaluate(self.tasks, wanted)]
+
+
+def _only_of(policy_version: int, tree: RolloutTree) -> RolloutTree:
+    """Return the tree, without its rollouts if other weights wrote any of their tokens.
+
+    So it is with a PromptActor that hung and was not told of the loan. No such rollout may count for this version.
     """
-    metrics: dict[str, float] = {}
-    tokens = 0
-    for temperature in temperatures:
-        rollouts = await prompts.evaluate(tasks, temperature)
-        for rollout in rollouts:
-            faults.enter(rollout.faults)
-        tokens += sum(rollout.generated_tokens for rollout in rollouts)
-        metrics |= eval_metrics(rollouts, temperature)
-    return metrics | {"tokens/eval": float(tokens)}
+    if {span.policy_version for node in tree.nodes for span in node.version_spans} <= {policy_version}:
+        return tree
+    return replace(tree, nodes=tree.nodes[:1], rollouts=(), failures={"other_policy_version": len(tree.rollouts)})
 
 
 async def evaluate_policy(config: Config, policy_path: Path, log_dir: Path) -> dict[str, float]:
@@ -40,7 +205,9 @@ async def evaluate_policy(config: Config, policy_path: Path, log_dir: Path) -> d
     prompts.start()
     try:
         await pool.start()
-        return await heldout_metrics(prompts, tasks, config.eval.temperatures, FaultBook())
+        faults = FaultBook()
+        evaluations = Evaluations(config, tasks, prompts, pool, faults, log_dir, report=lambda update, figures: None)
+        return await evaluations.figures(Moment())
     finally:
         await pool.close()
         prompts.close()

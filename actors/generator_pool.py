@@ -3,6 +3,9 @@
         start ─► ready ─(died, hung, failed a weight update)─► gone ─► restarted ─► weights synced ─► ready
                    └────(one too many)─► draining ─(its last request answered)─► closed
 
+A generator can be lent to an evaluation. It then keeps the weights that it has, gets no request of training, and takes
+the current weights when it is given back.
+
 A generator is announced to the prompts only while it is ready, which means that it is alive and serves the current
 weights. The watch runs from `start` to `close`. So generators are replaced for everybody who uses the pool, for
 training as well as for an evaluation.
@@ -13,7 +16,7 @@ starts generator-2. Once that has loaded the current weights, generator-1 and ge
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import ray
@@ -23,12 +26,13 @@ from ray.exceptions import RayTaskError
 
 from actors.calls import CallError, CallTimeoutError, ask, ask_all
 from actors.generator import GeneratorStats, remote_generator
+from actors.router import Generators
 from trace_async.config import Config
 from trace_async.engine import EngineError, EngineTimeoutError
 
 log = logging.getLogger(__name__)
 
-Announce = Callable[[Mapping[str, ActorHandle]], Awaitable[None]]
+Announce = Callable[[Generators], Awaitable[None]]
 BROKEN = (CallError, RayTaskError, EngineError)
 WATCH_EVERY_S = 2.0
 CLOSE_LIMIT_S = 30.0
@@ -44,6 +48,7 @@ class GeneratorPool:
         self.log_dir = log_dir
         self.announce = announce
         self.ready: dict[str, ActorHandle] = {}
+        self.lent: dict[str, ActorHandle] = {}
         self.target = config.actors.num_generators
         self.num_made = 0
         self.num_lost = 0
@@ -53,6 +58,8 @@ class GeneratorPool:
         self.watching: asyncio.Task[None] | None = None
         self.last_error: BaseException | None = None
         self.one_ready = asyncio.Event()
+        self.loan_lost = asyncio.Event()  # the last generator that was lent is gone
+        self.weights_of_loan: Sequence[ObjectRef] = ()
         self.changing = asyncio.Lock()  # weights never change while a generator is being admitted
 
     async def start(self) -> None:
@@ -79,9 +86,10 @@ class GeneratorPool:
 
     async def _shrink(self) -> None:
         """Let the generators beyond `target` leave."""
-        leaving = [(name, self.ready.pop(name)) for name in list(self.ready)[self.target :]]
+        stay = max(1, self.target - len(self.lent))
+        leaving = [(name, self.ready.pop(name)) for name in list(self.ready)[stay:]]
         if leaving:
-            await self.announce(self.ready)
+            await self._announce()
         for name, handle in leaving:
             task = asyncio.create_task(self._drain(name, handle))
             self.draining.add(task)
@@ -97,6 +105,40 @@ class GeneratorPool:
             log.warning("%s was to leave and is killed: %r", name, error)
         finally:
             ray.kill(handle)
+
+    async def lend(self, num_generators: int) -> int:
+        """Lend up to so many ready generators to an evaluation, which has them for itself until `take_back`.
+
+        Returns how many. One at least stays with training, so of a single generator none is lent.
+        """
+        async with self.changing:
+            for name in list(self.ready)[max(1, len(self.ready) - num_generators) :]:
+                self.lent[name] = self.ready.pop(name)
+            self.loan_lost.clear()
+            self.weights_of_loan = self.weights
+            await self._announce()
+            return len(self.lent)
+
+    async def take_back(self) -> None:
+        """Give all that was lent the current weights and put it back to training."""
+        async with self.changing:
+            for name, handle in list(self.lent.items()):
+                try:
+                    if self.weights is not self.weights_of_loan:
+                        await self._update_one(name, handle, self.weights)
+                except BROKEN as error:
+                    log.error("%s was lent and failed to take the current weights: %r", name, error)
+                    self.last_error = error
+                    await self._lose(name)
+                else:
+                    if self.lent.pop(name, None) is not None:  # the watch may have lost it meanwhile
+                        self.ready[name] = handle
+                        self.one_ready.set()
+            self._refill()
+            await self._announce()
+
+    async def _announce(self) -> None:
+        await self.announce(Generators(dict(self.ready), dict(self.lent)))
 
     async def update_weights(self, weights: Sequence[ObjectRef], policy_version: int) -> float:
         """Give every ready generator the weights `policy_version`. One that fails is lost and replaced.
@@ -130,7 +172,7 @@ class GeneratorPool:
         limit_s = self.config.engine.request_timeout_s
         while True:
             await asyncio.sleep(every_s)
-            handles = dict(self.ready)
+            handles = self.ready | self.lent
             answers = await ask_all([h.stats.remote() for h in handles.values()], who=list(handles), limit_s=limit_s)
             for name, answer in zip(handles, answers, strict=True):
                 if isinstance(answer, BROKEN):
@@ -142,7 +184,7 @@ class GeneratorPool:
             await self._shrink()
             self._refill()
             # A router stops using a generator on which a request failed, until it is announced again. This one answers.
-            await self.announce(self.ready)
+            await self._announce()
 
     async def stats(self) -> dict[str, GeneratorStats]:
         """Return the snapshots, by name, of the generators that answer."""
@@ -157,7 +199,8 @@ class GeneratorPool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        handles, self.ready = list(self.ready.values()), {}
+        handles = [*self.ready.values(), *self.lent.values()]
+        self.ready, self.lent = {}, {}
         replies = [handle.close.remote() for handle in handles]
         await ask_all(replies, who=["a generator that closes"] * len(replies), limit_s=CLOSE_LIMIT_S)
         for handle in handles:
@@ -176,7 +219,7 @@ class GeneratorPool:
                     await self._update_one(name, handle, self.weights)
                 self.ready[name] = handle
                 self.one_ready.set()
-                await self.announce(self.ready)
+                await self._announce()
         except BaseException:
             ray.kill(handle)
             raise
@@ -197,18 +240,21 @@ class GeneratorPool:
 
     async def _lose(self, name: str) -> None:
         """Drop a broken generator, tell the prompts, and kill it. Does nothing if it is gone already."""
-        handle = self.ready.pop(name, None)
+        was_lent = name in self.lent
+        handle = (self.lent if was_lent else self.ready).pop(name, None)
         if handle is None:
             return
+        if was_lent and not self.lent:
+            self.loan_lost.set()
         self.num_lost += 1
         if not self.ready:
             self.one_ready.clear()
-        await self.announce(self.ready)
+        await self._announce()
         ray.kill(handle)
 
     def _refill(self) -> None:
         """Begin to start as many generators as are missing, counting those that are starting already."""
-        for _ in range(self.target - len(self.ready) - len(self.starting)):
+        for _ in range(self.target - len(self.ready) - len(self.lent) - len(self.starting)):
             task = asyncio.create_task(self._replace())
             self.starting.add(task)
             task.add_done_callback(self.starting.discard)

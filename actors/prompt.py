@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from ray.actor import ActorHandle
 from actors.calls import PromptLostError
 from actors.predictor_group import Answering
 from actors.predictor_handle import Predictor
-from actors.router import GeneratorRouter, RouterStats
+from actors.router import GeneratorRouter, Generators, RouterStats
 from envs import load_domain
 from trace_async.config import Config
 from trace_async.env import EnvError
@@ -20,9 +21,8 @@ from trace_async.method.anchors import Anchor
 from trace_async.method.registry import stage2_rule
 from trace_async.policy.load import load_renderer
 from trace_async.rollout.expansion import Expansion
-from trace_async.rollout.grower import make_grower
+from trace_async.rollout.grower import Grower, make_grower
 from trace_async.run.state import PendingPrompt
-from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, LossKind, PrefixQuery, SamplingParams, Task
 
@@ -31,6 +31,20 @@ T = TypeVar("T")
 
 MAX_QUESTIONS = 64
 """Candidates whose environments are started at a time, to render their prompts for Stage 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """How held-out tasks are played, and with which weights."""
+
+    temperature: float
+    """Sampling temperature. 0: greedy."""
+    num_samples: int
+    """Rollouts of each task, the roots of one tree."""
+    policy_version: int
+    """The version that the generators for evaluation serve; every tree is stamped with it."""
+    tasks_at_once: int
+    """Tasks that one PromptActor plays at a time."""
 
 
 class PromptActor:
@@ -45,20 +59,25 @@ class PromptActor:
             template_kwargs=config.policy.chat_template_kwargs,
         )
         self.predictor = predictor
-        self.router = GeneratorRouter(
-            spill_requests=config.actors.spill_requests,
-            wait_s=config.engine.start_timeout_s,
-            max_retries=config.actors.max_rollout_retries,
+        self.router, self.evaluation_router = (
+            GeneratorRouter(
+                spill_requests=config.actors.spill_requests,
+                wait_s=config.engine.start_timeout_s,
+                max_retries=config.actors.max_rollout_retries,
+            )
+            for _ in range(2)
         )
         self.grower = make_grower(config, self.domain, self.renderer, self._generate)
+        self.evaluator = Grower(self.grower.guard, self.renderer, self._generate_held_out, self.grower.limits)
         # A call that never returns is seen from a thread beside the loop; PromptGroup replaces an actor that hangs.
         self.grower.guard.watch.patrol(config.env.step_timeout_s, _say_held)
         self.slots = asyncio.Semaphore(config.actors.prompts_per_actor)
         # Of their own: Stage 1 goes on while every slot holds a prompt that grows.
         self.questions = asyncio.Semaphore(MAX_QUESTIONS)
 
-    async def announce(self, generators: Mapping[str, ActorHandle]) -> None:
-        self.router.announce(generators)
+    async def announce(self, generators: Generators) -> None:
+        self.router.announce(generators.ready)
+        self.evaluation_router.announce(generators.for_evaluation)
 
     async def router_stats(self) -> RouterStats:
         return self.router.stats()
@@ -105,9 +124,15 @@ class PromptActor:
             root_value=prompt.root_value,
         )
 
-    async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
-        """One rollout per task, all at once within the actor's slots."""
-        return await _at_once(tasks, lambda task: self.grower.evaluate(task, temperature), self.slots)
+    async def evaluate(self, tasks: Sequence[Task], wanted: HeldOut) -> list[RolloutTree]:
+        """One tree per task, of root rollouts that nobody trains on. They take no slot of a prompt that does grow."""
+
+        async def play(task: Task) -> RolloutTree:
+            return await self.evaluator.grow(
+                task, wanted.num_samples, policy_version=wanted.policy_version, temperature=wanted.temperature
+            )
+
+        return await _at_once(tasks, play, asyncio.Semaphore(wanted.tasks_at_once))
 
     async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
         """The rewards of `count` rollouts per task: V(prompt) as the oracle knows it."""
@@ -128,6 +153,9 @@ class PromptActor:
 
     async def _generate(self, task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
         return await self.router.generate(task.id, prompt_ids, params)
+
+    async def _generate_held_out(self, task: Task, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        return await self.evaluation_router.generate(task.id, prompt_ids, params)
 
     async def _values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
         assert self.predictor is not None

@@ -5,9 +5,8 @@ A prompt whose actor died or hangs is grown again on the actor that takes its pl
 
 import asyncio
 import contextlib
-import itertools
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,10 @@ from ray.actor import ActorHandle
 from actors.calls import ActorLostError, CallError, CallTimeoutError, PromptLostError, ask, ask_all
 from actors.predictor_group import Answering
 from actors.predictor_handle import Predictor
-from actors.prompt import remote_prompt_actor
-from actors.router import RouterStats
+from actors.prompt import HeldOut, remote_prompt_actor
+from actors.router import Generators, RouterStats
 from trace_async.config import Config
 from trace_async.run.state import PendingPrompt
-from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import LossKind, PrefixQuery, Task
 
@@ -43,8 +41,8 @@ class PromptGroup:
     """Where the actors ask for V(H) (None: the method needs no predictor)."""
     actors: list[ActorHandle] = field(default_factory=list)
     """One per slot. The actor of a slot changes when it is replaced; the number of slots does not."""
-    generators: Mapping[str, ActorHandle] = field(default_factory=dict)
-    """The generators that the pool announced last."""
+    generators: Generators = field(default_factory=lambda: Generators({}))
+    """As the pool announced them last."""
 
     def start(self) -> None:
         """Start `actors.num_prompt_actors` actors. Returns at once."""
@@ -53,13 +51,13 @@ class PromptGroup:
     def _make(self) -> ActorHandle:
         return remote_prompt_actor(self.config, str(self.policy_path), self.predictor)
 
-    async def announce(self, generators: Mapping[str, ActorHandle]) -> None:
+    async def announce(self, generators: Generators) -> None:
         """Tell every actor which generators are ready.
 
         One that is dead or hangs only causes a warning here. Its replacement is told when it starts, and the pool
         announces again every few seconds.
         """
-        self.generators = dict(generators)
+        self.generators = generators
         replies = [actor.announce.remote(self.generators) for actor in self.actors]
         for answer in await ask_all(replies, who=self._names(), limit_s=ANNOUNCE_LIMIT_S):
             if isinstance(answer, CallError):
@@ -94,9 +92,9 @@ class PromptGroup:
         """Return, for every task, the rewards of `count` rollouts by the current policy; fewer if some broke down."""
         return _in_order(await self._on_all("measure", tasks, count))
 
-    async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
-        """Return one rollout per task, in any order."""
-        return list(itertools.chain.from_iterable(await self._on_all("evaluate", tasks, temperature)))
+    async def evaluate(self, tasks: Sequence[Task], wanted: HeldOut) -> list[RolloutTree]:
+        """Return one tree per task, in the order of the tasks."""
+        return _in_order(await self._on_all("evaluate", tasks, wanted))
 
     async def router_stats(self) -> RouterStats:
         """Return the totals of all actors that are alive, each since its own start."""

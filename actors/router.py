@@ -22,6 +22,20 @@ from trace_async.types import Completion, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class Generators:
+    """The generators as the pool announces them."""
+
+    ready: Mapping[str, ActorHandle]
+    """Name → handle of those that serve the current weights."""
+    lent: Mapping[str, ActorHandle] = field(default_factory=dict)
+    """Those that keep older weights until an evaluation of them is done. No training request goes there."""
+
+    @property
+    def for_evaluation(self) -> Mapping[str, ActorHandle]:
+        return self.lent or self.ready
+
+
+@dataclass(frozen=True, slots=True)
 class RouterStats:
     """Totals of one router since its start."""
 

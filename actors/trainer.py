@@ -28,7 +28,7 @@ import ray
 
 from actors.admission import Admission
 from actors.calls import CallError
-from actors.evaluation import heldout_metrics
+from actors.evaluation import Evaluations, Moment
 from actors.generator import GeneratorStats
 from actors.generator_pool import GeneratorPool
 from actors.parts import Parts
@@ -42,7 +42,6 @@ from trace_async.run.rounds import NothingToLearnError
 from trace_async.run.scaling import Size
 from trace_async.run.state import RunState, load_trainer, save_trainer
 from trace_async.tracking.faults import FaultBook
-from trace_async.tracking.log import read_metrics
 from trace_async.tracking.metrics import tree_metrics
 from trace_async.trees.tree import RolloutTree
 
@@ -141,8 +140,17 @@ class Trainer:
             faults=self.faults,
         )
         self.scaling = Scaling(self.config, self.parts.pool, self.run_dir, on_change=self.on_resize)
+        self.evaluations = Evaluations(
+            self.config,
+            self.heldout_tasks,
+            self.parts.prompts,
+            self.parts.pool,
+            self.faults,
+            self.run_dir,
+            report=lambda update, metrics: self.on_metrics(update, metrics, []),
+        )
         self._started = False
-        self._saved_updates = self._evaluated_updates = -1
+        self._saved_updates = -1
         self._updates_in_session = 0
         self._stats_before: dict[str, GeneratorStats] = {}
         self._between_updates.set()
@@ -200,20 +208,29 @@ class Trainer:
         if self.pace is not None:
             self.pace.started()
             self._stats_before = await self.pool.stats()
-            await _race(self._updates(), self.admission.run())
+            await self._train_and_evaluate()
             return
         if checkpoint is None:
-            await self._report_evaluation()
+            await self._evaluate_and_wait()
         else:
-            self._evaluated_updates = self._last_evaluated()
+            self.evaluations.resume()
             self._stats_before = await self.pool.stats()
-        if self._evaluation_due() and not self._is_evaluated():
-            await self._report_evaluation()  # the run ended between this checkpoint and its evaluation
-        await _race(self._updates(), self.admission.run())
+        if self.evaluations.due(self.state.num_updates):
+            await self._evaluate_and_wait()  # the run ended between this checkpoint and its evaluation
+        await self._train_and_evaluate()
         await self._save_once()
-        if not self._is_evaluated():
-            await self._report_evaluation()
+        if self.evaluations.newest != self.state.num_updates:
+            await self._evaluate_and_wait()
         await self._export()
+
+    async def _train_and_evaluate(self) -> None:
+        """All updates, and the evaluations between them."""
+
+        async def updates() -> None:
+            await self._updates()
+            await self.evaluations.finish()
+
+        await _race(updates(), self.admission.run(), self.evaluations.run())
 
     async def _updates(self) -> None:
         while True:
@@ -234,8 +251,10 @@ class Trainer:
             every = self.config.checkpoint.every_updates
             if every and self.state.num_updates % every == 0:
                 await self.clock.time("checkpoint", self._save_once())
-            if self._evaluation_due():
-                await self._report_evaluation()
+            if self.evaluations.due(self.state.num_updates):
+                spent = self.admission.rounds.spent()  # nothing is left to train beside it
+                if spent or not await self.evaluations.begin(self._moment()):
+                    await self._evaluate_and_wait()
             await self._check_worth()
 
     async def _check_worth(self) -> None:
@@ -292,6 +311,7 @@ class Trainer:
                 "idle/generator_share": self._generator_idle_share(stats),
                 "generators/ready": float(len(self.pool.ready)),
                 "generators/target": float(self.pool.target),
+                "generators/lent": float(len(self.pool.lent)),
                 "generators/lost": float(self.pool.num_lost),
                 "generators/requests_running": float(sum(s.health.num_running for s in stats.values())),
                 "generators/requests_waiting": float(sum(s.health.num_waiting for s in stats.values())),
@@ -313,33 +333,20 @@ class Trainer:
         alive = sum(now.alive_s - then.alive_s for now, then in known)
         return 1 - busy / alive if alive > 0 else 0.0
 
-    def _evaluation_due(self) -> bool:
-        every = self.config.eval.every_updates
-        return bool(every) and self.state.num_updates % every == 0
+    def _moment(self) -> Moment:
+        state = self.state
+        return Moment(state.num_updates, state.policy_version, state.elapsed_s, state.generated_tokens)
 
-    def _is_evaluated(self) -> bool:
-        """Whether the figures of this run have an evaluation of the weights as they are."""
-        return self._evaluated_updates == self.state.num_updates
-
-    async def _report_evaluation(self) -> None:
-        self.on_metrics(self.state.num_updates, await self.evaluate(), [])
-        self._evaluated_updates = self.state.num_updates
+    async def _evaluate_and_wait(self) -> None:
+        """Evaluate on all generators, while training waits."""
+        await self.evaluations.finish()
+        await self.evaluations.play(self._moment())
         self._stats_before = await self.pool.stats()
 
-    def _last_evaluated(self) -> int:
-        """The newest update with held-out figures in the run's log; -1 when there is none."""
-        points = read_metrics(self.run_dir)
-        return max((p.step for p in points if any(n.startswith("heldout/") for n in p.metrics)), default=-1)
-
     async def evaluate(self) -> dict[str, float]:
-        """Held-out success of the current weights, at every temperature of `eval.temperatures`."""
-        started = time.monotonic()
-        metrics = await heldout_metrics(self.prompts, self.heldout_tasks, self.config.eval.temperatures, self.faults)
-        return metrics | {
-            "time/eval_s": time.monotonic() - started,
-            "time/elapsed_s": self.state.elapsed_s,
-            "tokens/generated_total": float(self.state.generated_tokens),
-        }
+        """Held-out success of the current weights, at every temperature of `eval.temperatures`. Updates must wait."""
+        await self.evaluations.finish()
+        return await self.evaluations.figures(self._moment())
 
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from actors.prompt import PromptActor
-from actors.router import GeneratorRouter
+from actors.router import GeneratorRouter, Generators
 from scripts.bench.virtual_time import run_in_virtual_time
 from trace_async.config import Config, load_config
 from trace_async.engines.simulated import LatencyModel, SimulatedEngine
@@ -245,7 +245,7 @@ class Simulation:
 
     async def announce(self) -> None:
         for actor in self.prompt_actors:
-            await actor.announce(self.handles)
+            await actor.announce(Generators(self.handles))
 
     async def announce_again(self) -> None:
         """As the pool's watch does: a router leaves out a generator on which a request failed until then."""

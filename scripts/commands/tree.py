@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             for index, tree in enumerate(read(path)):
                 print(f"--update {update_of(path)} --index {index}   {summary(tree)}")
         return 0
-    path = source.file_of(args.update)
+    (path,) = source.files_of(args.update)
     if args.html is not None:
         write_whole(args.html, source.page(args.update))
         print(args.html)

@@ -11,6 +11,7 @@ from trace_async.config import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's directory")
+    parser.add_argument("--heldout", action="store_true", help="its held-out rollouts in place of those trained on")
     parser.add_argument("--port", type=int, default=8123, help="port on the loopback interface (0: any free one)")
     parser.add_argument("--open", action="store_true", help="open a browser")
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port {args.port}: 0 to 65535")
-    source = RunSource(args.run)
+    source = RunSource(args.run, heldout=args.heldout)
     _ = source.decode  # what needs a while, or goes wrong, does so before the page is announced
     asyncio.run(_serve(source, args.port, open_browser=args.open))
     return 0

@@ -13,7 +13,7 @@ from trace_async.method.credit import compute_credit
 from trace_async.policy.load import load_tokenizer
 from trace_async.printable import printable
 from trace_async.tracking.log import read_metrics
-from trace_async.trees.io import read_trees, tree_files
+from trace_async.trees.io import heldout_files, read_trees, tree_files
 from trace_async.trees.page import embedded, viewer_page
 from trace_async.trees.payload import curves_payload, tree_payload
 from trace_async.trees.text import Decode
@@ -27,28 +27,33 @@ _CACHED_UPDATES = 64
 
 
 class RunSource:
-    """The run in `run_dir`. Raises ConfigError where there is none."""
+    """The run in `run_dir`: the trees of its updates, or with `heldout` the rollouts of its evaluations.
 
-    def __init__(self, run_dir: Path) -> None:
+    Raises ConfigError where there is none.
+    """
+
+    def __init__(self, run_dir: Path, *, heldout: bool = False) -> None:
         config_file = run_dir / "config.yaml"
         if not config_file.is_file():
             raise ConfigError(f"{run_dir}: there is no run ({config_file} is missing)")
         self.run_dir = run_dir
         self.config: Config = load_config(config_file)
+        self._list_files = heldout_files if heldout else tree_files
         self._cache: dict[tuple[Path, int], list[Json]] = {}
 
     def updates(self) -> list[int]:
         """The updates whose trees were kept, ascending."""
-        return [update_of(path) for path in tree_files(self.run_dir)]
+        return sorted({update_of(path) for path in self._list_files(self.run_dir)})
 
-    def file_of(self, update: int | None) -> Path:
+    def files_of(self, update: int | None) -> list[Path]:
         """The trees of an update (None: of the last that has any). Raises ConfigError naming those there are."""
-        files = [path for path in tree_files(self.run_dir) if update is None or update_of(path) == update]
+        newest = max(self.updates(), default=None) if update is None else update
+        files = [path for path in self._list_files(self.run_dir) if update_of(path) == newest]
         if not files:
             found = ", ".join(map(str, self.updates())) or "none"
             wanted = "" if update is None else f" of update {update}"
             raise ConfigError(f"{self.run_dir}: no trees{wanted} were kept (updates with trees: {found})")
-        return files[-1]
+        return files
 
     def info(self) -> dict[str, Json]:
         """What the page says about the run, and its updates."""
@@ -60,8 +65,10 @@ class RunSource:
         return {"name": printable(self.config.name), "about": printable(about), "updates": [*self.updates()]}
 
     def trees(self, update: int) -> list[Json]:
-        """The trees of an update as the page shows them. Raises as `file_of` and `read` do."""
-        path = self.file_of(update)
+        """The trees of an update as the page shows them. Raises as `files_of` and `read` do."""
+        return [tree for path in self.files_of(update) for tree in self._payloads(path)]
+
+    def _payloads(self, path: Path) -> list[Json]:
         key = path, path.stat().st_mtime_ns
         if key not in self._cache:
             if len(self._cache) >= _CACHED_UPDATES:
@@ -117,4 +124,4 @@ def read(path: Path) -> list[RolloutTree]:
 
 
 def update_of(path: Path) -> int:
-    return int(path.stem.removeprefix("update_"))
+    return int(path.stem.split("_")[1])  # update_000010 or heldout_000010_t1.0

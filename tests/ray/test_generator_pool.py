@@ -1,16 +1,16 @@
 """Generators come and go: real Ray actors around the fake engine."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 import torch
-from ray.actor import ActorHandle
 
 from actors.generator_pool import GeneratorPool
+from actors.router import Generators
 from trace_async.config import Config, load_config
 from trace_async.engine import EngineError
 from trace_async.types import SamplingParams
@@ -26,8 +26,9 @@ class Listener:
     def __init__(self) -> None:
         self.announced: list[set[str]] = []
 
-    async def __call__(self, generators: Mapping[str, ActorHandle]) -> None:
-        self.announced.append(set(generators))
+    async def __call__(self, generators: Generators) -> None:
+        self.announced.append(set(generators.ready))
+        self.for_evaluation = set(generators.for_evaluation)
 
 
 def fake_config(num_generators: int) -> Config:
@@ -123,6 +124,32 @@ async def test_it_grows_and_shrinks_while_it_runs(pool: GeneratorPool):
     assert pool.num_lost == 0
     with pytest.raises(ValueError, match="keep at least one"):
         await pool.resize(0)
+
+
+async def test_a_lent_generator_keeps_its_weights_until_it_is_taken_back(pool: GeneratorPool):
+    await pool.update_weights(in_store(weights(1)), 1)
+    assert await pool.lend(5) == 1  # one stays with training
+    assert pool.announce.announced[-1] == {"generator-0"}
+    assert pool.announce.for_evaluation == {"generator-1"}
+    for version in (2, 3):
+        await pool.update_weights(in_store(weights(version)), version)
+    assert (await pool.lent["generator-1"].stats.remote()).health.policy_version == 1
+    assert await served_versions(pool) == [3]
+    await pool.take_back()
+    assert pool.announce.announced[-1] == pool.announce.for_evaluation == {"generator-0", "generator-1"}
+    assert await served_versions(pool) == [3, 3]
+    assert pool.num_lost == 0
+
+
+async def test_a_lent_generator_that_dies_is_replaced_and_the_evaluation_hears_of_it(pool: GeneratorPool):
+    await pool.lend(1)
+    watching = asyncio.create_task(pool.watch(every_s=0.1))
+    ray.kill(pool.lent["generator-1"])
+    await asyncio.wait_for(pool.loan_lost.wait(), 60)
+    await until(lambda: set(pool.ready) == {"generator-0", "generator-2"})
+    watching.cancel()
+    assert pool.num_lost == 1
+    assert pool.announce.for_evaluation == {"generator-0", "generator-2"}
 
 
 async def test_a_generator_that_does_not_start_in_time_is_an_error_in_words(tiny_policy_path: Path, tmp_path: Path):

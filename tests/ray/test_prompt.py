@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.prompt import PromptActor
+from actors.prompt import HeldOut, PromptActor
+from actors.router import Generators
 from trace_async.config import load_config
 from trace_async.run.state import PendingPrompt
 from trace_async.types import (
@@ -96,7 +97,7 @@ async def actor(tiny_policy_path: Path) -> PromptActor:
         None, ["env.name=tests.ray.test_prompt:Gates", "budget.continuations_per_root=2", "actors.prompts_per_actor=8"]
     )
     made = PromptActor(config, str(tiny_policy_path), Predictor())
-    await made.announce({"g": Generator()})
+    await made.announce(Generators({"g": Generator()}))
     return made
 
 
@@ -118,13 +119,13 @@ async def test_a_prompt_goes_through_stage_2_while_another_one_hangs(actor: Prom
     assert len(tree.rollouts) == 6
 
 
-async def test_evaluation_is_one_rollout_a_task_and_the_prompt_is_what_the_predictor_is_asked_about(actor: PromptActor):
+async def test_evaluation_is_a_tree_a_task_and_the_prompt_is_what_the_predictor_is_asked_about(actor: PromptActor):
     HANG.set()
     tasks = Gates().tasks("heldout")
-    rollouts = await actor.evaluate(tasks, 0.0)
-    assert [(r.task_id, r.kind, r.num_turns, r.generated_tokens) for r in rollouts] == [
-        ("slow", "slow", 2, 4),
-        ("fast", "fast", 2, 4),
+    trees = await actor.evaluate(tasks, HeldOut(temperature=1.0, num_samples=3, policy_version=7, tasks_at_once=1))
+    assert [(t.task.id, len(t.rollouts), t.num_generated_tokens, t.policy_version_started) for t in trees] == [
+        ("slow", 3, 12, 7),
+        ("fast", 3, 12, 7),
     ]
     queries = await actor.prompt_queries(tasks)
     assert queries[0].positions == (len(queries[0].token_ids),)

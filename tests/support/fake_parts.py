@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,11 @@ import numpy as np
 from actors.calls import PromptLostError
 from actors.generator import GeneratorStats
 from actors.learner import LearnerRankError
+from actors.prompt import HeldOut
 from actors.router import RouterStats
 from tests.unit.run.test_buffer import make_tree
 from trace_async.method.posterior import Estimates
 from trace_async.run.state import PendingPrompt
-from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import LossKind, PrefixQuery, Task
 
@@ -61,10 +61,9 @@ class FakePrompts:
     async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
         return [[0.0, 1.0][:count] for _ in tasks]
 
-    async def evaluate(self, tasks: Sequence[Task], temperature: float) -> list[EvalRollout]:
+    async def evaluate(self, tasks: Sequence[Task], wanted: HeldOut) -> list[RolloutTree]:
         await self.evaluating.wait()
-        one = {"kind": "k", "metrics": {}, "generated_tokens": 1, "num_turns": 1}
-        return [EvalRollout(task_id=task.id, domain=task.domain, reward=1.0, **one) for task in tasks]
+        return [make_tree(task.id, version=wanted.policy_version, num_roots=wanted.num_samples) for task in tasks]
 
     async def router_stats(self) -> RouterStats:
         return RouterStats()
@@ -133,9 +132,11 @@ class FakeLearner:
 
 
 class FakePool:
-    def __init__(self) -> None:
-        self.ready: Mapping[str, object] = {"generator-0": None}
-        self.target = 1
+    def __init__(self, num_generators: int = 1) -> None:
+        self.ready: dict[str, object] = {f"generator-{index}": None for index in range(num_generators)}
+        self.lent: dict[str, object] = {}
+        self.loan_lost = asyncio.Event()
+        self.target = num_generators
         self.num_lost = 0
         self.versions: list[int] = []
 
@@ -147,6 +148,16 @@ class FakePool:
         self.versions.append(policy_version)
         return 1.0
 
+    async def lend(self, num_generators: int) -> int:
+        for name in list(self.ready)[max(1, len(self.ready) - num_generators) :]:
+            self.lent[name] = self.ready.pop(name)
+        self.loan_lost.clear()
+        return len(self.lent)
+
+    async def take_back(self) -> None:
+        self.ready |= self.lent
+        self.lent = {}
+
     async def stats(self) -> dict[str, GeneratorStats]:
         return {}
 
@@ -154,11 +165,13 @@ class FakePool:
 class FakeParts:
     """In the place of `actors.parts.Parts`."""
 
-    def __init__(self, prompts: FakePrompts | None = None, learner: FakeLearner | None = None) -> None:
+    def __init__(
+        self, prompts: FakePrompts | None = None, learner: FakeLearner | None = None, num_generators: int = 1
+    ) -> None:
         self.prompts = prompts or FakePrompts()
         self.learner = learner or FakeLearner()
         self.predictor = FakePredictor()
-        self.pool = FakePool()
+        self.pool = FakePool(num_generators)
         self.closed = False
 
     async def start(self) -> None:

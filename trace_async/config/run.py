@@ -16,9 +16,16 @@ class EvalConfig:
     """Evaluation on held-out tasks, always before the first update and after the last."""
 
     num_tasks: Annotated[int, Field(ge=1)] = 600
-    """Held-out tasks of an evaluation, each rolled out once per temperature."""
+    """Held-out tasks of an evaluation, a sample that is the same in every run."""
+    samples_per_task: Annotated[int, Field(ge=1)] = 1
+    """Rollouts of a task at each temperature above 0 (greedy: one). From 2 on pass@k is reported too (alias n)."""
     every_updates: Annotated[int, Field(ge=0)] = 0
     """Also after every so many updates (alias test_freq). 0: only before and after."""
+    num_generators: Annotated[int, Field(ge=0)] = 1
+    """Generators that are lent for an evaluation between updates and keep the weights that it is of. At least one stays
+    with training. 0, or where there is only one: training waits until the evaluation is done."""
+    keep_trees: bool = True
+    """Keep every held-out rollout for the viewer, in `trees/heldout_*.jsonl` of the run."""
     temperatures: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (1.0, 0.0)
     """Sampling temperatures, one evaluation each. 0: greedy."""
 

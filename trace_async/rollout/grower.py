@@ -1,7 +1,6 @@
 """The grower: everything that is asked of tasks and their environments, for training, evaluation and studies alike.
 
         grow      prompt ─► m root rollouts ─► values of their turns ─► Stage 2 ─► continuations ─► tree
-        evaluate  one rollout
         measure   the rewards of some rollouts
         ask       the prompt alone, as Stage 1 shows it to the predictor
 
@@ -19,7 +18,6 @@ from trace_async.rollout.guard import EnvGuard, make_guard
 from trace_async.rollout.limits import RolloutLimits, rollout_limits
 from trace_async.rollout.prompt_run import Generate, PromptRun, start_prompt
 from trace_async.rollout.renderer import Renderer
-from trace_async.tracking.metrics import EvalRollout, eval_rollout
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery, Task
 
@@ -60,10 +58,6 @@ class Grower:
             return run.tree(policy_version, num_roots, num_continuations)
         finally:
             await run.close()
-
-    async def evaluate(self, task: Task, temperature: float) -> EvalRollout:
-        """One rollout that nobody trains on."""
-        return eval_rollout(await self.grow(task, 1, temperature=temperature))
 
     async def measure(self, task: Task, count: int) -> list[float]:
         """The rewards of `count` rollouts, fewer where some broke down: V(prompt) as an oracle knows it."""

@@ -13,51 +13,12 @@ Every source has a name space of its own, so that no figure can take another one
 What comes from outside (kinds, domains, names of an environment's metrics) stands last, behind a prefix of ours.
 """
 
-import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from trace_async.trees.tree import Fault, RolloutTree
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalRollout:
-    """One held-out rollout."""
-
-    task_id: str
-    domain: str
-    kind: str
-    reward: float | None
-    """The verifier's reward (None: the rollout was lost)."""
-    metrics: Mapping[str, float]
-    """The environment's further numbers about it."""
-    generated_tokens: int
-    num_turns: int
-    error: str = ""
-    """The kind of loss when the rollout was lost."""
-    faults: Mapping[str, Fault] = field(default_factory=dict)
-    """What broke down on the way, as in `RolloutTree`."""
-
-
-def eval_rollout(tree: RolloutTree) -> EvalRollout:
-    """Return the one rollout of a tree that was grown for evaluation."""
-    rollout = tree.rollouts[0] if tree.rollouts else None
-    return EvalRollout(
-        task_id=tree.task.id,
-        domain=tree.task.domain,
-        kind=tree.task.kind,
-        reward=rollout.reward if rollout else None,
-        metrics=rollout.metrics if rollout else {},
-        generated_tokens=tree.num_generated_tokens,
-        num_turns=sum(node.follows is None for node in tree.nodes) - 1,
-        error=", ".join(tree.failures),
-        faults=tree.faults,
-    )
+from trace_async.trees.tree import RolloutTree
 
 
 def level_of(kind: str) -> str:
@@ -89,9 +50,9 @@ def tree_metrics(trees: Sequence[RolloutTree], policy_version: int) -> dict[str,
         "tokens/generated": float(sum(tree.num_generated_tokens for tree in trees)),
         "tokens/unique": float(sum(tree.num_unique_tokens for tree in trees)),
     }
-    for level, number in _count(level_of(tree.task.kind) for tree in both).items():
+    for level, number in Counter(level_of(tree.task.kind) for tree in both).items():
         metrics[f"train/prompts_both_outcomes/{level}"] = float(number)
-    for domain, rewards in _group((tree.task.domain, r.reward) for tree in trees for r in tree.rollouts).items():
+    for domain, rewards in grouped((tree.task.domain, r.reward) for tree in trees for r in tree.rollouts).items():
         metrics[f"train/reward/{domain}"] = float(np.mean(rewards))
     return metrics | _cache_metrics(trees)
 
@@ -110,48 +71,9 @@ def _cache_metrics(trees: Sequence[RolloutTree]) -> dict[str, float]:
     return metrics
 
 
-def eval_metrics(rollouts: Sequence[EvalRollout], temperature: float) -> dict[str, float]:
-    """Compute held-out success at a temperature: over all tasks, by kind and by domain, and the verifier's metrics.
-
-    `heldout/lost_tasks` counts tasks that broke down; if there are any, the evaluation is incomplete. If more than one
-    in ten broke down, no success is reported, because the average of the others would mislead.
-    """
-    suffix = temperature_name(temperature)
-    whole = [(rollout, rollout.reward) for rollout in rollouts if rollout.reward is not None]
-    num_lost = len(rollouts) - len(whole)
-    metrics = {f"heldout/num_tasks_{suffix}": float(len(whole)), f"heldout/lost_tasks_{suffix}": float(num_lost)}
-    if num_lost:
-        errors = _count(rollout.error for rollout in rollouts if rollout.reward is None)
-        log.error("evaluation incomplete: %d of %d rollouts broke down: %s", num_lost, len(rollouts), errors)
-    if len(whole) < 0.9 * len(rollouts):
-        return metrics
-    metrics |= {
-        f"heldout/success_{suffix}": float(np.mean([reward for _, reward in whole])),
-        f"heldout/turns_{suffix}": float(np.mean([r.num_turns for r, _ in whole])),
-    }
-    # A kind without "-" is a level of its own; where further kinds are of that level, its name stands for all of them.
-    groups = _group((r.kind, reward) for r, reward in whole) | _group((level_of(r.kind), reward) for r, reward in whole)
-    for group, values in groups.items():
-        metrics[f"heldout/success_{suffix}/{group}"] = float(np.mean(values))
-    for domain, values in _group((r.domain, reward) for r, reward in whole).items():
-        metrics[f"heldout/domain_{suffix}/{domain}"] = float(np.mean(values))
-    for name, values in _group((name, value) for r, _ in whole for name, value in r.metrics.items()).items():
-        metrics[f"heldout/env/{name}_{suffix}"] = float(np.sum(values)) / len(whole)
-    return metrics
-
-
-def temperature_name(temperature: float) -> str:
-    """Return `t1.0` or `t0.0`; with all its digits where one does not tell it from others (`t0.95`)."""
-    short = f"{temperature:.1f}"
-    return f"t{short}" if float(short) == temperature else f"t{temperature!r}"
-
-
-def _group(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
+def grouped(pairs: Iterable[tuple[str, float]]) -> dict[str, list[float]]:
+    """Return key → its values, in the order of their coming."""
     groups: dict[str, list[float]] = defaultdict(list)
     for key, value in pairs:
         groups[key].append(value)
     return groups
-
-
-def _count(keys: Iterable[str]) -> dict[str, int]:
-    return dict(Counter(keys))

@@ -33,6 +33,16 @@ def tree_files(run_dir: str | Path) -> list[Path]:
     return sorted((Path(run_dir) / "trees").glob("update_*.jsonl"))
 
 
+def heldout_path(run_dir: str | Path, update: int, temperature: float) -> Path:
+    """Return the file in which a run keeps the held-out rollouts of an evaluation after update `update`."""
+    return Path(run_dir) / "trees" / f"heldout_{update:06d}_t{float(temperature)}.jsonl"
+
+
+def heldout_files(run_dir: str | Path) -> list[Path]:
+    """Return the files that hold a run's held-out rollouts, oldest update first."""
+    return sorted((Path(run_dir) / "trees").glob("heldout_*.jsonl"))
+
+
 def write_trees(path: str | Path, trees: Iterable[RolloutTree]) -> None:
     """Write `trees` to a file, one a line.
 

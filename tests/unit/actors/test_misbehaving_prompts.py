@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from actors.prompt import PromptActor
+from actors.prompt import HeldOut, PromptActor
+from actors.router import Generators
 from envs.tasks import load_splits
 from tests.ray.test_prompt import Generator, Predictor
 from tests.support.misbehaving import Misbehaving
@@ -31,7 +32,7 @@ async def test_every_rollout_ends_as_a_reward_or_is_counted_and_every_tree_can_b
         ],
     )
     actor = PromptActor(config, str(tiny_policy_path), Predictor())
-    await actor.announce({"g": Generator()})
+    await actor.announce(Generators({"g": Generator()}))
     splits = load_splits(Misbehaving(mode="+".join(MODES)))
     ledger, faults = Ledger(), FaultBook()
     for number, task in enumerate(splits.train):
@@ -46,9 +47,10 @@ async def test_every_rollout_ends_as_a_reward_or_is_counted_and_every_tree_can_b
     ledger.check(waiting=0, in_flight_roots=0)
     assert sum(ledger.trained.values()) > sum(ledger.failed.values())
     assert len(faults.read()) >= 5
-    evaluated = await actor.evaluate(splits.heldout, 1.0)
-    assert len(evaluated) == len(splits.heldout)
-    assert all((rollout.reward is None) == bool(rollout.error) for rollout in evaluated)
+    wanted = HeldOut(temperature=1.0, num_samples=1, policy_version=0, tasks_at_once=64)
+    evaluated = await actor.evaluate(splits.heldout, wanted)
+    assert [tree.task.id for tree in evaluated] == [task.id for task in splits.heldout]
+    assert all(len(tree.rollouts) + sum(tree.failures.values()) == 1 for tree in evaluated)
     queries = await actor.prompt_queries(splits.train)
     assert all(isinstance(query, PrefixQuery | LossKind) for query in queries)
     assert sum(isinstance(query, PrefixQuery) for query in queries) > len(queries) / 2

@@ -15,7 +15,6 @@ from tests.support.fake_parts import FakeLearner, FakeParts, FakePrompts
 from trace_async.config import load_config
 from trace_async.run.checkpoint import latest_checkpoint
 from trace_async.run.rounds import NothingToLearnError
-from trace_async.tracking.metrics import EvalRollout
 from trace_async.trees.tree import RolloutTree
 
 
@@ -83,7 +82,7 @@ async def test_a_checkpoint_comes_before_the_evaluation_of_the_same_update(tmp_p
     saved_when_evaluated: list[list[str]] = []
 
     class Evaluating(FakePrompts):
-        async def evaluate(self, *arguments: Any) -> list[EvalRollout]:
+        async def evaluate(self, *arguments: Any) -> list[RolloutTree]:
             saved_when_evaluated.append(saved_updates(tmp_path))
             return await super().evaluate(*arguments)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from actors.prompt import PromptActor
+from actors.router import Generators
 from envs import BUILT_IN
 from envs.functions.domain import write_call
 from tests.support.paths import ROOT
@@ -88,7 +89,7 @@ async def play(name: str, limit: int, tmp_path: Path) -> tuple[PromptActor, Roll
     if data:
         task = Task(id=task.id, domain=task.domain, kind=task.kind, data=data)
     turn = turn.replace("{question}", str(task.data.get("question")))
-    await actor.announce({"g": Says((*actor.renderer.encode_data(turn), actor.renderer.stop_token_ids[0]))})
+    await actor.announce(Generators({"g": Says((*actor.renderer.encode_data(turn), actor.renderer.stop_token_ids[0]))}))
     prompt = PendingPrompt(task_id=task.id, num_roots=1, policy_version=0, root_value=0.5, seed=0)
     tree = await actor.run_prompt(task, prompt)
     close = getattr(actor.domain, "close", None)

@@ -5,9 +5,7 @@ import logging
 import pytest
 
 from trace_async.tracking.faults import FaultBook
-from trace_async.tracking.metrics import eval_rollout
-from trace_async.trees.tree import Fault, Node, RolloutTree
-from trace_async.types import Task
+from trace_async.trees.tree import Fault
 
 HANGS = {"step.env_timeout": Fault(2, "environment e, task 1: step() did not end within env.step_timeout_s=5")}
 
@@ -25,15 +23,3 @@ def test_a_kind_is_told_at_its_first_time_and_counted_every_time(caplog: pytest.
     assert book.example() == HANGS["step.env_timeout"].words
     assert book.read() == {"faults/step.env_timeout": 5.0, "faults/init.env_error": 1.0}
     assert book.read() == {}
-
-
-def test_an_evaluations_rollout_brings_its_faults() -> None:
-    tree = RolloutTree(
-        task=Task(id="1", domain="e", kind="k", data={}),
-        nodes=(Node(parent=-1, rollout=-1, token_ids=(1,), num_generated=0),),
-        rollouts=(),
-        failures={"env_timeout": 1},
-        faults=HANGS,
-    )
-    rollout = eval_rollout(tree)
-    assert (rollout.reward, rollout.error, rollout.faults) == (None, "env_timeout", HANGS)

@@ -9,6 +9,7 @@ from scripts import cli
 from scripts.viewer.server import make_app
 from scripts.viewer.source import RunSource
 from tests.support.shown_run import ShownRun
+from trace_async.trees.io import heldout_path, write_trees
 
 TestClient.__test__ = False  # type: ignore[attr-defined]
 TestServer.__test__ = False  # type: ignore[attr-defined]
@@ -34,6 +35,17 @@ async def test_it_serves_the_run_as_it_is_on_disk(shown: ShownRun) -> None:
         assert [tree["task"] for tree in await (await client.get("/api/update/1")).json()] == ["q2"]
         shown.write(2, [shown.tree()])
         assert (await (await client.get("/api/run")).json())["updates"] == [1, 2]
+
+
+async def test_it_shows_the_rollouts_of_evaluations_in_place_of_those_trained_on(shown: ShownRun) -> None:
+    for temperature, task in ((0.0, "greedy"), (1.0, "sampled")):
+        write_trees(heldout_path(shown.directory, 4, temperature), [shown.lost(task)])
+    source = RunSource(shown.directory, heldout=True)
+    async with TestClient(TestServer(make_app(source))) as client:
+        assert (await (await client.get("/api/run")).json())["updates"] == [4]
+        assert [t["task"] for t in await (await client.get("/api/update/4")).json()] == ["greedy", "sampled"]
+        assert (await client.get("/api/update/1")).status == 404
+    assert RunSource(shown.directory).updates() == [1]
 
 
 async def test_what_is_not_there_is_named(shown: ShownRun) -> None:
