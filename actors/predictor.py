@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 
 from trace_async.config import Config
 from trace_async.method.posterior import Estimates
+from trace_async.policy.device import resolve_device
 from trace_async.predictor.policy_trunk import PolicyTrunkPredictor
 from trace_async.predictor.predictor import ValuePredictor
 from trace_async.run.checkpoint import CheckpointStore
@@ -30,7 +31,7 @@ class PredictorActor:
 
     def __init__(self, config: Config, policy_path: str, checkpoints: str = "", *, learns: bool = True) -> None:
         torch.set_num_threads(config.predictor.num_threads)
-        device = "cuda" if config.actors.predictor_gpus > 0 else "cpu"
+        device = str(resolve_device(config.predictor.device, name="predictor.device"))
         self.predictor: ValuePredictor | PolicyTrunkPredictor
         if config.predictor.trunk == "policy":
             self.predictor = PolicyTrunkPredictor(config.predictor, policy_path, device=device)

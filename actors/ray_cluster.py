@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import ray
 
 from trace_async.config import Config, ConfigError
+from trace_async.run.placement import place
 
 # Resource → (the settings that ask for it → how much they ask for).
 Asked = Mapping[str, Mapping[str, float]]
@@ -30,8 +31,8 @@ def asked_of_ray(config: Config, *, only_generators: bool = False) -> Asked:
     return {"CPU": cpus, "GPU": gpus}
 
 
-def start_ray(config: Config, *, only_generators: bool = False) -> None:
-    """Connect this process to Ray.
+def start_ray(config: Config, *, only_generators: bool = False) -> Config:
+    """Connect this process to Ray. Returns the settings as placed on what Ray has (`trace_async.run.placement`).
 
     Raises ConfigError when Ray has too little for the run; without this check the run would wait for it without end. A
     local Ray is told that it has as many CPUs as are asked for, so on few cores they are shared. Ray's own logs stay in
@@ -40,28 +41,33 @@ def start_ray(config: Config, *, only_generators: bool = False) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Otherwise Ray hides all GPUs from actors that ask for none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    asked = asked_of_ray(config, only_generators=only_generators)
     address = config.actors.ray_address
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(sum(asked["CPU"].values()) + _cpus_to_grow(config))),
+            num_cpus=max(os.cpu_count() or 1, _cpus_with_room_to_grow(config, only_generators=only_generators)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
     try:
-        require_room(asked, ray.cluster_resources(), f"the Ray cluster at {address}" if address else "this machine")
+        there = ray.cluster_resources()
+        placed = place(config, there.get("GPU", 0.0), only_generators=only_generators)
+        asked = asked_of_ray(placed, only_generators=only_generators)
+        require_room(asked, there, f"the Ray cluster at {address}" if address else "this machine")
     except ConfigError:
         ray.shutdown()
         raise
+    return placed
 
 
-def _cpus_to_grow(config: Config) -> float:
-    """Return the CPUs of the generators that a run may add to those that it starts with."""
-    return (config.actors.most_generators - config.actors.num_generators) * config.actors.generator_cpus
+def _cpus_with_room_to_grow(config: Config, *, only_generators: bool) -> int:
+    """Return the CPUs of a run, with those of the generators that it may add to the ones that it starts with."""
+    asked = asked_of_ray(config, only_generators=only_generators)
+    more_generators = config.actors.most_generators - config.actors.num_generators
+    return math.ceil(sum(asked["CPU"].values()) + more_generators * config.actors.generator_cpus)
 
 
 def require_room(asked: Asked, there: Mapping[str, float], place: str) -> None:

@@ -188,12 +188,15 @@ class TraceAlgorithm:
         from actors.ray_cluster import start_ray
         from actors.trainer import Trainer
         from scripts.commands.recording import Recorder
+        from trace_async.run.placement import place
         from trace_async.run.state import load_trainer
 
         first = load_trainer(checkpoint).state if checkpoint else None
         self._recorder = Recorder(self.config, self.run_dir, resume=False, first=first)
-        if not ray.is_initialized():  # a Tune trial and a notebook may have their own
-            start_ray(self.config)
+        if ray.is_initialized():  # a Tune trial and a notebook may have their own
+            placed = place(self.config, ray.cluster_resources().get("GPU", 0.0))
+        else:
+            placed = start_ray(self.config)
             self._started_ray = True
         self._main: concurrent.futures.Future[None] = concurrent.futures.Future()
         ready: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -205,7 +208,7 @@ class TraceAlgorithm:
             self._task = task
             self._pace = _OneByOne(ready)
             self._trainer = Trainer(
-                self.config,
+                placed,
                 self.run_dir,
                 self._policy_path,
                 self._on_metrics,

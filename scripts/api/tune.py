@@ -17,6 +17,7 @@ from typing import Any
 from scripts.api.algorithm import TraceAlgorithm
 from scripts.api.config import TraceConfig
 from trace_async.config import Config
+from trace_async.run.placement import place
 
 
 def trainable_of(config: TraceConfig) -> type[Any]:
@@ -60,9 +61,16 @@ def _with(base: TraceConfig, parameters: dict[str, Any]) -> TraceConfig:
     return config
 
 
+def _num_gpus() -> float:
+    """GPUs of the Ray that Tune runs on; none before it is started."""
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
+
+
 def _places(config: Config) -> list[dict[str, float]]:
     """CPUs and GPUs of the trial's own process, of each generator and of the predictor."""
-    actors = config.actors
+    actors = place(config, _num_gpus()).actors
     generator = {"CPU": actors.generator_cpus, "GPU": actors.generator_gpus}
     predictor = {"CPU": float(config.predictor.num_threads), "GPU": actors.predictor_gpus}
     places = [{"CPU": 1.0}, *[generator] * actors.num_generators, predictor]

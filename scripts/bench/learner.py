@@ -22,11 +22,12 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trace_async.config import LossConfig
-from trace_async.learner.learner import TokenLogprobs, resolve_device
+from trace_async.learner.learner import TokenLogprobs
 from trace_async.learner.loss import LossTerms, normalize_credits, policy_loss
 from trace_async.method.credit import NodeCredit
 from trace_async.packing.attention import attention_for, prepare_model
 from trace_async.packing.layout import PackedBatch, Packing, pack_all
+from trace_async.policy.device import resolve_device
 from trace_async.trees.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Task, VersionSpan
 
@@ -260,7 +261,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    device = resolve_device(arguments.device, 0)
+    device = resolve_device(arguments.device, name="--device")
     small = "20M" if arguments.memory else "0.6M"
     model = arguments.model or ("0.6B" if device.type == "cuda" else small)
     if arguments.memory:

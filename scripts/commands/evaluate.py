@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     log_dir = Path(config.output_dir).absolute() / "eval_logs"
     try:
         with terminated_as_interrupted():
-            start_ray(config, only_generators=True)
-        metrics = asyncio.run(interrupted_by_signals(evaluate_policy(config, policy_path, log_dir)))
+            placed = start_ray(config, only_generators=True)
+        metrics = asyncio.run(interrupted_by_signals(evaluate_policy(placed, policy_path, log_dir)))
     except expected_errors() as error:
         print(f"trace-async: {in_words(error)}\nThe logs are in {log_dir}", file=sys.stderr)
         return 1

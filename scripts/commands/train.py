@@ -100,10 +100,10 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
     status: RunStatus = "FAILED"
     try:
         with terminated_as_interrupted():
-            start_ray(config)
+            placed = start_ray(config)
         with recorder.progress:
             trainer = Trainer(
-                config,
+                placed,
                 run_dir,
                 policy_path,
                 recorder.on_metrics,

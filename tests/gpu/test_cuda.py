@@ -90,11 +90,6 @@ def test_a_run_with_all_parts_on_one_gpu(tiny_policy_path: Path, tmp_path: Path)
         "sampling.max_context_tokens=64",
         "budget.root_rollouts=32",
         "budget.pool_size=24",
-        "learner.device=cuda",
-        "engine.device=cuda",
-        "actors.learner_gpus=0.3",
-        "actors.generator_gpus=0.3",
-        "actors.predictor_gpus=0.3",
         "eval.num_tasks=20",
     ]
     command = [sys.executable, "-m", "scripts.cli", "train", *settings]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trace_async.config.section import require, section
+from trace_async.config.task import Device
 from trace_async.method.combinations import budget_faults, credit_faults
 from trace_async.method.registry import CREDIT, STAGE1, STAGE2
 
@@ -131,6 +132,8 @@ class PredictorConfig:
     """`prior_strength` holds only at first and is then fitted to what came out."""
     count_half_life: Annotated[float, Field(ge=0)] = 8.0
     """A prompt's counts lose half their weight in so many policy versions. 0: never."""
+    device: Device = "auto"
+    """Where it computes. auto: on a GPU where there is one (docs/clusters.md has the rule)."""
     num_replicas: Annotated[int, Field(ge=0)] = 0
     """So many further processes answer with what one learns. 0: the one that learns answers too."""
     num_threads: Annotated[int, Field(ge=1)] = 1

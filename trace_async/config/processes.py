@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from trace_async.config.section import require, section
-from trace_async.config.task import Dtype
+from trace_async.config.task import Device, Dtype
 
 EngineBackend = Literal["torch", "sglang", "vllm", "fake"]
-Device = Literal["auto", "cpu", "cuda"]
 
 
 @section("learner")
@@ -19,7 +18,7 @@ class LearnerConfig:
     num_ranks: Annotated[int, Field(ge=1)] = 1
     """Data-parallel ranks, each a process (alias world size, num_gpus of the actor)."""
     device: Device = "auto"
-    """Where a rank computes. auto: on a GPU where PyTorch sees one."""
+    """Where a rank computes. auto: on a GPU where there is one (docs/clusters.md has the rule)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shares out among the ranks: 0 nothing, 1 the optimizer's state, 2 also gradients, 3 also
     weights."""
@@ -77,7 +76,7 @@ class EngineConfig:
     """torch (embedded, needs nothing else) | sglang | vllm (`bash scripts/setup_engines.sh` installs them) | fake (for
     tests)."""
     device: Device = "auto"
-    """Where the engine computes. auto: on a GPU where there is one."""
+    """Where the engine computes. auto: on a GPU where there is one (docs/clusters.md has the rule)."""
     dtype: Dtype = "float32"
     """Number format of its weights and activations."""
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
@@ -146,15 +145,16 @@ class ActorsConfig:
     generator_cpus: Annotated[float, Field(ge=0)] = 1.0
     """CPUs that Ray reserves for a generator."""
     generator_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that Ray reserves for a generator: engine.tensor_parallel_size, or a part of one."""
+    """GPUs that Ray reserves for a generator: engine.tensor_parallel_size, or a part of one. 0: its share of what is
+    there, by the rule in docs/clusters.md."""
     learner_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that Ray reserves for each rank of the learner."""
+    """GPUs that Ray reserves for each rank of the learner. 0: its share."""
     predictor_gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that Ray reserves for the predictor."""
+    """GPUs that Ray reserves for each process of the predictor. 0: its share."""
     num_nodes: Annotated[int, Field(ge=1)] = 1
     """Machines that `--dry-run` plans for; nothing else reads it."""
-    gpus_per_node: Annotated[int, Field(ge=1)] = 8
-    """GPUs of one machine that `--dry-run` plans for; nothing else reads it."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    """GPUs of one machine that `--dry-run` plans for; nothing else reads it. 0: as many as this machine has."""
     gpu_memory_gib: Annotated[float, Field(gt=0)] = 80.0
     """Memory of one GPU, in GiB, that `--dry-run` plans for; nothing else reads it."""
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from trace_async.config.section import require, section
 
 Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
 
 # What `apply_chat_template` is given by the renderer, or what would change the kind of its answer.
 TEMPLATE_ARGUMENTS = (

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import nn
 
-from trace_async.config import Config, ConfigError, LearnerConfig
+from trace_async.config import Config, LearnerConfig
 from trace_async.learner.deepspeed import (
     RankAddress,
     join_ranks,
@@ -35,6 +35,7 @@ from trace_async.learner.probe import check_packed_rows
 from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.packing.attention import AttentionKind, attention_for, hidden_states, prepare_model
 from trace_async.packing.layout import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
+from trace_async.policy.device import resolve_device
 from trace_async.policy.load import load_model
 from trace_async.run.model_folder import logit_factor
 from trace_async.trees.tree import RolloutTree
@@ -118,7 +119,7 @@ class Learner:
         self.is_first = rank == 0
         self.num_steps = 0
         self.rank, self.world_size = rank, world_size
-        self._device = resolve_device(config.learner.device, rank)
+        self._device = resolve_device(config.learner.device, name="learner.device", rank=rank)
         if self._device.type == "cpu":
             torch.set_num_threads(config.learner.num_threads)
         address = RankAddress(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port)
@@ -237,7 +238,9 @@ class Learner:
         learner = self.config.learner
         self._reference_device = self._device
         if learner.reference_device != "auto":
-            self._reference_device = resolve_device(learner.reference_device, self.rank, "learner.reference_device")
+            self._reference_device = resolve_device(
+                learner.reference_device, name="learner.reference_device", rank=self.rank
+            )
         partitioned = learner.reference_is_partitioned
         with partitioned_loading(learner) if partitioned else contextlib.nullcontext():
             policy = load_model(self.policy_path, dtype=learner.dtype)
@@ -376,17 +379,6 @@ class Learner:
         moved = values.to(self._device)
         torch.distributed.all_reduce(moved, op=operation)
         return moved.cpu()
-
-
-def resolve_device(setting: str, rank: int, name: str = "learner.device") -> torch.device:
-    """Return the device of a rank. `auto` is CUDA if there is one.
-
-    On CUDA a rank takes the device of its own number, modulo the number of devices that it sees.
-    """
-    cuda = torch.cuda.is_available()
-    if setting == "cuda" and not cuda:
-        raise ConfigError(f"{name}=cuda: no CUDA device is visible; set auto or cpu")
-    return torch.device("cuda", rank % torch.cuda.device_count()) if cuda and setting != "cpu" else torch.device("cpu")
 
 
 def load_policy(config: Config, policy_path: Path) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trace_async.config import Config, ConfigError
 from trace_async.run.model_folder import read_config, require_context, require_plain_decoder
+from trace_async.run.placement import num_gpus_here, place
 
 GIB = 2**30
 RESERVE_GIB = 4.0
@@ -172,6 +173,7 @@ class Plan:
 
 def plan_run(config: Config) -> Plan:
     """The plan of a run. Raises ConfigError, naming the setting, when it cannot fit or does not add up."""
+    config = place(config, config.actors.num_nodes * (config.actors.gpus_per_node or num_gpus_here()))
     policy = _policy_shape(config)
     processes = (_learner(config, policy), _generator(config, policy), _predictor(config, policy))
     _require_memory(config, processes)
@@ -257,9 +259,10 @@ def _libraries(gpus: float) -> dict[str, int]:
 def _generator(config: Config, policy: ModelShape) -> ProcessPlan:
     engine, actors = config.engine, config.actors
     width, split = DTYPE_BYTES[engine.dtype], engine.tensor_parallel_size
-    if actors.generator_gpus and actors.generator_gpus != split:
+    if (actors.generator_gpus > 1 or split > 1) and actors.generator_gpus not in (0, split):
         raise ConfigError(
-            f"actors.generator_gpus={actors.generator_gpus:g}: must equal engine.tensor_parallel_size={split}"
+            f"actors.generator_gpus={actors.generator_gpus:g}: must equal engine.tensor_parallel_size={split} "
+            "or be a part of one GPU"
         )
     if 0 < engine.kv_cache_tokens < config.sampling.max_context_tokens:
         raise ConfigError(
@@ -322,7 +325,8 @@ def _place(config: Config, processes: tuple[ProcessPlan, ...]) -> tuple[tuple[st
     wanted = sorted((p for p in processes if p.gpus_each), key=lambda p: -p.gpus_each)
     if not wanted:
         return ()
-    free = [float(actors.gpus_per_node)] * actors.num_nodes
+    per_node = actors.gpus_per_node or num_gpus_here()
+    free = [float(per_node)] * actors.num_nodes
     placed: list[dict[str, int]] = [{} for _ in free]
     for process in wanted:
         for _ in range(process.count):
@@ -331,7 +335,7 @@ def _place(config: Config, processes: tuple[ProcessPlan, ...]) -> tuple[tuple[st
                 total = sum(p.count * p.gpus_each for p in wanted)
                 raise ConfigError(
                     f"actors.num_nodes={actors.num_nodes}: {total:g} GPUs are asked for ({_asked(wanted)}), and "
-                    f"{actors.num_nodes} × actors.gpus_per_node={actors.gpus_per_node} cannot hold them"
+                    f"{actors.num_nodes} × actors.gpus_per_node={per_node} cannot hold them"
                 )
             free[node] -= process.gpus_each
             placed[node][process.name] = placed[node].get(process.name, 0) + 1

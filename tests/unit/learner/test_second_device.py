@@ -87,7 +87,8 @@ def learn_on_accel(policy_path: Any, kind: str) -> Any:
         patch("trace_async.learner.learner.make_deepspeed", OneRank),
         patch("trace_async.learner.learner.attention_for", lambda _device, flat: kind),
         patch(
-            "trace_async.learner.learner.resolve_device", lambda setting, *_: policy if setting == "auto" else reference
+            "trace_async.learner.learner.resolve_device",
+            lambda setting, **_: policy if setting == "auto" else reference,
         ),
     ):
         learner = Learner(configure(*overrides), policy_path)

@@ -108,7 +108,8 @@ def test_what_cannot_work_names_the_setting(override, named):
         plan_run(eight_b(override))
 
 
-def test_the_quickstart_needs_no_gpu():
+def test_the_quickstart_needs_no_gpu(monkeypatch):
+    monkeypatch.setattr("trace_async.run.plan.num_gpus_here", lambda: 0)
     plan = plan_run(load_config(CONFIGS / "quickstart/multihop.yaml"))
     assert plan.nodes == ()
     assert sum(process.count * process.num_bytes - LIBRARIES_BYTES for process in plan.processes) < 2 * GIB

@@ -27,6 +27,7 @@ from trace_async.engine import (
 from trace_async.engines.embedded.model import TorchModel
 from trace_async.engines.embedded.sampling import stream_key
 from trace_async.engines.embedded.scheduler import Request, Scheduler
+from trace_async.policy.device import resolve_device
 from trace_async.policy.load import load_tokenizer
 from trace_async.types import Completion, SamplingParams
 from trace_async.weights import WeightUpdate, read_weights
@@ -74,11 +75,11 @@ class TorchEngine:
     def _load(self) -> None:
         config = self._config
         torch.set_num_threads(config.num_threads)
-        name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        device = resolve_device(config.device, name="engine.device")
         try:
             model = TorchModel(
                 self._policy_path,
-                device=torch.device(name),
+                device=device,
                 dtype=config.dtype,
                 max_context_tokens=self._max_context_tokens,
             )

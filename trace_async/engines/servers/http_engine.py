@@ -30,10 +30,11 @@ from trace_async.engine import (
 )
 from trace_async.engines.servers.broadcast import WeightBroadcast
 from trace_async.engines.servers.http_client import HttpClient, Reply
-from trace_async.engines.servers.server import SHARED_MEMORY, ServerProcess, free_port, has_gpu
+from trace_async.engines.servers.server import SHARED_MEMORY, ServerProcess, free_port
 from trace_async.engines.servers.weight_files import checked_tensors, weight_folder
 from trace_async.engines.servers.weight_record import Tensors, WeightRecord
 from trace_async.engines.work_clock import WorkClock
+from trace_async.run.placement import num_gpus_here
 from trace_async.types import Completion, SamplingParams, VersionSpan
 from trace_async.weights import WeightManifest, WeightUpdate
 
@@ -69,7 +70,7 @@ class HttpEngine(ABC):
         self._max_context_tokens = max_context_tokens
         self._seed = seed
         self._log_path = (log_dir / f"{self.name}_{uuid.uuid4().hex[:8]}.log").resolve()
-        self._on_gpu = config.device == "cuda" or (config.device == "auto" and has_gpu())
+        self._on_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus_here() > 0)
         self._dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self._vocab_size = int(json.loads((policy_path / "config.json").read_text())["vocab_size"])
         self._process: ServerProcess | None = None

@@ -29,14 +29,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def has_gpu() -> bool:
-    """Return whether this machine has an NVIDIA GPU.
-
-    It asks the system and not torch, because the trainer's torch may be a CPU build.
-    """
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
 def command_line_flags(arguments: Mapping[str, object]) -> list[str]:
     """Turn {"max_num_seqs": 64, "enforce_eager": True, "other": False} into --max-num-seqs 64 --enforce-eager."""
     flags: list[str] = []
