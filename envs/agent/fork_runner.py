@@ -11,6 +11,7 @@ from pathlib import Path
 from envs.agent.keeper import GRACE_S, Keeper
 from envs.agent.runner import Access, AgentFailed, access_variables
 from trace_async.env import EnvError
+from trace_async.rollout.limit_clock import waits_for_room
 from trace_async.types import Json
 
 _LONGEST_LINE = 64 * 1024**2
@@ -31,7 +32,8 @@ class ForkRunner:
 
     async def start(self, task: Mapping[str, Json], access: Access) -> "_RunningFork":
         self._keeper.start()
-        await self._slots.acquire()
+        async with waits_for_room():
+            await self._slots.acquire()
         try:
             if self._server is None or not self._server.serves_here():
                 self._server = _Server(self._command, self._cwd, self._keeper)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from envs.agent.keeper import GRACE_S, Keeper
 from trace_async.env import EnvError
+from trace_async.rollout.limit_clock import waits_for_room
 from trace_async.types import Json
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,8 @@ class CommandRunner:
             "TRACE_TASK": text if len(text) < 100_000 else "",
         }
         self._keeper.start()
-        await self._slots.acquire()
+        async with waits_for_room():
+            await self._slots.acquire()
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command,

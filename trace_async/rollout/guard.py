@@ -30,6 +30,7 @@ from trace_async.env import (
 )
 from trace_async.printable import one_line, printable
 from trace_async.rollout.call_threads import STOP_GRACE_S, CallThreads, OutranLimitError
+from trace_async.rollout.limit_clock import begun, wait_for_work
 from trace_async.rollout.loop_watch import LoopWatch
 from trace_async.rollout.values import ConvertedTask, RewardRange, checked_prompt, checked_result, checked_task
 from trace_async.trees.tree import Fault
@@ -205,10 +206,11 @@ async def invoked(call: Callable[[], Awaitable[T] | T]) -> T:
 
 
 async def within(limit_s: float, work: Coroutine[Any, Any, T]) -> T:
-    """As asyncio.wait_for, but also where the work does not let itself be cancelled."""
-    task = asyncio.ensure_future(work)
+    """As asyncio.wait_for, but also where the work does not let itself be cancelled, and without the time in which it
+    waits for room."""
+    task, clock = begun(work)
     try:
-        await asyncio.wait({task}, timeout=limit_s)
+        await wait_for_work(task, clock, limit_s)
     finally:
         ended = task.done()
         if not ended:
