@@ -17,6 +17,7 @@ COMMANDS = {
     "status": ("scripts.commands.status", "whether a run is under way, how far it is, how many generators it has"),
     "scale": ("scripts.commands.scale", "have so many generators in a run that is under way"),
     "compare": ("scripts.commands.compare", "methods × seeds at equal generated tokens, with a report"),
+    "chat": ("scripts.commands.chat", "talk with a run's policy, or watch it at a held-out task"),
     "tree": ("scripts.commands.tree", "show a rollout tree of a run, or write the viewer's page"),
     "view": ("scripts.commands.view", "look at a run's trees and curves in a browser, also while it trains"),
     "setup-engines": ("scripts.commands.setup_engines", "build the environments of SGLang and vLLM"),
