@@ -11,7 +11,9 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class LimitClock:
@@ -56,7 +58,7 @@ async def waits_for_room() -> AsyncIterator[None]:
         clock.resume()
 
 
-def begun(work: Coroutine[Any, Any, Any]) -> "tuple[asyncio.Task[Any], LimitClock]":
+def begun(work: Coroutine[Any, Any, T]) -> "tuple[asyncio.Task[T], LimitClock]":
     """`work` in a task, and the clock of that task."""
     clock = LimitClock()
     token = _CLOCK.set(clock)
