@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,22 +87,20 @@ class ServerConformance(EngineConformance):
         raise NotImplementedError
 
     async def test_an_aborted_request_stops_in_the_server(self, harness):
+        """Three requests are cancelled; the server is rid of them before a shorter one that runs beside them ends."""
+        engine = harness.engine
         for _ in range(8):
-            prompt = harness.prompt(20)
-            task = asyncio.gather(*(harness.engine.generate(prompt, LONG) for _ in range(3)))
-            await asyncio.sleep(0.1)
-            seen = await self.num_running_in_server(harness.engine)
-            if task.done():
-                continue
-            task.cancel()
-            begin = time.monotonic()
-            async with asyncio.timeout(LIMIT_S):
-                while await self.num_running_in_server(harness.engine):
-                    await asyncio.sleep(0.01)
-            assert seen == 3
-            assert time.monotonic() - begin < 2.0
-            return
-        pytest.fail("every request ended before it could be cancelled")
+            beside = asyncio.create_task(engine.generate(harness.prompt(20), SamplingParams(max_new_tokens=400)))
+            cancelled = asyncio.gather(*(engine.generate(harness.prompt(20), LONG) for _ in range(3)))
+            while not beside.done() and await self.num_running_in_server(engine) < 4:
+                await asyncio.sleep(0.01)
+            cancelled.cancel()
+            while not beside.done():
+                if await self.num_running_in_server(engine) <= 1 and not beside.done():
+                    await beside
+                    return
+            await beside
+        pytest.fail("the server went on with cancelled requests until a shorter one had ended, 8 times out of 8")
 
     async def test_ids_that_the_tokenizer_lacks(self, tiny_policy_path, tmp_path):
         # As in real models, whose vocabularies are padded; one that marks spaces is what vLLM died of.
@@ -196,12 +193,11 @@ class ServerConformance(EngineConformance):
         pids = harness.engine.process_ids()
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        begin = time.monotonic()
-        with pytest.raises(EngineTimeoutError, match="4 s"):
-            await harness.generate(harness.prompt(20))
-        with pytest.raises(EngineTimeoutError):
-            await harness.engine.health()
-        assert time.monotonic() - begin < 30
+        async with asyncio.timeout(LIMIT_S):
+            with pytest.raises(EngineTimeoutError, match="4 s"):
+                await harness.generate(harness.prompt(20))
+            with pytest.raises(EngineTimeoutError):
+                await harness.engine.health()
         await harness.engine.close()
         assert not any(alive(pid) for pid in pids)
 
