@@ -23,7 +23,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trace_async.config import LossConfig
 from trace_async.learner.learner import TokenLogprobs
-from trace_async.learner.loss import LossTerms, normalize_credits, policy_loss
+from trace_async.learner.loss import LossTerms, policy_loss
+from trace_async.method.aggregation import normalize_credits
 from trace_async.method.credit import NodeCredit
 from trace_async.packing.attention import attention_for, prepare_model
 from trace_async.packing.layout import PackedBatch, Packing, pack_all

@@ -26,7 +26,8 @@ from trace_async.config import Config, LossConfig
 from trace_async.engine import Engine
 from trace_async.engines import make_engine
 from trace_async.learner.learner import TokenLogprobs
-from trace_async.learner.loss import LossTerms, normalize_credits, policy_loss
+from trace_async.learner.loss import LossTerms, policy_loss
+from trace_async.method.aggregation import normalize_credits
 from trace_async.method.anchors import Anchor
 from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.method.posterior import Estimates

@@ -1,18 +1,20 @@
 """How the sampling budget is spent and what is learnt from it: TRACE, its baselines and the value predictor."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from trace_async.config.section import require, section
 from trace_async.config.task import Device
-from trace_async.method.combinations import budget_faults, credit_faults
-from trace_async.method.registry import CREDIT, STAGE1, STAGE2
+from trace_async.method.combinations import budget_faults, loss_faults
+from trace_async.method.registry import AGGREGATION, CREDIT, OBJECTIVE, STAGE1, STAGE2
 
-_OWN = {"type": "string", "pattern": r"^[\w.]+:\w+$", "examples": ["package.module:Class"]}
-Stage1Name = Annotated[str, Field(json_schema_extra={"anyOf": [{"type": "string", "enum": [*STAGE1]}, _OWN]})]
-Stage2Name = Annotated[str, Field(json_schema_extra={"anyOf": [{"type": "string", "enum": [*STAGE2]}, _OWN]})]
-CreditName = Annotated[str, Field(json_schema_extra={"anyOf": [{"type": "string", "enum": [*CREDIT]}, _OWN]})]
+
+def _rule(built_in: Mapping[str, str]) -> Any:
+    """What editors are told of a setting that names a rule: one of those built in, or one's own."""
+    own: dict[str, Any] = {"type": "string", "pattern": r"^[\w.]+:\w+$", "examples": ["package.module:Class"]}
+    return Field(json_schema_extra={"anyOf": [{"type": "string", "enum": [*built_in]}, own]})
 
 
 @section("budget")
@@ -37,12 +39,12 @@ class BudgetConfig:
     """Root rollouts of every prompt under stage1=uniform and its relatives (alias n, group size, num_generations)."""
     max_per_prefix: Annotated[int, Field(ge=1)] | None = None
     """The most continuations that one prefix gets. null: as many as the prompt has."""
-    stage1: Stage1Name = "beta"
+    stage1: Annotated[str, _rule(STAGE1)] = "beta"
     """How root rollouts are shared among prompts: uniform (every prompt the same) | point and beta (TRACE, from a point
     estimate or a posterior of the success rate) | beta_per_token (the same, for the tokens of M average rollouts) |
     thompson (MoPPS) | pcl | vip | dapo (dynamic sampling) | package.module:Class of your own
     (trace_async.method.stage1.rule)."""
-    stage2: Stage2Name = "contrast"
+    stage2: Annotated[str, _rule(STAGE2)] = "contrast"
     """Which prefixes are continued: none | random | contrast (TRACE) | contrast_per_token (its value per generated
     token) | contrast_value_only | price (one price for all prompts, their budget in tokens) | topup (further roots of
     prompts whose roots agree, at one price; no continuations) | package.module:Class of your own
@@ -150,14 +152,15 @@ class PredictorConfig:
 class LossConfig:
     """The policy-gradient loss. Clipping is on the ratio learner / generator at the sampling temperature."""
 
-    advantage: CreditName = "trace"
+    advantage: Annotated[str, _rule(CREDIT)] = "trace"
     """Credit of a token: trace | trace_fresh (its baseline without the rollout that passed) | tree_grpo | tree_rpo |
     treepo | grpo | package.module:Class of your own (trace_async.method.credit.rule). Alias adv_estimator."""
     normalize_std: bool = False
     """Divide a group's advantages by their standard deviation, as GRPO does (alias norm_adv_by_std_in_grpo)."""
-    objective: Literal["ppo", "cispo"] = "ppo"
+    objective: Annotated[str, _rule(OBJECTIVE)] = "ppo"
     """ppo: a clipped token has no gradient | cispo: its weight is clipped and every token keeps its gradient
-    (MiniMax-M1, arXiv 2506.13585; only `eps_clip_high` counts)."""
+    (MiniMax-M1, arXiv 2506.13585; only `eps_clip_high` counts) | package.module:Class of your own
+    (trace_async.method.objective.rule)."""
     mask_low: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Tokens that the learner finds less than so many times as likely as the generator did are left out. 0: none is."""
     mask_high: Literal[0] | Annotated[float, Field(gt=1)] = 0.0
@@ -179,14 +182,14 @@ class LossConfig:
     importance weights)."""
     tis_cap: Annotated[float, Field(ge=1)] = 2.0
     """Where correction=tis truncates its weights (alias tis_imp_ratio_cap)."""
-    aggregation: Literal["constant", "token", "sequence", "prompt"] = "prompt"
+    aggregation: Annotated[str, _rule(AGGREGATION)] = "prompt"
     """What the loss is divided by (alias loss_agg_mode): constant (`divisor_tokens` a prompt; alone unbiased) | token |
     sequence | prompt (a weighted mean over tokens, rollouts, prompts; biased towards short successes and long
-    failures)."""
+    failures) | package.module:Class of your own (trace_async.method.aggregation)."""
     divisor_tokens: Annotated[float, Field(gt=0)] = 64.0
     """With aggregation=constant: tokens of a rollout, roughly. Adam is indifferent to it; learner.max_grad_norm is
     not."""
 
     def __post_init__(self) -> None:
-        for setting, found, rule in credit_faults(self.advantage, self.normalize_std):
+        for setting, found, rule in loss_faults(self):
             require(False, setting, found, rule)

@@ -29,9 +29,10 @@ from trace_async.learner.deepspeed import (
     partitioned_loading,
     step_if_finite,
 )
-from trace_async.learner.loss import LossMetrics, LossTerms, entry_logprobs, normalize_credits, policy_loss
+from trace_async.learner.loss import LossMetrics, LossTerms, entry_logprobs, policy_loss
 from trace_async.learner.policy_tensors import add_lora, policy_buckets
 from trace_async.learner.probe import check_packed_rows
+from trace_async.method.aggregation import normalize_credits
 from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.packing.attention import AttentionKind, attention_for, hidden_states, prepare_model
 from trace_async.packing.layout import PackedBatch, Piece, pack, pieces_of, plan_micro_batches

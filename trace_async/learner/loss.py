@@ -1,23 +1,19 @@
-"""Compute the policy-gradient loss over packed entries, its normalisation, and log-probabilities in bounded memory.
+"""Compute the policy-gradient loss over packed entries, and log-probabilities in bounded memory.
 
 A token shared by several branches may carry terms of both signs. PPO's clipped objective is linear in the advantage
 for each sign, so Σ_k w_k·f(ρ, A_k) = f(ρ, Σ w_k max(A_k, 0)) + f(ρ, Σ w_k min(A_k, 0)). So the two sums `positive`
 and `negative` of an entry are enough, and the result is exact.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trace_async.config import LossConfig
-from trace_async.learner.objectives import OBJECTIVES
-from trace_async.method.credit import NodeCredit
+from trace_async.method.registry import objective_rule
 from trace_async.packing.layout import Entries, round_rows
-from trace_async.trees.tree import RolloutTree
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to ± this, so that loss and gradient stay finite: e^20 ≈ 5e8, while e^89 overflows fp32."""
@@ -32,60 +28,6 @@ def bounded_ratio(log_ratio: torch.Tensor) -> torch.Tensor:
     """
     bounded = log_ratio.clamp(min=-MAX_LOG_RATIO, max=MAX_LOG_RATIO)
     return torch.where(log_ratio.isinf(), log_ratio, bounded).exp()
-
-
-def normalize_credits(
-    trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], aggregation: str, *, divisor_tokens: float = 64.0
-) -> list[NodeCredit]:
-    """Scale credits so that the plain sum over all entries' losses is the batch's loss.
-
-    Let l_t be the loss of token t (linear in its credit) and w_t its weight, over all generated tokens of all trees.
-
-    - `constant`: (1/P) Σ_t l_t / C over the P trees that carry weight, with C = `divisor_tokens`. Nothing in it depends
-      on an outcome, so the gradient is unbiased if the advantage is (test_exact_gradients.py). The idea is that of Dr.
-      GRPO (arXiv 2503.20783).
-
-    The other three are weighted means. It does not matter to them how an advantage scales its weights. But they divide
-    by something that depends on the outcomes, which biases them towards short successes and long failures:
-
-    - `token`: Σ l_t / Σ w_t. (DAPO, arXiv 2503.14476, eq. 8, when every weight is 1.) Its bias falls as 1 / number of
-      prompts in the batch.
-    - `sequence`: Σ_r (1/n_r) Σ_{t∈r} l_t / Σ_r (1/n_r) Σ_{t∈r} w_t over the rollouts r, each with the n_r tokens that
-      it wrote itself. (GRPO, arXiv 2402.03300, eq. 3, when nothing is shared and every weight is 1.)
-    - `prompt`: (1/P) Σ_i Σ_{t∈i} l_t / Σ_{t∈i} w_t over the P trees i that carry weight. Every prompt counts alike,
-      however many rollouts it was given. A tree's own outcomes decide its divisor, so when lengths depend on outcomes
-      the sign of the gradient can flip, and more prompts do not help.
-
-    Tokens without advantage stay in the divisors, whether or not they are computed.
-    """
-    generated = [np.array([node.num_generated for node in tree.nodes], dtype=np.float64) for tree in trees]
-    shares: list[np.ndarray] = []
-    for tree, tokens in zip(trees, generated, strict=True):
-        share = np.ones(len(tree.nodes))
-        if aggregation == "sequence":
-            owner = np.array([node.rollout for node in tree.nodes])
-            written = np.zeros(len(tree.rollouts))
-            np.add.at(written, owner[1:], tokens[1:])  # unlike `+=`, it adds for every repeated index
-            share[1:] = 1 / np.maximum(written[owner[1:]], 1)
-        shares.append(share)
-    sums = [
-        float((credit.weight * tokens * share).sum())
-        for credit, tokens, share in zip(credits, generated, shares, strict=True)
-    ]
-    if aggregation == "constant":
-        scale = 1 / (divisor_tokens * max(1, sum(total > 0 for total in sums)))
-        scales = [share * scale for share in shares]
-    elif aggregation == "prompt":
-        num_trees = sum(total > 0 for total in sums)
-        scales = [
-            share / (total * num_trees) if total > 0 else 0 * share for share, total in zip(shares, sums, strict=True)
-        ]
-    else:
-        scales = [share / max(sum(sums), 1e-300) for share in shares]
-    return [
-        NodeCredit(positive=credit.positive * scale, negative=credit.negative * scale, weight=credit.weight * scale)
-        for credit, scale in zip(credits, scales, strict=True)
-    ]
 
 
 def entry_logprobs(
@@ -144,14 +86,13 @@ def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple
 
     The entries must be normalised already (`normalize_credits`).
 
-    Per entry, with ρ = exp(learner − anchor) and the credit sums P ≥ 0 and N ≤ 0:
+    Per entry, with ρ = exp(learner − anchor), the credit sums P ≥ 0 and N ≤ 0 and the gain G of `loss.objective`
+    (`trace_async.method.objective`):
 
-        −c · [ P · min(ρ, 1 + ε_high) + N · min(max(ρ, 1 − ε_low), dual_clip) ]  + w · (kl_coef · KL − entropy_coef · H)
+        −c · G(ρ, P, N)  + w · (kl_coef · KL − entropy_coef · H)
 
-    - PPO clip (arXiv 1707.06347, eq. 7) with ε_low ≠ ε_high (DAPO, arXiv 2503.14476, eq. 10); the dual clip bounds
-      what a very likely token with negative advantage can do (arXiv 1912.09729, eq. 5; 0: off).
-    - That is `objective=ppo`; the others are in objectives.py. `mask_low`, `mask_high` (IcePop, of Ling's Ring-1T
-      report; MIS): tokens with learner / generator out of these bounds count as clipped.
+    - `mask_low`, `mask_high` (IcePop, of Ling's Ring-1T report; MIS): tokens with learner / generator out of these
+      bounds count as clipped.
     - correction `none`: the anchor is the generator, c = 1. `decoupled` (AReaL, arXiv 2505.24298, eq. 5): the anchor
       is the proximal policy, c = exp(proximal − generator). `tis` (truncated importance sampling, IMPALA's ρ̄,
       arXiv 1802.01561; for engine mismatch Yao et al. 2025): the same with c ≤ `tis_cap`.
@@ -169,7 +110,7 @@ def policy_loss(entries: Entries, terms: LossTerms, config: LossConfig) -> tuple
         if config.correction == "tis":
             importance = importance.clamp(max=config.tis_cap)
     ratio = bounded_ratio(learner - anchor)
-    gain, clipped = OBJECTIVES[config.objective](ratio, learner, entries, config)
+    gain, clipped = objective_rule(config).gain(ratio, learner, entries.positive, entries.negative)
     if config.mask_low or config.mask_high:
         # The mask looks at the whole gap to the generator, whatever the anchor is. A token outside the bounds gets no
         # gradient of either sign.

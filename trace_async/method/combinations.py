@@ -2,8 +2,15 @@
 
 from collections.abc import Iterator
 
-from trace_async.method.registry import UnknownRuleError, credit_class, stage1_class, stage2_class
-from trace_async.method.settings import BudgetSettings
+from trace_async.method.registry import (
+    UnknownRuleError,
+    aggregation_class,
+    credit_class,
+    objective_class,
+    stage1_class,
+    stage2_class,
+)
+from trace_async.method.settings import BudgetSettings, LossSettings
 
 Fault = tuple[str, object, str]
 """(setting, its value, what is wrong and what to do)."""
@@ -41,12 +48,21 @@ def budget_faults(settings: BudgetSettings) -> Iterator[Fault]:
         yield "budget.oracle_rollouts", settings.oracle_rollouts, words
 
 
-def credit_faults(name: str, normalize_std: bool) -> Iterator[Fault]:
-    """What is wrong with `loss.advantage` and `loss.normalize_std`."""
+def loss_faults(settings: LossSettings) -> Iterator[Fault]:
+    """What is wrong with `loss`: unknown rules, and settings that the chosen rules would ignore."""
     try:
-        rule = credit_class(name)
+        credit = credit_class(settings.advantage)
+        if settings.normalize_std and not credit.normalizes:
+            yield "loss.normalize_std", True, f"loss.advantage={settings.advantage} ignores it; set false"
     except UnknownRuleError as error:
-        yield "loss.advantage", name, str(error)
-        return
-    if normalize_std and not rule.normalizes:
-        yield "loss.normalize_std", True, f"loss.advantage={name} ignores it; set false"
+        yield "loss.advantage", settings.advantage, str(error)
+    try:
+        objective = objective_class(settings.objective)
+        if settings.dual_clip and "dual_clip" not in objective.uses:
+            yield "loss.dual_clip", settings.dual_clip, f"loss.objective={settings.objective} ignores it; set 0"
+    except UnknownRuleError as error:
+        yield "loss.objective", settings.objective, str(error)
+    try:
+        aggregation_class(settings.aggregation)
+    except UnknownRuleError as error:
+        yield "loss.aggregation", settings.aggregation, str(error)

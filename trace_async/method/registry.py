@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trace_async.method.aggregation import Aggregation
     from trace_async.method.credit.rule import CreditRule
     from trace_async.method.market import Offer
-    from trace_async.method.settings import BudgetSettings
+    from trace_async.method.objective.rule import Objective
+    from trace_async.method.settings import BudgetSettings, LossSettings
     from trace_async.method.stage1.rule import Stage1Rule
     from trace_async.method.stage2.rule import Stage2Rule
 
@@ -45,6 +47,16 @@ CREDIT = {
     "tree_grpo": "trace_async.method.credit.tree_grpo:TreeGrpo",
     "treepo": "trace_async.method.credit.treepo:TreePo",
     "tree_rpo": "trace_async.method.credit.tree_rpo:TreeRpo",
+}
+OBJECTIVE = {
+    "ppo": "trace_async.method.objective.ppo:Ppo",
+    "cispo": "trace_async.method.objective.cispo:Cispo",
+}
+AGGREGATION = {
+    "constant": "trace_async.method.aggregation:Constant",
+    "token": "trace_async.method.aggregation:Token",
+    "sequence": "trace_async.method.aggregation:PerSequence",
+    "prompt": "trace_async.method.aggregation:Prompt",
 }
 
 
@@ -76,6 +88,22 @@ def credit_class(name: str) -> "type[CreditRule]":
     return found
 
 
+def objective_class(name: str) -> "type[Objective]":
+    """The class of `loss.objective`. Raises UnknownRuleError."""
+    from trace_async.method.objective.rule import Objective
+
+    found: type[Objective] = _find(name, OBJECTIVE, Objective)
+    return found
+
+
+def aggregation_class(name: str) -> "type[Aggregation]":
+    """The class of `loss.aggregation`. Raises UnknownRuleError."""
+    from trace_async.method.aggregation import Aggregation
+
+    found: type[Aggregation] = _find(name, AGGREGATION, Aggregation)
+    return found
+
+
 def stage1_rule(settings: "BudgetSettings", num_rounds: int | None = None) -> "Stage1Rule":
     """The rule that spends the round after `num_rounds` rounds (None: long after the warm-up).
 
@@ -97,6 +125,16 @@ def stage2_rule(settings: "BudgetSettings", offer: "Offer | None" = None) -> "St
 def credit_rule(name: str, *, normalize_std: bool = False) -> "CreditRule":
     """The rule that turns finished trees into credit."""
     return credit_class(name)(normalize_std=normalize_std)
+
+
+def objective_rule(settings: "LossSettings") -> "Objective":
+    """The rule that says what a token gains by its ratio."""
+    return objective_class(settings.objective)(settings)
+
+
+def aggregation_rule(name: str, *, divisor_tokens: float = 64.0) -> "Aggregation":
+    """The rule by which a batch's credits are scaled."""
+    return aggregation_class(name)(divisor_tokens=divisor_tokens)
 
 
 def _find(name: str, built_in: Mapping[str, str], base: type) -> Any:

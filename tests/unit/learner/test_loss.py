@@ -10,8 +10,10 @@ from torch import nn
 
 from tests.support.random_trees import TASK
 from trace_async.config import LossConfig
-from trace_async.learner.loss import LossMetrics, LossTerms, entry_logprobs, kl_estimate, normalize_credits, policy_loss
+from trace_async.learner.loss import LossMetrics, LossTerms, entry_logprobs, kl_estimate, policy_loss
+from trace_async.method.aggregation import Aggregation, normalize_credits
 from trace_async.method.credit import NodeCredit
+from trace_async.method.objective import Objective
 from trace_async.packing.layout import Entries
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import VersionSpan
@@ -223,6 +225,29 @@ def test_a_tree_without_weight_counts_nowhere():
         assert b.weight.tolist() == [0, 0]
         assert np.isfinite(a.weight).all()
     assert normalize_credits(trees, credits, "prompt")[0].weight.tolist() == pytest.approx([0, 0.2, 0.2, 0.1])
+
+
+class Reinforce(Objective):
+    """No ratio at all."""
+
+    def gain(self, ratio, learner_logprobs, positive, negative):
+        return (positive + negative) * learner_logprobs, torch.zeros_like(ratio, dtype=torch.bool)
+
+
+class ByNumberOfTrees(Aggregation):
+    def divisors(self, totals):
+        return np.full(len(totals), float(len(totals)))
+
+
+def test_an_objective_and_an_aggregation_of_ones_own_are_named_in_the_settings_and_used():
+    config = LossConfig(objective=f"{__name__}:Reinforce", aggregation=f"{__name__}:ByNumberOfTrees")
+    loss, gradient, clipped = evaluate(entries_of([-1.0, -1.0], [2, 0], [0, -3]), [math.e, 1.0], config)
+    assert loss == pytest.approx(-(2 * 0.0 + -3 * -1.0))  # log-probabilities −1 + 1 and −1
+    assert gradient == pytest.approx([-2, 3])
+    assert clipped == [False, False]
+    credits = [NodeCredit(positive=w, negative=0 * w, weight=w) for w in (np.array([0, 2.0, 2.0, 1.0]), np.zeros(2))]
+    a, b = normalize_credits(two_trees(), credits, config.aggregation)
+    assert (a.weight.tolist(), b.weight.tolist()) == ([0, 1, 1, 0.5], [0, 0])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scripts.studies.exact import Process, by_contrast, gradient_estimate, grown_trees, top_up
-from trace_async.learner.loss import normalize_credits
+from trace_async.method.aggregation import normalize_credits
 from trace_async.method.credit import compute_credit
 
 AGGREGATIONS = ("constant", "token", "sequence", "prompt")

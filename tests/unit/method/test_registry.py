@@ -11,7 +11,18 @@ from trace_async.config import BudgetConfig, ConfigError, LossConfig, load_confi
 from trace_async.method.anchors import find_anchors
 from trace_async.method.credit import CreditRule, Term, compute_credit
 from trace_async.method.posterior import Estimates
-from trace_async.method.registry import CREDIT, STAGE1, STAGE2, credit_rule, stage1_rule, stage2_rule
+from trace_async.method.registry import (
+    AGGREGATION,
+    CREDIT,
+    OBJECTIVE,
+    STAGE1,
+    STAGE2,
+    aggregation_rule,
+    credit_rule,
+    objective_rule,
+    stage1_rule,
+    stage2_rule,
+)
 from trace_async.method.stage1.rule import Stage1Rule
 from trace_async.method.stage2.rule import Stage2Rule
 
@@ -79,6 +90,9 @@ def test_rules_of_ones_own_are_named_in_the_settings_and_used():
         ("budget.stage1=betta", r"budget.stage1=betta: expected one of uniform, dapo, .* did you mean 'beta'\?"),
         ("budget.stage2=kontrast", "did you mean 'contrast'"),
         ("loss.advantage=tree-grpo", "loss.advantage=tree-grpo: .*did you mean 'tree_grpo'"),
+        ("loss.objective=pppo", "loss.objective=pppo: .*did you mean 'ppo'"),
+        ("loss.aggregation=tokens", "loss.aggregation=tokens: .*did you mean 'token'"),
+        (f"loss.objective={HERE}:NoRule", "NoRule must be a subclass of trace_async.method.objective.rule.Objective"),
         ("budget.stage1=quantum", "for one of your own$"),
         ("budget.stage1=no_such_module_of_mine:Rule", "cannot import no_such_module_of_mine: ModuleNotFoundError"),
         (f"budget.stage1={HERE}:Missing", "has no Missing"),
@@ -121,6 +135,9 @@ def test_settings_that_a_rule_obeys_are_taken():
     LossConfig(advantage="grpo", normalize_std=True)
     with pytest.raises(ConfigError, match=r"normalize_std=True: loss.advantage=tree_grpo ignores it"):
         LossConfig(advantage="tree_grpo", normalize_std=True)
+    LossConfig(objective="ppo", dual_clip=3.0)
+    with pytest.raises(ConfigError, match=r"loss.dual_clip=3.0: loss.objective=cispo ignores it; set 0"):
+        LossConfig(objective="cispo", dual_clip=3.0)
 
 
 def test_every_named_rule_exists():
@@ -130,6 +147,10 @@ def test_every_named_rule_exists():
         stage2_rule(BudgetConfig(stage2=name))
     for name in CREDIT:
         credit_rule(name)
+    for name in OBJECTIVE:
+        objective_rule(LossConfig(objective=name))
+    for name in AGGREGATION:
+        aggregation_rule(name)
 
 
 def test_reading_settings_loads_nothing_heavy():
