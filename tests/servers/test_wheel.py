@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,10 +116,3 @@ def test_an_engine_starts_on_the_installed_stand_ins(installed: Path, elsewhere:
     # The server's own command line is parsed only after all of its imports, which need every stand-in.
     out = run(engine, "-m", "sglang.launch_server", "--help", cwd=elsewhere, PYTHONPATH=stand_ins)
     assert "--model-path" in out
-
-
-def test_the_groups_of_the_project_are_the_recipes_of_the_engines():
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    for engine in ("sglang", "vllm"):
-        recipe = (ROOT / f"scripts/engine_requirements/{engine}-gpu.txt").read_text().splitlines()
-        assert groups[engine] == recipe
