@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from trace_async.config import EngineConfig
 from trace_async.engine import Engine
 from trace_async.engines import make_engine
+from trace_async.policy.device import resolve_device
 from trace_async.policy.load import load_model
 from trace_async.policy.small_tokenizer import build_tokenizer
 from trace_async.types import SamplingParams
@@ -76,7 +77,7 @@ async def run_load(load: Load, num_requests: int, generate: Generate, rng: np.ra
 def static_batch(model: PreTrainedModel) -> Generate:
     @torch.inference_mode()
     def generate(prompts: list[list[int]], num: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=model.device)
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -147,15 +148,21 @@ def random_policy(path: Path, hidden_size: int, num_layers: int, vocab_size: int
 
 async def run(args: argparse.Namespace, policy_path: Path, log_dir: Path) -> None:
     torch.set_num_threads(1)
-    model = load_model(policy_path)
+    device = resolve_device(args.device, name="--device")
+    model = load_model(policy_path, device=str(device), dtype=args.dtype)
     vocab = model.config.vocab_size
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"model: {num_parameters / 1e6:.2f} M parameters, fp32, one thread; {args.rounds} rounds")
+    print(f"model: {num_parameters / 1e6:.2f} M parameters, {args.dtype} on {device}, one thread; {args.rounds} rounds")
     contestants = {"generate": static_batch(model)}
     engines: dict[str, Engine] = {}
     try:
         for backend in args.backends:
-            config = EngineConfig(backend=backend, device="cpu", max_running_requests=max(args.requests))
+            config = EngineConfig(
+                backend=backend,
+                device="cuda" if device.type == "cuda" else "cpu",
+                dtype=args.dtype,
+                max_running_requests=max(args.requests),
+            )
             engine = make_engine(
                 config, policy_path=policy_path, max_context_tokens=MAX_CONTEXT, seed=0, log_dir=log_dir
             )
@@ -184,6 +191,8 @@ def main() -> None:
     parser.add_argument("--requests", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64])
     parser.add_argument("--loads", type=lambda text: text.split(","), default=list(LOADS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--policy", type=Path, help="a model directory; by default a random one is made")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=3)

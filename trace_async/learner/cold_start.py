@@ -27,6 +27,7 @@ from trace_async.learner.policy_tensors import add_lora, merged
 from trace_async.packing.attention import attention_for, hidden_states, prepare_model
 from trace_async.packing.layout import Layout, concatenate
 from trace_async.policy.chats import read_chats
+from trace_async.policy.device import resolve_device
 from trace_async.policy.load import load_model, load_renderer, load_tokenizer
 from trace_async.policy.report import describe_policy
 from trace_async.policy.save import save_policy
@@ -75,7 +76,7 @@ def teach(path: Path, demos: Sequence[Demonstration], config: Config, log: Calla
     """The fine-tuned model, adapters merged, at its best held-out loss; and what was done."""
     settings = config.cold_start
     heldout, taught = _split(demos, settings)
-    model = load_model(path, dtype="float32")
+    model = load_model(path, dtype="float32", device=str(resolve_device(config.learner.device, name="learner.device")))
     trained = _choose_weights(model, settings)
     prepare_model(model, attention_for(model.device, flat=False))
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -140,7 +141,7 @@ def _merged(model: Any, path: Path, settings: ColdStartConfig) -> Any:
     if not settings.lora_rank:
         return model
     plain = load_model(path, dtype="float32")
-    state = model.state_dict()
+    state = model.cpu().state_dict()
     plain.load_state_dict(dict(merged(state, state.__getitem__)))
     return plain
 
@@ -157,9 +158,9 @@ def _loss(model: Any, row: Sequence[Demonstration]) -> torch.Tensor:
     ]
     layout = concatenate(layouts)
     trained = np.concatenate([demo.weights >= 1 for demo in row])
-    targets = torch.from_numpy(np.flatnonzero(trained))
+    targets = torch.from_numpy(np.flatnonzero(trained)).to(model.device)
     hidden = hidden_states(model, layout, attention_for(model.device, flat=False))
-    labels = torch.from_numpy(layout.token_ids)[targets]
+    labels = torch.from_numpy(layout.token_ids).to(model.device)[targets]
     logprobs, _ = entry_logprobs(
         model.get_output_embeddings(),
         hidden,
