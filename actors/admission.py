@@ -126,9 +126,11 @@ class Admission:
             tasks, estimates = await self._estimates(tasks)
             if not tasks:
                 return []
-        estimates = replace(estimates, tokens=self.market.root_tokens([task.id for task in tasks]))
+        tokens = self.market.root_tokens([task.id for task in tasks])
+        estimates = replace(estimates, tokens=tokens, price=self.market.price())
         rng = np.random.default_rng((self.config.seed, number))
         counts = rule.plan(estimates, budget.root_rollouts, rng)
+        self.market.observe_round(estimates, counts)
         return [
             PlannedPrompt(
                 task_id=task.id,

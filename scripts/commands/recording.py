@@ -1,11 +1,12 @@
 """A run's figures on their way: to MLflow and metrics.jsonl, to the live table, trees to disk."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from scripts.viewer.source import RunSource
 from trace_async.config import Config
+from trace_async.method.market import DECISIONS_LOG
 from trace_async.run.scaling import SIZES_FILE, Size
 from trace_async.run.state import RunState
 from trace_async.tracking.log import write_whole
@@ -16,6 +17,9 @@ from trace_async.trees.io import tree_files, trees_path, write_trees
 from trace_async.trees.tree import RolloutTree
 
 log = logging.getLogger(__name__)
+
+
+DECISIONS_FILE = "decisions.txt"
 
 
 class Recorder:
@@ -33,8 +37,12 @@ class Recorder:
             first_update=first.num_updates if first else 0,
             tokens_before=first.generated_tokens if first else 0,
         )
+        self._update = first.num_updates if first else 0
+        self._decisions = _Decisions(self.on_decision)
+        logging.getLogger(DECISIONS_LOG).addHandler(self._decisions)
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], trees: Sequence[RolloutTree]) -> None:
+        self._update = step
         self._tracker.log(metrics, step)
         self.progress.update(step, metrics)
         if trees and self.config.tracking.trees_per_artifact:
@@ -53,7 +61,17 @@ class Recorder:
         self.progress.message(f"after update {size.update}: {size.num_generators} generators, {size.reason}")
         self._tracker.log_artifact(self.run_dir / SIZES_FILE)
 
+    def on_decision(self, words: str) -> None:
+        """A rule of the method decided something about the rest of the run: said in the terminal, and kept in words."""
+        line = f"after update {self._update}: {words}"
+        self.progress.message(line)
+        path = self.run_dir / DECISIONS_FILE
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self._tracker.log_text(path.read_text(encoding="utf-8"), DECISIONS_FILE)
+
     def finish(self, status: RunStatus) -> None:
+        logging.getLogger(DECISIONS_LOG).removeHandler(self._decisions)
         self._keep_page()
         self._tracker.finish(status)
 
@@ -72,3 +90,14 @@ class Recorder:
     def _start_tracker(self, step: int | None) -> Tracker:
         run_id = None if step is None else saved_run_id(self.run_dir)
         return Tracker.start(self.config, self.run_dir, resume_run_id=run_id, resume_step=step)
+
+
+class _Decisions(logging.Handler):
+    """Hands on what is logged of decisions, wherever in the process they were made."""
+
+    def __init__(self, on_decision: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._on_decision = on_decision
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._on_decision(record.getMessage())

@@ -41,17 +41,18 @@ class BudgetConfig:
     """The most continuations that one prefix gets. null: as many as the prompt has."""
     stage1: Annotated[str, _rule(STAGE1)] = "beta"
     """How root rollouts are shared among prompts: uniform (every prompt the same) | point and beta (TRACE, from a point
-    estimate or a posterior of the success rate) | beta_per_token (the same, for the tokens of M average rollouts) |
-    thompson (MoPPS) | pcl | vip | dapo (dynamic sampling) | package.module:Class of your own
+    estimate or a posterior of the success rate) | price (beta, at one price per token for both stages) | thompson
+    (MoPPS) | pcl | vip | dapo (dynamic sampling) | package.module:Class of your own
     (trace_async.method.stage1.rule)."""
     stage2: Annotated[str, _rule(STAGE2)] = "contrast"
     """Which prefixes are continued: none | random | contrast (TRACE) | contrast_per_token (its value per generated
     token) | contrast_value_only | price (one price for all prompts, their budget in tokens) | topup (further roots of
     prompts whose roots agree, at one price; no continuations) | package.module:Class of your own
     (trace_async.method.stage2.rule)."""
-    continuations: Literal["always", "auto"] = "always"
+    continuations: Literal["always", "auto", "auto_seconds"] = "always"
     """always | auto: continuations are bought only after turns where they beat new root rollouts by what was measured,
-    s > 2ρ/(1+ρ) (docs/METHOD.md); the log says what was decided and why."""
+    s > 2ρ/(1+ρ) (docs/METHOD.md); terminal and MLflow say what was decided and why | auto_seconds: s in seconds, not in
+    tokens."""
     stage2_rounds: Annotated[int, Field(ge=1)] = 1
     """The continuations of a prompt are spent in so many rounds, later ones also from prefixes of earlier ones
     (Tree-GRPO's L)."""

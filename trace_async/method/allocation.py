@@ -68,12 +68,34 @@ def allocate_roots(
         )  # fmt: skip
         return counts + hand_out(cap - counts, units - int(counts.sum()))
 
-    def envelope(items: IntArray, width: int) -> FloatArray:
-        u = (v[items] * (1 - v[items]) / (1 + c[items]))[:, None]
-        rest = _root_marginals(v[items], c[items], 4, width - 3) if width > 3 else u[:, :0]
-        return np.concatenate([np.repeat(u, min(width, 3), axis=1), np.minimum(rest, u)], axis=1)
+    found = cut(lambda items, width: _root_envelope(v[items], c[items], width), len(v), units, cap)
+    return _fill_bundles(found, units, cap)
 
-    return _fill_bundles(cut(envelope, len(v), units, cap), units, cap)
+
+def root_rates(
+    success: ArrayLike, cost: ArrayLike, *, max_rollouts: int, strength: ArrayLike | None = None
+) -> FloatArray:
+    """Contrast per token of each prompt's 1st … max_rollouts-th root rollout, [prompts, max_rollouts], never rising.
+
+    `cost` [prompts] > 0: expected generated tokens of a root rollout. The first three (two where no more may be had)
+    are worth the same: V_root's concave envelope, as nobody buys less of a prompt.
+    """
+    v, tokens = _probabilities("success", success), np.asarray(cost, dtype=float)
+    if tokens.shape != v.shape or not (tokens > 0).all() or max_rollouts < 2:
+        raise ValueError(f"need {len(v)} costs > 0 and {max_rollouts=} ≥ 2")
+    c = np.broadcast_to(_uncertainty(strength), v.shape)
+    return np.asarray(_root_envelope(v, c, max_rollouts) / tokens[:, None])
+
+
+def allocate_roots_at_price(
+    success: ArrayLike, price: float, cost: ArrayLike, *, max_rollouts: int, strength: ArrayLike | None = None
+) -> IntArray:
+    """Stage 1 at a price: for each prompt the m ≤ max_rollouts at which V_root(m) − price·cost·m is greatest.
+
+    No prompt waits for another, and the number of rollouts is what the price makes of it. No prompt gets just one.
+    """
+    rates = root_rates(success, cost, max_rollouts=max_rollouts, strength=strength)
+    return np.asarray((rates > price).sum(axis=1), dtype=np.int64)
 
 
 def _fill_bundles(found: Cut, units: int, cap: int) -> IntArray:
@@ -111,6 +133,13 @@ def _place_last_unit(found: Cut, counts: IntArray, bundle: NDArray[np.bool_]) ->
     else:
         counts[takes] += 1
     return counts
+
+
+def _root_envelope(v: FloatArray, c: FloatArray, width: int) -> FloatArray:
+    """The marginals 0, 2u, u … of V_root as u, u, u, …: the least concave function above it, [len(v), width]."""
+    u = (v * (1 - v) / (1 + c))[:, None]
+    rest = _root_marginals(v, c, 4, width - 3) if width > 3 else u[:, :0]
+    return np.concatenate([np.repeat(u, min(width, 3), axis=1), np.minimum(rest, u)], axis=1)
 
 
 def _root_marginals(v: FloatArray, c: FloatArray, first: int, width: int) -> FloatArray:
@@ -180,30 +209,6 @@ def allocate_prefixes_by_tokens(
     worth = [
         prefix_value(value, reward, np.arange(_affordable(tokens, c, max_per_prefix) + 1))
         for value, reward, c in zip(v, r, price, strict=True)
-    ]
-    return _token_knapsack(worth, price, tokens)
-
-
-def allocate_roots_by_tokens(
-    success: ArrayLike,
-    tokens: float,
-    cost: ArrayLike,
-    *,
-    max_rollouts: int,
-    strength: ArrayLike | None = None,
-) -> IntArray:
-    """As `allocate_roots`, with a budget in tokens: Σ V_root is greatest while Σ cost·m ≤ `tokens`, m ≤ max_rollouts.
-
-    `cost` [prompts] > 0: expected generated tokens of a root rollout. No prompt gets just one: it would teach nothing.
-    As exact as `allocate_prefixes_by_tokens`.
-    """
-    v, price = _probabilities("success", success), np.asarray(cost, dtype=float)
-    if price.shape != v.shape or not (price > 0).all() or not tokens >= 0 or max_rollouts < 0:
-        raise ValueError(f"need {len(v)} costs > 0, {tokens=} ≥ 0 and {max_rollouts=} ≥ 0")
-    certainty = [None] * len(v) if strength is None else np.broadcast_to(np.asarray(strength, dtype=float), v.shape)
-    worth = [
-        root_value(value, np.arange(_affordable(tokens, c, max_rollouts) + 1), strength=known)
-        for value, c, known in zip(v, price, certainty, strict=True)
     ]
     return _token_knapsack(worth, price, tokens)
 

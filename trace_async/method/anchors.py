@@ -47,7 +47,8 @@ def prompt_anchor(
 def find_anchors(tree: Grown) -> list[Anchor]:
     """All anchors of a tree whose nodes carry the predictor's values (a node without one counts as 0.5).
 
-    A continuation's expected cost is the mean of what the finished rollouts generated beyond the anchor's depth.
+    A continuation's expected cost is the mean of what the rollouts of Stage 1 generated beyond the anchor's depth, or,
+    where none of them came so far, all rollouts.
     """
     after = _mean_tokens_after_depth(tree)
     return [
@@ -65,9 +66,11 @@ def find_anchors(tree: Grown) -> list[Anchor]:
 
 def _mean_tokens_after_depth(tree: Grown) -> list[float]:
     """Per depth, generated tokens beyond it, averaged over the rollouts that go on beyond it; at least 1."""
-    paths = [[tree.nodes[index].num_generated for index in tree.path(rollout.leaf)] for rollout in tree.rollouts]
+    every = [[tree.nodes[index].num_generated for index in tree.path(rollout.leaf)] for rollout in tree.rollouts]
+    first = [path for path, rollout in zip(every, tree.rollouts, strict=True) if rollout.from_stage1]
     means = []
     for depth in range(max(tree.depths) + 1):
-        rests = [sum(path[depth + 1 :]) for path in paths if len(path) > depth + 1]
+        going_on = [path for path in first if len(path) > depth + 1] or [p for p in every if len(p) > depth + 1]
+        rests = [sum(path[depth + 1 :]) for path in going_on]
         means.append(max(1.0, sum(rests) / len(rests)) if rests else 1.0)
     return means

@@ -1,6 +1,7 @@
 """What Stage 2 has cost and brought so far: the price of contrast, and at which depths continuations pay (METHOD 8).
 
-    finished trees ─► Market.observe          Market.offer ─► Stage2Rule of the next prompt
+    finished trees ─► Market.observe          Market.price ─► Stage1Rule of the next round
+    rounds         ─► Market.observe_round    Market.offer ─► Stage2Rule of the next prompt
 
 One worked example: prompts have one anchor each, of V = .5, whose continuations write 10 tokens. A first continuation
 is worth .5, so .05 a token, the second .25, so .025. If the budget is 15 tokens a prompt, the price comes to rest
@@ -18,18 +19,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trace_async.method.allocation import root_rates
 from trace_async.method.anchors import Anchor, find_anchors, prompt_anchor
-from trace_async.method.knapsack import FloatArray
-from trace_async.method.registry import stage2_class
+from trace_async.method.knapsack import FloatArray, IntArray
+from trace_async.method.posterior import Estimates
+from trace_async.method.registry import stage1_class, stage2_class
 from trace_async.method.settings import BudgetSettings
 from trace_async.trees.tree import ROOT, RolloutTree
 
-log = logging.getLogger(__name__)
+DECISIONS_LOG = "trace_async.decisions"
+"""The logger of decisions about the rest of a run, in words that its user should see."""
+log = logging.getLogger(DECISIONS_LOG)
 
 MAX_PER_PREFIX = 8
 """Continuations of one prefix that a price may buy at most, where budget.max_per_prefix says nothing."""
 MIN_TREES = 8
 """Trees before there is a price."""
+ROUNDS = 8
+"""Rounds of Stage 1 whose candidates make the price."""
 MIN_ANCHORS = 16
 """Anchors with at least two continuations before a depth may be closed."""
 PROBE_EVERY = 8
@@ -42,8 +49,8 @@ class Offer:
 
     price: float | None = None
     """λ: a continuation is bought while its expected contrast per expected token is above it."""
-    tokens_after: tuple[float, ...] = ()
-    """By depth, tokens that a continuation there was seen to write; 0: never seen."""
+    dearer: tuple[float, ...] = ()
+    """By depth, tokens that continuations there wrote, over what was expected of them; 0: never seen."""
     closed_depths: frozenset[int] = frozenset()
     """Depths at which continuations do not pay."""
 
@@ -57,7 +64,9 @@ class DepthFigures:
     rho: float
     """Share of the outcome's variance that the prefix has decided."""
     share_before: float
-    """s, share of a rollout's tokens that lie before the fork."""
+    """s, share of a rollout's generated tokens that lie before the fork."""
+    share_before_s: float = math.nan
+    """The same in seconds: where tools are slow, a prefix is dearer than its tokens say."""
 
     @property
     def break_even(self) -> float:
@@ -65,9 +74,13 @@ class DepthFigures:
         return 2 * self.rho / (1 + self.rho)
 
     @property
-    def pays(self) -> bool:
+    def measured(self) -> bool:
+        """Whether enough was seen for a decision."""
+        return self.num_anchors >= MIN_ANCHORS and not math.isnan(self.rho)
+
+    def pays(self, *, in_seconds: bool = False) -> bool:
         """True as long as too little was measured to say no."""
-        return self.num_anchors < MIN_ANCHORS or not self.share_before <= self.break_even
+        return not self.measured or not (self.share_before_s if in_seconds else self.share_before) <= self.break_even
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +90,16 @@ class _Fork:
     depth: int
     tokens_before: int
     tokens: tuple[int, ...]
+    expected_tokens: float
+    seconds_before: float
+    seconds: float
     within: float | None
     between: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What the market keeps of a finished tree. `budget`, `spent`: tokens that Stage 2 might and did write there."""
+    """What the market keeps of a finished tree. `budget`, `spent`: tokens that might be and were bought at a price."""
 
     budget: float
     spent: int
@@ -91,14 +107,28 @@ class _Seen:
     forks: tuple[_Fork, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """A round of Stage 1: `rates` [candidates, rollouts] and `tokens` [candidates] of its candidates, the `budget` in
+    tokens of all that comes of it, and how many prompts were bought."""
+
+    rates: FloatArray
+    tokens: FloatArray
+    budget: float
+    num_prompts: int
+
+
 class Market:
     """Watches finished trees; offers the next prompt a price and the depths that pay."""
 
     def __init__(self, settings: BudgetSettings, *, window: int = 256) -> None:
         self.settings = settings
-        self._rule = stage2_class(settings.stage2)
+        self._stage1, self._stage2 = stage1_class(settings.stage1), stage2_class(settings.stage2)
+        self._rounds: deque[_Round] = deque(maxlen=ROUNDS)
         self.seen: deque[_Seen] = deque(maxlen=window)
         self.closed: frozenset[int] = frozenset()
+        self.decisions: dict[int, str] = {}
+        """By depth, what budget.continuations=auto decided last and why, in words."""
         self.num_offers = 0
         self._root_tokens: dict[str, float] = {}
         self._owed = 0.0  # tokens of budget not spent yet (negative: overspent)
@@ -107,25 +137,43 @@ class Market:
         """Take in a finished tree. `root_strength`: pseudo rollouts behind the V of its prompt."""
         if not tree.rollouts:
             return
-        self._root_tokens[tree.task.id] = max(1.0, _mean_root_tokens(tree))
-        if not self.settings.continuations_per_root:
-            return
-        anchors = [*_turns(tree)] if self._rule.forks else []
-        if self._rule.buys_roots and (prompt := _prompt(tree, root_strength)) is not None:
+        expected, mean = self.root_tokens([tree.task.id]), _mean_root_tokens(tree)
+        if self._stage1.at_price and expected is not None:  # what was owed when the round was planned
+            self._owed += (float(expected[0]) - mean) * sum(rollout.from_stage1 for rollout in tree.rollouts)
+        self._root_tokens[tree.task.id] = max(1.0, mean)
+        anchors = [*_turns(tree)] if self._stage2.forks and self.settings.continuations_per_root else []
+        if self._stage2.buys_roots and (prompt := _prompt(tree, root_strength)) is not None:
             anchors.append(prompt)
-        seen = _look_at(tree, self.settings.continuations_per_root, tuple(anchors))
+        seen = self._look_at(tree, tuple(anchors))
         self.seen.append(seen)
-        self._owed += seen.budget - seen.spent
-        if self.settings.continuations == "auto":
-            self._close_depths()
+        if self._stage2.at_price:
+            self._owed -= seen.spent
+        if not self._stage1.at_price:
+            self._owed += seen.budget
+        if self.settings.continuations != "always":
+            self._decide()
+
+    def observe_round(self, estimates: Estimates, counts: IntArray) -> None:
+        """Take in a round of Stage 1: what its candidates had to offer, and the roots that each of them got."""
+        if self._stage1.at_price and estimates.tokens is not None:
+            rates = root_rates(
+                estimates.mean,
+                estimates.tokens,
+                max_rollouts=self.settings.max_rollouts,
+                strength=estimates.strength,
+            )
+            own = self.settings.continuations_per_root / 2 if self._stage2.at_price else 0.0
+            budget = self.settings.root_rollouts * (1 + own) * float(estimates.tokens.mean())
+            self._rounds.append(_Round(rates, estimates.tokens, budget, int((counts > 0).sum())))
+            self._owed += budget - float(counts @ estimates.tokens)
 
     def offer(self) -> Offer:
         """For the next prompt."""
         self.num_offers += 1
         probes = self.num_offers % PROBE_EVERY == 0
         return Offer(
-            price=self.price() if len(self.seen) >= MIN_TREES else None,
-            tokens_after=self.tokens_after(),
+            price=self.price(),
+            dearer=self.dearer(),
             closed_depths=frozenset() if probes else self.closed,
         )
 
@@ -136,32 +184,51 @@ class Market:
         mean = sum(self._root_tokens.values()) / len(self._root_tokens)
         return np.array([self._root_tokens.get(task_id, mean) for task_id in task_ids])
 
-    def tokens_after(self) -> tuple[float, ...]:
-        """By depth, mean tokens of the continuations that started there; 0 where there was none."""
-        tokens: dict[int, list[int]] = defaultdict(list)
-        for seen in self.seen:
-            for fork in seen.forks:
-                tokens[fork.depth].extend(fork.tokens)
-        depths = range(max(tokens, default=-1) + 1)
-        return tuple(sum(tokens[depth]) / len(tokens[depth]) if tokens[depth] else 0.0 for depth in depths)
+    def dearer(self) -> tuple[float, ...]:
+        """By depth, Σ tokens of the continuations that started there ÷ Σ of what was expected; 0: there was none."""
+        written: dict[int, float] = defaultdict(float)
+        expected: dict[int, float] = defaultdict(float)
+        for fork in (fork for seen in self.seen for fork in seen.forks):
+            written[fork.depth] += sum(fork.tokens)
+            expected[fork.depth] += fork.expected_tokens * len(fork.tokens)
+        return tuple(
+            written[depth] / expected[depth] if depth in expected else 0.0
+            for depth in range(max(expected, default=-1) + 1)
+        )
 
-    def price(self) -> float:
-        """The price at which the window's prompts would have spent their budget, and what is still owed, in tokens.
+    def price(self) -> float | None:
+        """λ at which the window's prompts would have spent their budget, and what is still owed, in tokens.
 
-        What is owed is settled within a window, as far as between a tenth and three times the budget does it.
+        What is owed is settled within a window, as far as between a tenth and three times the budget does it. None: too
+        little was seen, or nothing is bought at a price.
         """
-        anchors = [anchor for seen in self.seen for anchor in seen.anchors]
-        budget = sum(seen.budget for seen in self.seen)
-        if not anchors or not budget:
-            return 0.0
-        tokens_after, most = self.tokens_after(), self.settings.max_per_prefix or MAX_PER_PREFIX
-        tokens = np.array([expected_tokens(anchor, tokens_after) for anchor in anchors])
-        rates = np.array([marginal_contrast(anchor, most) for anchor in anchors]) / tokens[:, None]
-        order = np.argsort(-rates.ravel(), kind="stable")
-        spent = np.cumsum(np.repeat(tokens, most)[order])
+        if len(self.seen) < MIN_TREES:
+            return None
+        rates, tokens = self._supply()
+        budget = sum(one.budget for one in (self._rounds if self._stage1.at_price else self.seen))
+        if not rates.size:
+            return None
+        order = np.argsort(-rates, kind="stable")
+        spent = np.cumsum(tokens[order])
         aim = budget + float(np.clip(self._owed, -0.9 * budget, 2 * budget))
         bought = int(np.searchsorted(spent, aim, side="right"))
-        return float(rates.ravel()[order[min(bought, len(order) - 1)]])
+        return float(rates[order[min(bought, len(order) - 1)]])
+
+    def _supply(self) -> tuple[FloatArray, FloatArray]:
+        """All that the window had to offer: contrast per token of each rollout, and its tokens."""
+        rates, tokens = [np.zeros(0)], [np.zeros(0)]
+        share = 1.0  # of the window's trees, as many as the rounds bought
+        if self._stage1.at_price:
+            share = sum(one.num_prompts for one in self._rounds) / len(self.seen)
+            rates += [one.rates.ravel() for one in self._rounds]
+            tokens += [np.repeat(one.tokens, one.rates.shape[1]) for one in self._rounds]
+        if self._stage2.at_price:
+            dearer, most = self.dearer(), self.settings.max_per_prefix or MAX_PER_PREFIX
+            for anchor in (anchor for seen in self.seen for anchor in seen.anchors):
+                cost = expected_tokens(anchor, dearer)
+                rates.append(marginal_contrast(anchor, most) / cost)
+                tokens.append(np.full(most, share * cost))
+        return np.concatenate(rates), np.concatenate(tokens)
 
     def figures(self) -> dict[int, DepthFigures]:
         """ρ and s by depth, over the window."""
@@ -172,68 +239,92 @@ class Market:
         found = {}
         for depth, some in sorted(forks.items()):
             before = sum(fork.tokens_before * len(fork.tokens) for fork in some)
-            total = before + sum(sum(fork.tokens) for fork in some)
+            before_s = sum(fork.seconds_before * len(fork.tokens) for fork in some)
             pairs = [(f.within, f.between) for f in some if f.within is not None and f.between is not None]
-            found[depth] = DepthFigures(len(pairs), _decided(pairs), before / total if total else math.nan)
+            found[depth] = DepthFigures(
+                len(pairs),
+                _decided(pairs),
+                _share(before, sum(sum(fork.tokens) for fork in some)),
+                _share(before_s, sum(fork.seconds for fork in some)),
+            )
         return found
 
-    def _close_depths(self) -> None:
+    def _look_at(self, tree: RolloutTree, anchors: tuple[Anchor, ...]) -> _Seen:
+        forks = _forks(tree)
+        root_tokens = sum(sum(_tokens(tree, index)) for index, r in enumerate(tree.rollouts) if r.from_stage1)
+        spent = tree.num_generated_tokens - root_tokens
+        # N continuations for every root rollout, and each counts as half a trajectory.
+        budget = root_tokens * self.settings.continuations_per_root / 2
+        return _Seen(budget, spent, anchors, forks)
+
+    def _decide(self) -> None:
+        """Close the depths at which continuations do not pay; say so in words, and the first time also that they do."""
+        in_seconds = self.settings.continuations == "auto_seconds"
         figures = self.figures()
-        closed = frozenset(depth for depth, found in figures.items() if not found.pays)
-        for depth in sorted(closed ^ self.closed):
-            log.info("continuations after turn %d %s", depth, _verdict(depth in closed, figures.get(depth)))
+        measured = {depth for depth, found in figures.items() if found.measured}
+        closed = frozenset(depth for depth, found in figures.items() if not found.pays(in_seconds=in_seconds))
+        for depth in sorted((closed ^ self.closed) | (measured - self.decisions.keys())):
+            again = depth in self.decisions
+            words = _verdict(depth in closed, figures.get(depth), again=again, in_seconds=in_seconds)
+            self.decisions[depth] = f"continuations after turn {depth} {words}"
+            log.info("%s", self.decisions[depth])
         self.closed = closed
 
     def metrics(self) -> dict[str, float]:
         """For the log: `stage2/price`, and by depth `share_before` (s), `rho`, `break_even` and `pays`."""
-        if not self.seen:
-            return {}
-        found = {"stage2/price": self.price()}
+        price = self.price()
+        found = {} if price is None else {"budget/price": price}
         for depth, figures in self.figures().items():
             found[f"stage2/share_before/turn_{depth}"] = figures.share_before
-            if figures.num_anchors >= MIN_ANCHORS and not math.isnan(figures.rho):
+            if not math.isnan(figures.share_before_s):
+                found[f"stage2/share_before_s/turn_{depth}"] = figures.share_before_s
+            if figures.measured:
                 found[f"stage2/rho/turn_{depth}"] = figures.rho
                 found[f"stage2/break_even/turn_{depth}"] = figures.break_even
-                found[f"stage2/pays/turn_{depth}"] = float(figures.pays)
+                found[f"stage2/pays/turn_{depth}"] = float(figures.pays())
+                found[f"stage2/pays_s/turn_{depth}"] = float(figures.pays(in_seconds=True))
         return found
 
 
-def _verdict(is_closed: bool, figures: DepthFigures | None) -> str:
-    if figures is None:  # nothing of it is left in the window
-        return "are tried again"
+def _verdict(is_closed: bool, figures: DepthFigures | None, *, again: bool, in_seconds: bool) -> str:
+    if figures is None or not figures.measured:  # too little of it is left in the window
+        return "are tried again: too little was seen of them lately"
+    counted, s, other, s_other = "tokens", figures.share_before, "seconds", figures.share_before_s
+    if in_seconds:
+        counted, s, other, s_other = other, s_other, counted, s
+    beside = "" if math.isnan(s_other) else f" ({s_other:.2f} of its {other})"
+    decided = "do not pay" if is_closed else "pay again" if again else "pay"
     return (
-        f"{'do not pay' if is_closed else 'are bought again'}: s = {figures.share_before:.2f} of a rollout's tokens "
-        f"lie before the fork, 2ρ/(1+ρ) = {figures.break_even:.2f} (ρ = {figures.rho:.2f}, "
+        f"{decided}: s = {s:.2f} of a rollout's {counted}{beside}"
+        f" lie before the fork, and 2ρ/(1+ρ) = {figures.break_even:.2f} (ρ = {figures.rho:.2f}, "
         f"{figures.num_anchors} anchors)"
     )
 
 
-def _look_at(tree: RolloutTree, per_root: int, anchors: tuple[Anchor, ...]) -> _Seen:
-    generated = [node.num_generated for node in tree.nodes]
-    tokens = [sum(generated[node] for node in tree.fresh_nodes(index)) for index in range(len(tree.rollouts))]
-    roots = [index for index, rollout in enumerate(tree.rollouts) if rollout.from_stage1]
+def _tokens(tree: RolloutTree, rollout: int) -> list[int]:
+    """Generated tokens of each turn that the rollout itself wrote."""
+    return [tree.nodes[node].num_generated for node in tree.fresh_nodes(rollout)]
+
+
+def _forks(tree: RolloutTree) -> tuple[_Fork, ...]:
     bought: dict[int, list[int]] = defaultdict(list)
     for index, rollout in enumerate(tree.rollouts):
         if rollout.kind == "continuation":
             bought[rollout.anchor].append(index)
-    between = _variance([tree.rollouts[index].reward for index in roots])
-    forks = [
+    between = _variance([rollout.reward for rollout in tree.rollouts if rollout.from_stage1])
+    expected = {anchor.node: anchor.expected_tokens for anchor in find_anchors(tree)}
+    return tuple(
         _Fork(
             depth=tree.depths[anchor],
-            tokens_before=sum(generated[node] for node in tree.path(anchor)),
-            tokens=tuple(tokens[index] for index in continuations),
+            tokens_before=sum(tree.nodes[node].num_generated for node in tree.path(anchor)),
+            tokens=tuple(sum(_tokens(tree, index)) for index in continuations),
+            expected_tokens=expected[anchor],
+            seconds_before=sum(tree.nodes[node].seconds for node in tree.path(anchor)),
+            seconds=sum(tree.nodes[node].seconds for index in continuations for node in tree.fresh_nodes(index)),
             within=_variance([tree.rollouts[index].reward for index in continuations]),
             between=between,
         )
         for anchor, continuations in bought.items()
-    ]
-    root_tokens = sum(tokens[index] for index in roots)
-    return _Seen(
-        # N continuations for every root rollout, and each counts as half a trajectory.
-        budget=root_tokens * per_root / 2,
-        spent=sum(tokens) - root_tokens,
-        anchors=anchors,
-        forks=tuple(forks),
     )
 
 
@@ -256,10 +347,12 @@ def _prompt(tree: RolloutTree, strength: float | None) -> Anchor | None:
 
 
 def _mean_root_tokens(tree: RolloutTree) -> float:
-    roots = [index for index, rollout in enumerate(tree.rollouts) if rollout.from_stage1]
-    return sum(tree.nodes[node].num_generated for index in roots for node in tree.fresh_nodes(index)) / max(
-        1, len(roots)
-    )
+    roots = [sum(_tokens(tree, index)) for index, rollout in enumerate(tree.rollouts) if rollout.from_stage1]
+    return sum(roots) / max(1, len(roots))
+
+
+def _share(before: float, after: float) -> float:
+    return before / (before + after) if before + after else math.nan
 
 
 def _variance(rewards: list[float]) -> float | None:
@@ -291,7 +384,7 @@ def marginal_contrast(anchor: Anchor, count: int) -> np.ndarray:
     return np.asarray(all_alike[:-1] - all_alike[1:])
 
 
-def expected_tokens(anchor: Anchor, tokens_after: tuple[float, ...]) -> float:
-    """As was seen at this depth; where nothing was, as the prompt's own rollouts went on. At least 1."""
-    seen = tokens_after[anchor.depth] if anchor.depth < len(tokens_after) else 0.0
-    return max(1.0, seen or anchor.expected_tokens)
+def expected_tokens(anchor: Anchor, dearer: tuple[float, ...]) -> float:
+    """As the prompt's own rollouts went on, times how much dearer continuations of this depth were than that."""
+    seen = dearer[anchor.depth] if anchor.depth < len(dearer) else 0.0
+    return max(1.0, anchor.expected_tokens * (seen or 1.0))

@@ -19,12 +19,14 @@ STRENGTHS = np.geomspace(0.5, 64.0, 15)
 class Estimates:
     """Beta(a_i, b_i) for each candidate prompt; `a` and `b` are [prompts], > 0.
 
-    `tokens` [prompts] > 0: what a root rollout of each is expected to generate. None: nothing was seen yet.
+    `tokens` [prompts] > 0: what a root rollout of each is expected to generate. None: nothing was seen yet. `price`: λ,
+    the contrast that a token has to bring. None: there is none yet.
     """
 
     a: FloatArray
     b: FloatArray
     tokens: FloatArray | None = None
+    price: float | None = None
 
     def __post_init__(self) -> None:
         if self.a.shape != self.b.shape or self.a.ndim != 1 or not ((self.a > 0) & (self.b > 0)).all():

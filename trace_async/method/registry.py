@@ -29,7 +29,7 @@ STAGE1 = {
     "vip": "trace_async.method.stage1.variance:Vip",
     "point": "trace_async.method.stage1.active:Point",
     "beta": "trace_async.method.stage1.active:Beta",
-    "beta_per_token": "trace_async.method.stage1.active:BetaPerToken",
+    "price": "trace_async.method.stage1.active:Price",
 }
 STAGE2 = {
     "none": "trace_async.method.stage2.none:NoContinuations",

@@ -10,6 +10,7 @@ one request at a time (actors/router.py), and not here.
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,17 @@ class _Outcome:
 
     reward: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class _Lap:
+    """How long each turn of a rollout takes: `seconds` since it was asked last."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def seconds(self) -> float:
+        before, self._since = self._since, time.monotonic()
+        return self._since - before
 
 
 class PromptRun:
@@ -216,12 +228,13 @@ class PromptRun:
         Returns the frozen environments by turn of the branch; when it breaks down they are closed.
         """
         states: dict[int, GuardedEnv] = {}
+        clock = _Lap()
         env = await (self._fork_at(branch.anchor) if branch.anchor != ROOT else self._guard.make(self._task))
         try:
             if branch.anchor == ROOT:
                 await self._start(env)
             history = self._builder.history(branch)
-            while (outcome := await self._turn(env, branch, history)) is None:
+            while (outcome := await self._turn(env, branch, history, clock)) is None:
                 if keep_states and len(history) < self._limits.max_context_tokens:
                     states[len(branch.turns) - 1] = await env.fork()
         except BaseException:
@@ -247,7 +260,7 @@ class PromptRun:
             )
         self._builder.set_prompt(prompt_ids)
 
-    async def _turn(self, env: GuardedEnv, branch: Branch, history: list[int]) -> _Outcome | None:
+    async def _turn(self, env: GuardedEnv, branch: Branch, history: list[int], clock: "_Lap") -> _Outcome | None:
         """One turn of the policy, and what the environment says to it.
 
         `history`, what the policy sees, grows by both, or becomes that of another conversation of the rollout.
@@ -273,7 +286,7 @@ class PromptRun:
         if not result.done and not follows_another:
             with _template_errors(self._task, "step"):
                 observed = self._renderer.render_observation(result.messages, turn_ended=ended)
-        branch.append(completion, observed)
+        branch.append(completion, observed, clock.seconds())
         if result.reward is not None:
             return _Outcome(result.reward, result.metrics)
         if follows_another:

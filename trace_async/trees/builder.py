@@ -31,8 +31,8 @@ class Branch:
     prompt_states: dict[int, HiddenState] = field(default_factory=dict)
     """Index of a turn → the hidden state at the end of the prompt that the turn was generated for."""
 
-    def append(self, completion: Completion, observation: Sequence[int]) -> None:
-        """Add a turn: what the policy wrote, and the tokens of the answer that it got."""
+    def append(self, completion: Completion, observation: Sequence[int], seconds: float = 0.0) -> None:
+        """Add a turn: what the policy wrote, the tokens of the answer that it got, and how long both took."""
         if completion.prompt_state is not None:
             self.prompt_states[len(self.turns)] = completion.prompt_state
         self.turns.append(
@@ -45,6 +45,7 @@ class Branch:
                 version_spans=completion.version_spans,
                 prompt_tokens=completion.prompt_tokens,
                 cached_tokens=completion.cached_tokens,
+                seconds=seconds,
             )
         )
 

@@ -148,6 +148,7 @@ def _read_fault(value: Json, name: str) -> Fault:
 
 def _node_record(node: Node) -> Mapping[str, object]:
     context = {} if node.follows is None else {"follows": node.follows}  # left out, since few trees have it
+    seconds = {"seconds": round(node.seconds, 4)} if node.seconds else {}
     return {
         "parent": node.parent,
         "rollout": node.rollout,
@@ -158,6 +159,7 @@ def _node_record(node: Node) -> Mapping[str, object]:
         "value": node.value,
         "prompt_tokens": node.prompt_tokens,
         "cached_tokens": node.cached_tokens,
+        **seconds,
         **context,
     }
 
@@ -176,6 +178,7 @@ def _read_node(record: "_Reader") -> Node:
         value=None if record.value("value") is None else record.number("value"),
         prompt_tokens=record.integer("prompt_tokens"),
         cached_tokens=record.integer("cached_tokens"),
+        seconds=record.number("seconds") if record.has("seconds") else 0.0,
         follows=record.integer("follows") if record.has("follows") else None,
     )
 

@@ -50,6 +50,9 @@ class Node:
     """Tokens of the prompt in the request that generated the turn."""
     cached_tokens: int = 0
     """How many of the `prompt_tokens` came from the KV cache."""
+    seconds: float = field(default=0.0, compare=False)
+    """From when the turn was begun to when its observation was there, waiting for engine and environment included. Of
+    the first turn of a rollout, from when its environment was started or forked."""
     follows: int | None = None
     """None for a turn, which goes on from its parent. A number makes this a node of context: its tokens go on from
     those of that earlier node of the rollout (-1: they begin a conversation), and the next turn goes on from it."""

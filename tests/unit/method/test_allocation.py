@@ -14,7 +14,7 @@ from trace_async.method.allocation import (
     allocate_prefixes_by_tokens,
     allocate_prefixes_by_value,
     allocate_roots,
-    allocate_roots_by_tokens,
+    allocate_roots_at_price,
     prefix_value,
     root_value,
 )
@@ -185,35 +185,43 @@ def test_a_budget_in_tokens_equals_exhaustive_search(data, tokens, cap):
 
 @given(
     data=st.lists(st.tuples(probability, st.integers(1, 6)), min_size=1, max_size=4),
-    tokens=st.integers(0, 24),
-    cap=st.integers(0, 5),
+    price=st.floats(0.001, 0.3),
+    cap=st.integers(2, 6),
     strength=st.sampled_from([None, 3.0]),
 )
 @settings(max_examples=150, deadline=None)
-def test_roots_for_a_budget_in_tokens_equal_exhaustive_search(data, tokens, cap, strength):
+def test_roots_at_a_price_equal_exhaustive_search(data, price, cap, strength):
     success, cost = (np.array(part, dtype=float) for part in zip(*data, strict=True))
-    counts = allocate_roots_by_tokens(success, tokens, cost, max_rollouts=cap, strength=strength)
-    assert counts @ cost <= tokens
+    counts = allocate_roots_at_price(success, price, cost, max_rollouts=cap, strength=strength)
     assert (counts <= cap).all()
     assert not (counts == 1).any()
-    every = itertools.product(range(cap + 1), repeat=len(success))
-    best = max(root_value(success, np.array(m), strength=strength).sum() for m in every if np.array(m) @ cost <= tokens)
-    assert root_value(success, counts, strength=strength).sum() == pytest.approx(best, abs=1e-9)
+    for v, c, m in zip(success, cost, counts, strict=True):
+        left = [root_value(v, k, strength=strength) - price * c * k for k in range(cap + 1)]
+        assert left[m] == pytest.approx(max(left), abs=1e-9)
 
 
-def test_stage_1_in_tokens_prefers_the_short_of_two_even_prompts():
-    rule = stage1_rule(BudgetConfig(root_rollouts=4, pool_size=2, max_rollouts=8, stage1="beta_per_token"))
+def test_at_the_price_that_spends_m_roots_stage_1_is_the_published_one():
+    """Costs alike. u = .25, .21, .09: three and three of 6 at any price between .09 and .21 a rollout of one token."""
+    success, one = [0.5, 0.3, 0.1], np.ones(3)
+    assert allocate_roots(success, 6, max_rollouts=3).tolist() == [3, 3, 0]
+    assert allocate_roots_at_price(success, 0.1, one, max_rollouts=3).tolist() == [3, 3, 0]
+    # Twice as dear, the second is worth .105 a token; no more than two at a time may be had.
+    assert allocate_roots_at_price(success, 0.11, np.array([1, 2, 1]), max_rollouts=2).tolist() == [2, 0, 0]
+
+
+def test_stage_1_at_a_price_prefers_the_short_of_two_even_prompts_and_still_explores():
+    budget = BudgetConfig(root_rollouts=4, pool_size=2, max_rollouts=8, stage1="price", explore_share=0)
     beliefs = estimates(0.5, 0.5)
     rng = np.random.default_rng(0)
-    assert rule.plan(beliefs, 4, rng).tolist() == [2, 2]
-    # 4 roots of 20 tokens on average: 80 tokens, of which 8 roots of the first take 80 at 10 tokens each.
-    # As many go to the second only in pairs of 60: 60 + 20 buys 2 and 2, .45 + .45; 8 and 0 are worth more than either.
-    priced = replace(beliefs, tokens=np.array([10.0, 30.0]))
-    counts = rule.plan(priced, 4, rng)
-    assert counts @ [10, 30] <= 80
-    options = [(2, 2), (8, 0), (5, 1), (0, 2)]
-    best = max(options, key=lambda m: root_value([0.5, 0.5], np.array(m), strength=10.0).sum())
-    assert tuple(counts) == best
+    assert stage1_rule(budget).plan(beliefs, 4, rng).tolist() == [2, 2]  # no price yet: M roots
+    # E[v(1 − v)] of Beta(5, 5) is .25·10/11 = .227 for each of three; E[v³(1 − v)]·2 for the fourth, and so on.
+    marginals = np.diff(root_value(0.5, np.arange(3, 9), strength=10.0))
+    priced = replace(beliefs, tokens=np.array([10.0, 30.0]), price=0.01)
+    counts = stage1_rule(budget).plan(priced, 4, rng)
+    assert counts.tolist() == [3 + (marginals / 10 > 0.01).sum(), 0]
+    # All of the budget explores: a pair on each of both, whatever the price.
+    explores = replace(budget, explore_share=1.0)
+    assert stage1_rule(explores).plan(replace(priced, price=9.0), 4, rng).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("bad", [[float("nan")], [-0.1], [1.1], [[0.5]]])

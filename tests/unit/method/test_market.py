@@ -1,5 +1,6 @@
 """One price for all prompts, ρ and s by depth, and the decision whether continuations pay."""
 
+import itertools
 import logging
 from dataclasses import replace
 
@@ -8,12 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scripts.studies.price import shares
 from tests.unit.method.test_credit import make_tree
 from trace_async.config import BudgetConfig, ConfigError
 from trace_async.method.allocation import allocate_prefixes
 from trace_async.method.anchors import Anchor, prompt_anchor
 from trace_async.method.market import MIN_ANCHORS, PROBE_EVERY, DepthFigures, Market, Offer, marginal_contrast
-from trace_async.method.registry import stage2_rule
+from trace_async.method.posterior import Estimates
+from trace_async.method.registry import stage1_rule, stage2_rule
+from trace_async.trees.tree import Rollout
 
 RNG = np.random.default_rng(0)
 
@@ -39,12 +43,44 @@ def test_at_a_price_of_its_own_that_spends_k_a_prompt_buys_as_published(data, bu
     assert found.tolist() == published.tolist()
 
 
+@given(
+    data=st.lists(
+        st.tuples(st.floats(0.01, 0.99), st.sampled_from([0.0, 0.3, 1.0]), st.integers(1, 9), st.booleans()),
+        min_size=1,
+        max_size=4,
+    ),
+    price=st.floats(0.001, 0.2),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_is_bought_at_a_price_is_the_most_that_its_tokens_can_buy(data, price):
+    """Against every way to spend as many tokens, over turns and prompts alike."""
+    anchors = [
+        Anchor(node=1, value=v, reward=r, expected_tokens=c, depth=int(is_turn), strength=None if is_turn else 4.0)
+        for v, r, c, is_turn in data
+    ]
+    rule = stage2_rule(BudgetConfig(stage2="price", max_per_prefix=3), Offer(price=price))
+    counts, costs = rule.spend(anchors, 9, RNG), np.array([a.expected_tokens for a in anchors])
+    worth = [np.concatenate([[0.0], np.cumsum(marginal_contrast(a, 3))]) for a in anchors]
+
+    def total(ks):
+        return sum(w[k] for w, k in zip(worth, ks, strict=True))
+
+    every = itertools.product(range(4), repeat=len(anchors))
+    assert total(counts) == pytest.approx(max(total(k) for k in every if np.array(k) @ costs <= counts @ costs))
+
+
+def test_over_a_run_price_comes_near_the_optimum_and_the_published_budget_does_not():
+    price, published = (shares(rule, num_prompts=300, per_root=2)[0] for rule in ("price", "contrast"))
+    assert price > 0.95
+    assert published < 0.75
+
+
 def test_an_easy_prompt_buys_nothing_at_the_price_at_which_an_even_one_buys():
     rule = stage2_rule(BudgetConfig(stage2="price"), Offer(price=0.02))
     # per token: .5/10 and .25/10 of the even one; .03/10 of the sure one; .5/40 where it costs four times as much
     assert rule.spend([anchor(0.5), anchor(0.97), anchor(0.5, tokens=40)], 4, RNG).tolist() == [2, 0, 0]
-    # What was seen of others at this depth comes before what the prompt's own rollouts did.
-    dear = stage2_rule(BudgetConfig(stage2="price"), Offer(price=0.02, tokens_after=(0.0, 40.0)))
+    # Continuations of this depth were four times as dear as the prompts' own rollouts had made expect.
+    dear = stage2_rule(BudgetConfig(stage2="price"), Offer(price=0.02, dearer=(0.0, 4.0)))
     assert dear.spend([anchor(0.5), anchor(0.5, depth=2)], 4, RNG).tolist() == [0, 2]
 
 
@@ -98,19 +134,13 @@ def test_topup_meets_its_budget_in_tokens():
 
 
 def further_roots(tree, count, value):
-    """So many roots of 20 tokens that Stage 2 bought; V of the prompt is `value`."""
-    parents = [node.parent for node in tree.nodes[1:]]
-    rollouts = [([*tree.path(r.leaf)[1:]], r.reward) for r in tree.rollouts]
-    tokens = {index: node.num_generated for index, node in enumerate(tree.nodes)}
+    """With so many roots of one turn of 20 tokens that Stage 2 bought; V of the prompt is `value`."""
+    nodes, rollouts = [replace(tree.nodes[0], value=value), *tree.nodes[1:]], [*tree.rollouts]
     for _ in range(count):
-        parents.append(0)
-        rollouts.append(([len(parents)], float(RNG.random() < value)))
-        tokens[len(parents)] = 20
-    longer = make_tree(parents, rollouts, tokens)
-    old = len(tree.rollouts)
-    nodes = (replace(longer.nodes[0], value=value), *longer.nodes[1:])
-    bought = tuple(replace(r, round=int(index >= old)) for index, r in enumerate(longer.rollouts))
-    return replace(longer, nodes=nodes, rollouts=bought)
+        turn = make_tree([0], [([1], 0.0)], tokens={1: 20}).nodes[1]
+        rollouts.append(Rollout(kind="root", anchor=0, leaf=len(nodes), reward=float(RNG.random() < value), round=1))
+        nodes.append(replace(turn, rollout=len(rollouts) - 1))
+    return replace(tree, nodes=tuple(nodes), rollouts=tuple(rollouts))
 
 
 def grown(values, rewards, counts):
@@ -161,17 +191,80 @@ def test_figures_by_hand():
         [([1, 2], 1.0), ([3, 4], 0.0), ([5], 1.0), ([6], 0.0), ([7], 0.0)],
         tokens={1: 4, 2: 6, 3: 2, 4: 8, 5: 5, 6: 7, 7: 6},
     )
+    # Turns 1 and 3 waited three seconds for a tool each, those of the continuations one.
+    seconds = {1: 3.0, 3: 3.0, 5: 1.0, 6: 1.0, 7: 1.0}
+    tree = replace(tree, nodes=tuple(replace(n, seconds=seconds.get(i, 0.0)) for i, n in enumerate(tree.nodes)))
     market = Market(BudgetConfig())
     market.observe(tree)
     found = market.figures()
     # Before the forks 4 + 4 + 2 tokens, after them 5 + 7 + 6. Variance ½ among two that differ, ½ among the roots.
-    assert found == {1: DepthFigures(num_anchors=1, rho=0.0, share_before=10 / 28)}
-    assert market.tokens_after() == (0.0, 6.0)
+    assert found == {1: DepthFigures(num_anchors=1, rho=0.0, share_before=10 / 28, share_before_s=pytest.approx(0.75))}
+    # The roots went on with 6 and 8 tokens, so 7 were expected of each continuation, 21 of three; they wrote 18.
+    assert market.dearer() == (0.0, pytest.approx(18 / 21))
     assert DepthFigures(99, 0.2, 0.33).break_even == pytest.approx(1 / 3)
-    assert not DepthFigures(99, 0.2, 0.33).pays
-    assert DepthFigures(99, 0.2, 0.34).pays
-    assert DepthFigures(3, 0.9, 0.1).pays  # too little was measured to say no
-    assert set(market.metrics()) == {"stage2/price", "stage2/share_before/turn_1"}
+    assert not DepthFigures(99, 0.2, 0.33).pays()
+    assert DepthFigures(99, 0.2, 0.34).pays()
+    assert DepthFigures(3, 0.9, 0.1).pays()  # too little was measured to say no
+    slow_tools = DepthFigures(99, 0.2, 0.2, 0.4)
+    assert (slow_tools.pays(), slow_tools.pays(in_seconds=True)) == (False, True)
+    assert set(market.metrics()) == {"stage2/share_before/turn_1", "stage2/share_before_s/turn_1"}
+
+
+def test_rho_of_graded_rewards_is_of_their_variance_and_not_of_v_times_one_minus_v():
+    """Roots .4 and .6: variance .02; continuations .45 and .55 of one, .5 and .5 of the other: .005 and 0.
+
+    So ρ = 1 − .005/.04. With V(1 − V), which is near ¼ everywhere, it would be near 0.
+    """
+    tree = make_tree(
+        [0, 1, 0, 3, 1, 1, 3, 3],
+        [([1, 2], 0.4), ([3, 4], 0.6), ([5], 0.45), ([6], 0.55), ([7], 0.5), ([8], 0.5)],
+    )
+    market = Market(BudgetConfig())
+    market.observe(tree)
+    assert market.figures()[1].rho == pytest.approx(1 - 0.005 / 0.04)
+
+
+def estimates(success, strength, tokens, price):
+    return Estimates(success * strength, (1 - success) * strength, np.full(len(success), tokens), price)
+
+
+@pytest.mark.parametrize("stage2", ["none", "topup", "price"])
+def test_one_price_for_both_stages_keeps_the_tokens_of_a_round(stage2):
+    """Rounds of 48 candidates, M = 24 roots of 20 tokens: 480 tokens a round, with N = 2 twice as many.
+
+    Pools are rich and poor in turn. No prompt gets one root, and the better pool gets more.
+    """
+    config = BudgetConfig(
+        stage1="price", stage2=stage2, root_rollouts=24, pool_size=48, max_rollouts=6, explore_share=0
+    )
+    market, spent, by_kind = Market(config), [], {True: [], False: []}
+    for number in range(120):
+        rich = number % 2 == 0
+        # Certain of V, as with any number of pseudo rollouts; in every second pool a tenth as many are open.
+        success = np.where(RNG.random(48) < (0.5 if rich else 0.05), RNG.uniform(0.3, 0.7, 48), 0.02)
+        beliefs = estimates(success, 50.0, 20.0, market.price())
+        counts = stage1_rule(config).plan(beliefs, 24, RNG)
+        market.observe_round(beliefs, counts)
+        tokens = 0
+        for index in np.flatnonzero(counts):
+            value = float(success[index])
+            rewards = (RNG.random(counts[index]) < value).astype(float).tolist()
+            prompt = prompt_anchor(rewards, value=value, strength=50.0, expected_tokens=20)
+            rule = stage2_rule(config, market.offer())
+            turns = [anchor(value, reward, tokens=30) for reward in rewards] if rule.forks else []
+            anchors = [prompt, *turns] if prompt and rule.buys_roots else turns
+            bought = rule.spend(anchors, 2 * len(rewards), RNG) if anchors else np.zeros(0, dtype=int)
+            roots = int(bought[0]) if prompt and rule.buys_roots else 0
+            tree = grown([value] * len(rewards), rewards, bought[len(bought) - len(turns) :])
+            tree = further_roots(tree, roots, value)
+            tokens += tree.num_generated_tokens
+            market.observe(tree, root_strength=50.0)
+        assert not (counts == 1).any()
+        if number >= 40:
+            spent.append(tokens)
+            by_kind[rich].append(tokens)
+    assert np.mean(spent) == pytest.approx(480 if stage2 == "none" else 960, rel=0.15)
+    assert np.mean(by_kind[True]) > 1.5 * np.mean(by_kind[False])
 
 
 def decided_prompt(reward):
@@ -194,7 +287,7 @@ def test_auto_stops_where_continuations_do_not_pay_says_why_and_looks_again(capl
             market.observe(decided_prompt(float(number % 2)))
         assert market.offer().closed_depths == frozenset()
         market.observe(decided_prompt(1.0))
-    assert "after turn 1 do not pay: s = 0.50" in caplog.text
+    assert "after turn 1 do not pay: s = 0.50 of a rollout's tokens lie before the fork" in caplog.text
     assert "2ρ/(1+ρ) = 1.00 (ρ = 1.00, 16 anchors)" in caplog.text
     offers = [market.offer() for _ in range(2 * PROBE_EVERY)]
     assert sum(offer.closed_depths == frozenset() for offer in offers) == 2
@@ -205,9 +298,38 @@ def test_auto_stops_where_continuations_do_not_pay_says_why_and_looks_again(capl
     with caplog.at_level(logging.INFO):
         for _ in range(64):
             market.observe(open_prompt())
-    assert "after turn 1 are bought again: s = 0." in caplog.text
-    assert market.figures()[1] == DepthFigures(num_anchors=64, rho=0.0, share_before=0.9)
+    assert "after turn 1 pay again: s = 0." in caplog.text
+    found = market.figures()[1]
+    assert (found.num_anchors, found.rho, found.share_before) == (64, 0.0, 0.9)
     assert market.offer().closed_depths == frozenset()
+
+
+def slow(tree, seconds):
+    return replace(tree, nodes=tuple(replace(n, seconds=seconds.get(i, 0.0)) for i, n in enumerate(tree.nodes)))
+
+
+def test_auto_in_seconds_buys_where_a_prefix_is_dear_in_seconds_only(caplog):
+    """ρ = .5: every second prompt is decided by the prefix, so s must be above ⅔: .5 in tokens, .9 in seconds.
+
+    `auto` closes the depth, `auto_seconds` does not, and both say why.
+    """
+    half_open = make_tree([0, 1, 0, 1, 1], [([1, 2], 1.0), ([3], 0.0), ([4], 1.0), ([5], 0.0)])
+    closed = {}
+    for how in ("auto", "auto_seconds"):
+        market = Market(BudgetConfig(continuations=how))
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            for number in range(MIN_ANCHORS):
+                tree = half_open if number % 2 else decided_prompt(1.0)
+                market.observe(slow(tree, {1: 9.0, 4: 1.0, 5: 1.0}))
+        closed[how] = market.offer().closed_depths
+        (words,) = market.decisions.values()
+        assert caplog.messages == [words]
+        assert "2ρ/(1+ρ) = 0.67 (ρ = 0.50, 16 anchors)" in words
+    assert closed == {"auto": frozenset([1]), "auto_seconds": frozenset()}
+    assert words.startswith(
+        "continuations after turn 1 pay: s = 0.90 of a rollout's seconds (0.50 of its tokens) lie before the fork"
+    )
 
 
 def test_always_buys_whatever_was_measured():

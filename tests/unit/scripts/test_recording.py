@@ -1,5 +1,6 @@
 """What a trainer reports reaches the terminal and MLflow."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from mlflow import MlflowClient
 
 from scripts.commands.recording import Recorder
 from trace_async.config import load_config
+from trace_async.method.market import DECISIONS_LOG
 from trace_async.run.scaling import Size, keep_sizes
 from trace_async.tracking.mlflow import saved_run_id
 from trace_async.tracking.mlflow_mirror import tracking_uri
@@ -31,3 +33,24 @@ def test_a_scaling_decision_is_said_with_its_reason_and_kept_in_mlflow(
     kept = Path(client.download_artifacts(run_id, "generators.json", str(tmp_path)))
     assert '"num_generators": 3' in kept.read_text()
     assert "the learner waited 60% of the time" in kept.read_text()
+
+
+def test_a_decision_of_a_rule_is_said_in_words_and_kept_in_mlflow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(None, [f"output_dir={tmp_path}", "tracking.system_metrics=false"])
+    run_dir = tmp_path / "run"
+    recorder = Recorder(config, run_dir, resume=False, first=None)
+    logging.getLogger().setLevel(logging.INFO)  # as `trace-async train` sets it
+    recorder.on_metrics(5, {"train/reward": 0.5}, [])
+    for words in ("continuations after turn 1 pay", "continuations after turn 2 do not pay"):
+        logging.getLogger(DECISIONS_LOG).info("%s", words)
+    recorder.finish("FINISHED")
+    logging.getLogger(DECISIONS_LOG).info("nobody listens any more")
+    said = "after update 5: continuations after turn 1 pay\nafter update 5: continuations after turn 2 do not pay\n"
+    assert said in capsys.readouterr().out
+    assert (run_dir / "decisions.txt").read_text() == said
+    run_id = saved_run_id(run_dir)
+    assert run_id is not None
+    kept = MlflowClient(tracking_uri(config)).download_artifacts(run_id, "decisions.txt", str(tmp_path))
+    assert Path(kept).read_text() == said

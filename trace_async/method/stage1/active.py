@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trace_async.method.allocation import allocate_roots, allocate_roots_by_tokens
+from trace_async.method.allocation import allocate_roots, allocate_roots_at_price
 from trace_async.method.knapsack import FloatArray, IntArray
 from trace_async.method.posterior import Estimates
 from trace_async.method.stage1.rule import Stage1Rule
@@ -51,27 +51,32 @@ class Point(Stage1Rule):
         )
 
 
-class BetaPerToken(Stage1Rule):
-    """As `Beta`, for the tokens that M average root rollouts write: short prompts get more of them, long ones fewer.
-
-    Until lengths were seen, M roots. No `min_rollouts` and no exploring: a price in tokens leaves out what is dear.
-    """
-
-    def plan(self, estimates: Estimates, num_roots: int, rng: np.random.Generator) -> IntArray:
-        cap = self.settings.max_rollouts
-        if estimates.tokens is None:
-            return allocate_roots(estimates.mean, num_roots, max_rollouts=cap, strength=estimates.strength)
-        return allocate_roots_by_tokens(
-            estimates.mean,
-            num_roots * float(estimates.tokens.mean()),
-            estimates.tokens,
-            max_rollouts=cap,
-            strength=estimates.strength,
-        )
-
-
 class Beta(Point):
     """Ours: E[Σ V_root] under each prompt's Beta posterior, which can say "I do not know" (METHOD 2)."""
 
     def strength(self, estimates: Estimates) -> FloatArray | None:
         return estimates.strength
+
+
+class Price(Beta):
+    """As `Beta`, at one price for both stages: a root is bought while its contrast per expected token is above λ.
+
+    λ is the market's. It keeps what a pool of candidates costs, in tokens and with its Stage 2, at what M root rollouts
+    and their continuations cost on average; a rich pool gets more of it than a poor one. Until there is a price, M
+    roots.
+    """
+
+    at_price = True
+    uses = frozenset({"explore_share"})
+
+    def _best(self, estimates: Estimates, prompts: IntArray, budget: int, least: int) -> IntArray:
+        if estimates.price is None or estimates.tokens is None:
+            return super()._best(estimates, prompts, budget, least)
+        found = allocate_roots_at_price(
+            estimates.mean[prompts],
+            estimates.price,
+            estimates.tokens[prompts],
+            max_rollouts=self.settings.max_rollouts,
+            strength=estimates.strength[prompts],
+        )
+        return np.maximum(found, least)

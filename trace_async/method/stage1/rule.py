@@ -25,6 +25,9 @@ class Stage1Rule(ABC):
 
     needs_estimates: ClassVar[bool] = True
     """Whether `plan` looks at what is believed of the prompts. If not, the predictor is not asked."""
+    at_price: ClassVar[bool] = False
+    """Whether it buys at the market's price (`Estimates.price`) and not a number of roots. A Stage 2 that does so, too,
+    then shares its budget."""
     uses: ClassVar[frozenset[str]] = frozenset()
     """Which of the optional settings `min_rollouts` and `explore_share` it obeys; setting another one is refused."""
 

@@ -20,6 +20,7 @@ class Price(Stage2Rule):
     """
 
     buys_roots = True
+    at_price = True
 
     def plan(self, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:
         if self.offer.price is None:
@@ -27,7 +28,7 @@ class Price(Stage2Rule):
         counts = np.zeros(len(anchors), dtype=np.int64)
         for index, anchor in enumerate(anchors):
             contrast = marginal_contrast(anchor, self.settings.max_per_prefix or MAX_PER_PREFIX)
-            counts[index] = (contrast / expected_tokens(anchor, self.offer.tokens_after) > self.offer.price).sum()
+            counts[index] = (contrast / expected_tokens(anchor, self.offer.dearer) > self.offer.price).sum()
         return counts
 
     def _without_price(self, anchors: Sequence[Anchor], budget: int) -> IntArray:

@@ -30,6 +30,8 @@ class Stage2Rule(ABC):
     """Whether it continues turns. If not, environments need not be forked."""
     buys_roots: ClassVar[bool] = False
     """Whether it buys further root rollouts: then the prompt is among the anchors (depth 0) while its roots agree."""
+    at_price: ClassVar[bool] = False
+    """Whether it buys at the market's price (`Offer.price`) and not a number of rollouts."""
     needs_values: ClassVar[bool] = True
     """Whether `plan` looks at V of the anchors. If not, the predictor is not asked."""
     uses: ClassVar[frozenset[str]] = frozenset({"max_per_prefix", "stage2_rounds"})
