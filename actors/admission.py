@@ -66,6 +66,7 @@ class Admission:
         log_dir: Path,
         *,
         faults: FaultBook | None = None,
+        doing: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -85,6 +86,7 @@ class Admission:
         self.rounds = Rounds(limits, self.iterator.state())
         self.estimate_s = 0.0
         self.faults = faults or FaultBook()
+        self.doing = doing
         self._by_id: dict[str, Task] = {}  # of the tasks that were drawn: naming all of a large split takes long
         self._changed = asyncio.Event()
         self._now = now
@@ -110,7 +112,8 @@ class Admission:
     async def _plan_rounds(self) -> None:
         while True:
             await self._until(self.rounds.wants_round)
-            prompts = await self._plan_round()
+            with self.doing("stage1"):
+                prompts = await self._plan_round()
             self.rounds.add_round(prompts, self.iterator.state())
             self._notify()
 

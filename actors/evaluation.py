@@ -17,6 +17,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -81,8 +82,10 @@ class Evaluations:
         run_dir: Path,
         *,
         report: Callable[[int, Mapping[str, float]], None],
+        doing: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """`tasks`: those held out. `report`: takes the update and the figures of each evaluation that has ended."""
+        """`tasks`: those held out. `report`: takes the update and the figures of each evaluation that has ended.
+        `doing`: notes what goes on within it (`Phases.during`)."""
         self.config = config
         self.tasks = tasks
         self.prompts = prompts
@@ -90,6 +93,7 @@ class Evaluations:
         self.faults = faults
         self.run_dir = run_dir
         self.report = report
+        self.doing = doing
         self.newest = -1
         """The newest update whose evaluation is reported or under way (-1: none)."""
         self._begun: asyncio.Queue[tuple[Moment, int]] = asyncio.Queue()
@@ -158,7 +162,8 @@ class Evaluations:
         figures: dict[str, float] = {}
         tokens = 0
         for temperature in self.config.eval.temperatures:
-            trees = await self._trees(moment, temperature, share)
+            with self.doing("eval"):
+                trees = await self._trees(moment, temperature, share)
             for tree in trees:
                 self.faults.enter(tree.faults)
             tokens += sum(tree.num_generated_tokens for tree in trees)

@@ -20,7 +20,7 @@ import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -40,6 +40,7 @@ from trace_async.config import Config
 from trace_async.run.checkpoint import CheckpointStore, latest_checkpoint
 from trace_async.run.rounds import NothingToLearnError
 from trace_async.run.scaling import Size
+from trace_async.run.session import Phases
 from trace_async.run.state import RunState, load_trainer, save_trainer
 from trace_async.tracking.faults import FaultBook
 from trace_async.tracking.metrics import tree_metrics
@@ -75,14 +76,16 @@ class StopRequestedError(Exception):
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds spent per phase since the last `read`."""
+    """Seconds spent per phase since the last `read`; what goes on now is in RUN/phases.json."""
 
-    phases: dict[str, float]
+    doing: Phases
+    phases: dict[str, float] = field(default_factory=dict)
 
     async def time(self, phase: str, work: Awaitable[T]) -> T:
         start = time.monotonic()
         try:
-            return await work
+            with self.doing.during(phase):
+                return await work
         finally:
             self.phases[phase] = self.phases.get(phase, 0.0) + time.monotonic() - start
 
@@ -124,7 +127,8 @@ class Trainer:
         self.heldout_tasks = heldout_sample(domain, splits.heldout, config.eval.num_tasks)
         self.faults = FaultBook()
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep)
-        self.clock = Clock({})
+        self.doing = Phases(run_dir)
+        self.clock = Clock(self.doing)
         self._stop = asyncio.Event()
         self._between_updates = asyncio.Event()
         self._begin_session()
@@ -138,6 +142,7 @@ class Trainer:
             self.parts.predictor,
             self.run_dir / "logs",
             faults=self.faults,
+            doing=self.doing.during,
         )
         self.scaling = Scaling(self.config, self.parts.pool, self.run_dir, on_change=self.on_resize)
         self.evaluations = Evaluations(
@@ -148,6 +153,7 @@ class Trainer:
             self.faults,
             self.run_dir,
             report=lambda update, metrics: self.on_metrics(update, metrics, []),
+            doing=self.doing.during,
         )
         self._started = False
         self._saved_updates = -1
@@ -190,14 +196,16 @@ class Trainer:
 
     async def _session(self, checkpoint: Path | None) -> RunState:
         try:
-            await _race(self._start(checkpoint), self._stop_asked())
+            with self.doing.during("start"):
+                await _race(self._start(checkpoint), self._stop_asked())
             self._started = True
             await _race(self._train(checkpoint), self.parts.watch(), self.scaling.watch(), self._stop_asked())
             return self.state
         except _StopAsked:
             raise StopRequestedError(await self._save_at_stop()) from None
         finally:
-            await self.parts.close()
+            with self.doing.during("close"):
+                await self.parts.close()
 
     async def _start(self, checkpoint: Path | None) -> None:
         await self.parts.start()
@@ -221,7 +229,8 @@ class Trainer:
         await self._save_once()
         if self.evaluations.newest != self.state.num_updates:
             await self._evaluate_and_wait()
-        await self._export()
+        with self.doing.during("export"):
+            await self._export()
 
     async def _train_and_evaluate(self) -> None:
         """All updates, and the evaluations between them."""

@@ -1,11 +1,12 @@
 """`trace-async status RUN`: whether a run is under way, how far it is, and how many generators it has, and why."""
 
 import argparse
+import time
 from pathlib import Path
 
 from trace_async.config import ConfigError, load_config
 from trace_async.run.scaling import kept_sizes, ordered
-from trace_async.run.session import how_it_ended, last_session
+from trace_async.run.session import how_it_ended, last_session, phases_of
 from trace_async.tracking.log import read_metrics
 
 SHOWN_SIZES = 5
@@ -29,6 +30,9 @@ def status_lines(run_dir: Path) -> list[str]:
     state = "no process works on it"
     if session is not None and session.is_alive():
         state = f"process {session.pid} on {session.host} works on it"
+        now = time.time()
+        doing = [f"{name} for {max(0.0, now - since):.0f} s" for name, since in phases_of(run_dir).items()]
+        state += f": {', '.join(doing)}" if doing else ""
     elif (ended := how_it_ended(run_dir)) is not None:
         state = ended
     lines = [f"{run_dir}: {state}"]

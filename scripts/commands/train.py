@@ -4,12 +4,12 @@ import argparse
 import asyncio
 import logging
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
 
 from scripts.commands.stopping import run_until_stopped, terminated_as_interrupted
+from scripts.commands.witness import witnessed
 from scripts.start_policy import ensure_policy
 from trace_async.config import Config, ConfigError, config_to_yaml, load_config
 from trace_async.printable import printable
@@ -22,6 +22,7 @@ from trace_async.run.session import (
     free_name,
     how_it_ended,
     require_free,
+    resume_command,
 )
 
 log = logging.getLogger("trace_async")
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     _report_abandoned(Path(config.output_dir))
     try:
         run_dir = _claim(config, wanted, resume=resume)
-        with at_work(run_dir):
+        with at_work(run_dir), witnessed(run_dir):
             _log_to_file(run_dir / "logs" / "trainer.log")
             policy_path = ensure_policy(config)
             print("\n".join(describe_policy(policy_path, config)))
@@ -77,10 +78,6 @@ def _report_abandoned(output_dir: Path) -> None:
 
         end_abandoned(load_config(run_dir / "config.yaml"), run_dir)
         (run_dir / SESSION_FILE).unlink(missing_ok=True)
-
-
-def resume_command(run_dir: Path) -> str:
-    return f"trace-async train --resume {shlex.quote(str(run_dir))}"
 
 
 def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) -> int:

@@ -40,11 +40,8 @@ def test_a_run_survives_an_environment_that_does_everything_wrong_and_can_be_res
     run_cli("train", *settings, "num_updates=3")
     run_dir = tmp_path / "odd"
     saved = load_trainer(latest_checkpoint(run_dir / "checkpoints"))
-    ledger = saved.state.ledger
-    ended = sum(ledger.trained.values()) + sum(ledger.failed.values()) + sum(ledger.filtered.values())
-    under_way = sum(prompt.num_roots for prompt in saved.pending.values())
-    waiting = sum(len(tree.rollouts) for tree in saved.waiting)
-    assert sum(ledger.allocated.values()) == ended + waiting + under_way
+    assert saved.state.ledger.allocated
+    saved.check_ledger()
     points = read_metrics(run_dir)
     assert [point.step for point in points if "train/reward" in point.metrics] == [1, 2, 3]
     faults = {name for point in points for name in point.metrics if name.startswith("faults/")}

@@ -19,6 +19,7 @@ from trace_async.config import Config, load_config
 from trace_async.run.checkpoint import latest_checkpoint
 from trace_async.run.state import load_trainer
 from trace_async.tracking.log import read_metrics
+from trace_async.tracking.mlflow import run_status
 from trace_async.trees.tree import RolloutTree
 
 
@@ -123,13 +124,13 @@ def test_a_run_that_is_terminated_saves_says_how_to_go_on_and_is_killed_in_mlflo
     assert checkpoint is not None, output
     assert f"what it has is saved as {checkpoint}. Go on with: trace-async train --resume {run_dir}" in output
     assert load_trainer(checkpoint).state.num_updates >= 1
-    assert mlflow_status(tmp_path, run_dir) == "KILLED"
+    assert mlflow_status(run_dir) == "KILLED"
 
     # A kill without a word: the next command says so and ends the run in MLflow.
     again = subprocess.Popen(
         command("train", "--resume", str(run_dir)), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    while mlflow_status(tmp_path, run_dir) != "RUNNING":
+    while mlflow_status(run_dir) != "RUNNING":
         assert again.poll() is None
         time.sleep(0.5)
     os.killpg(again.pid, signal.SIGKILL)
@@ -144,11 +145,8 @@ def test_a_run_that_is_terminated_saves_says_how_to_go_on_and_is_killed_in_mlflo
     )
     assert other.returncode == 0, other.stderr
     assert f"process {again.pid}, the last to work on {run_dir}, ended without a word" in other.stderr
-    assert mlflow_status(tmp_path, run_dir) == "FAILED"
+    assert mlflow_status(run_dir) == "FAILED"
 
 
-def mlflow_status(output_dir: Path, run_dir: Path) -> str:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{output_dir / 'mlflow.db'}")
-    return client.get_run((run_dir / "mlflow_run_id").read_text().strip()).info.status
+def mlflow_status(run_dir: Path) -> str | None:
+    return run_status(load_config(run_dir / "config.yaml"), run_dir)

@@ -2,11 +2,13 @@
 
 RUN/config.yaml     made by whoever claims the folder; two processes that want the same name get two folders
 RUN/session.json    there while a process works on the run; what is left over tells that it ended without a word
+RUN/phases.json     what it is doing at this moment, for `trace-async status`
 """
 
 import contextlib
 import json
 import os
+import shlex
 import socket
 import time
 from collections.abc import Iterator
@@ -15,7 +17,10 @@ from pathlib import Path
 
 import psutil
 
+from trace_async.tracking.log import write_whole
+
 SESSION_FILE = "session.json"
+PHASES_FILE = "phases.json"
 
 
 class RunFolderError(Exception):
@@ -40,8 +45,9 @@ class Session:
         if self.host != socket.gethostname():
             return True
         try:
-            started: float = psutil.Process(self.pid).create_time()
-            return abs(started - self.process_started) < 1
+            process = psutil.Process(self.pid)
+            is_same = abs(process.create_time() - self.process_started) < 1
+            return bool(is_same and process.status() != psutil.STATUS_ZOMBIE)  # dead, and its parent has not asked yet
         except psutil.Error:
             return False
 
@@ -97,6 +103,37 @@ def at_work(run_dir: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+class Phases:
+    """What a run is doing, under the names that its figures `time/…_s` have; several things may go on at a time."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._since: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """The phase `name` is under way in the block. That a disk does not take the note ends no run."""
+        self._since[name] = time.time()
+        self._keep()
+        try:
+            yield
+        finally:
+            self._since.pop(name, None)
+            self._keep()
+
+    def _keep(self) -> None:
+        with contextlib.suppress(OSError):
+            write_whole(self._run_dir / PHASES_FILE, json.dumps(self._since))
+
+
+def phases_of(run_dir: Path) -> dict[str, float]:
+    """Name of every phase that is under way → Unix seconds at which it began; empty when that is not known."""
+    try:
+        return {str(name): float(at) for name, at in json.loads((run_dir / PHASES_FILE).read_text("utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
 def how_it_ended(run_dir: Path) -> str | None:
     """Words about a session that ended without any; None when the last one ended in order or is still at work."""
     session = last_session(run_dir)
@@ -110,6 +147,11 @@ def how_it_ended(run_dir: Path) -> str | None:
         f"process {session.pid}, the last to work on {run_dir}, ended without a word{seen}: it was killed (SIGKILL, "
         "out of memory), or Ray ended it because its raylet or GCS had died (see /tmp/ray/session_*/logs)"
     )
+
+
+def resume_command(run_dir: Path) -> str:
+    """The command that goes on with a run."""
+    return f"trace-async train --resume {shlex.quote(str(run_dir))}"
 
 
 def abandoned(output_dir: Path) -> list[Path]:

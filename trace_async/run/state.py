@@ -86,6 +86,13 @@ class SavedTrainer:
     """By ticket, the prompt's number in the run."""
     waiting: Sequence[RolloutTree]
 
+    def check_ledger(self) -> None:
+        """Assert that every rollout that was ever allocated is somewhere."""
+        self.state.ledger.check(
+            waiting=sum(len(tree.rollouts) for tree in self.waiting),
+            in_flight_roots=sum(prompt.num_roots for prompt in self.pending.values()),
+        )
+
 
 def save_trainer(folder: Path, saved: SavedTrainer) -> None:
     # Not asdict: before Python 3.12 it makes a Counter of pairs out of a Counter.

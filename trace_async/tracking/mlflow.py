@@ -44,6 +44,17 @@ def saved_run_id(run_dir: str | Path) -> str | None:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
+def run_status(config: Config, run_dir: Path) -> str | None:
+    """Return what MLflow says of the run: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED. None: it was never there."""
+    run_id = saved_run_id(run_dir)
+    if run_id is None:
+        return None
+    quiet_mlflow()
+    from mlflow import MlflowClient
+
+    return str(MlflowClient(tracking_uri(config)).get_run(run_id).info.status)
+
+
 def end_abandoned(config: Config, run_dir: Path) -> None:
     """End the MLflow run of a process that was killed; it would stay RUNNING. Prints a line when that fails."""
     run_id = saved_run_id(run_dir)

@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.paths import ROOT
 from trace_async.run.session import (
+    Phases,
     RunFolderError,
     abandoned,
     at_work,
@@ -18,6 +21,7 @@ from trace_async.run.session import (
     free_name,
     how_it_ended,
     last_session,
+    phases_of,
     require_free,
 )
 
@@ -104,3 +108,25 @@ def test_a_process_with_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path: P
 
 def last_session_started(text: str) -> float:
     return json.loads(text)["process_started"]
+
+
+def test_what_a_run_is_doing_is_kept_while_it_does_it(tmp_path: Path):
+    phases = Phases(tmp_path)
+    assert phases_of(tmp_path) == {}
+    with phases.during("update"), phases.during("stage1"):
+        assert set(phases_of(tmp_path)) == {"update", "stage1"}
+    assert phases_of(tmp_path) == {}
+    (tmp_path / "phases.json").write_text("[1")
+    assert phases_of(tmp_path) == {}
+    with Phases(tmp_path / "nowhere").during("update"):
+        pass
+
+
+def test_a_process_that_died_and_was_not_waited_for_is_not_at_work(tmp_path: Path):
+    process = worker(tmp_path)
+    process.kill()
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    require_free(tmp_path)
+    assert (how_it_ended(tmp_path) or "").startswith(f"process {process.pid}, the last to work on")
+    process.communicate()
