@@ -8,6 +8,7 @@ import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
+from safetensors import SafetensorError
 
 from trace_async.config import Config
 from trace_async.method.posterior import Estimates
@@ -120,8 +121,12 @@ class PredictorActor:
         return version
 
     async def save(self, directory: str) -> None:
+        """Write what it has learnt. Raises OSError when the disk does not take it."""
         async with self.training:
-            self.predictor.save(directory)
+            try:
+                self.predictor.save(directory)
+            except (SafetensorError, RuntimeError) as error:  # what safetensors and torch make of a full disk
+                raise OSError(f"{directory}: {error}") from error
 
     async def load(self, directory: str) -> None:
         self.predictor.load(directory)

@@ -6,12 +6,15 @@ This is a local Ray, or the cluster at `actors.ray_address`.
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 
 import ray
 
 from trace_async.config import Config, ConfigError
 from trace_async.run.placement import place
+
+MAX_SOCKET_PATH = 107
 
 # Resource → (the settings that ask for it → how much they ask for).
 Asked = Mapping[str, Mapping[str, float]]
@@ -45,6 +48,7 @@ def start_ray(config: Config, *, only_generators: bool = False) -> Config:
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
+        _require_short_paths()
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, _cpus_with_room_to_grow(config, only_generators=only_generators)),
@@ -68,6 +72,17 @@ def _cpus_with_room_to_grow(config: Config, *, only_generators: bool) -> int:
     asked = asked_of_ray(config, only_generators=only_generators)
     more_generators = config.actors.most_generators - config.actors.num_generators
     return math.ceil(sum(asked["CPU"].values()) + more_generators * config.actors.generator_cpus)
+
+
+def _require_short_paths() -> None:
+    """Raise ConfigError when the sockets of a local Ray would have longer paths than the system allows (107 bytes)."""
+    folder = os.path.join(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray")
+    session = "session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+    if len(f"{folder}/{session}".encode()) > MAX_SOCKET_PATH:
+        raise ConfigError(
+            f"Ray would make its sockets under {folder}, and their paths would be longer than {MAX_SOCKET_PATH} bytes: "
+            "set the environment variable RAY_TMPDIR to a short path, such as /tmp"
+        )
 
 
 def require_room(asked: Asked, there: Mapping[str, float], place: str) -> None:

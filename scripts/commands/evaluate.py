@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             placed = start_ray(config, only_generators=True)
         metrics = asyncio.run(interrupted_by_signals(evaluate_policy(placed, policy_path, log_dir)))
     except expected_errors() as error:
-        print(f"trace-async: {in_words(error)}\nThe logs are in {log_dir}", file=sys.stderr)
+        print(f"trace-async: {in_words(error, log_dir)}\nThe logs are in {log_dir}", file=sys.stderr)
         return 1
     finally:
         ray.shutdown()

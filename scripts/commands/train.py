@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import errno
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from scripts.commands.witness import witnessed
 from scripts.start_policy import ensure_policy
 from trace_async.config import Config, ConfigError, config_to_yaml, load_config
 from trace_async.printable import printable
+from trace_async.run.checkpoint import CheckpointError
 from trace_async.run.session import (
     SESSION_FILE,
     RunFolderError,
@@ -24,8 +26,12 @@ from trace_async.run.session import (
     require_free,
     resume_command,
 )
+from trace_async.tracking.log import write_whole
 
 log = logging.getLogger("trace_async")
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the user has to mend where the files lie."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
             policy_path = ensure_policy(config)
             print("\n".join(describe_policy(policy_path, config)))
             return _train(config, run_dir, policy_path, resume=resume)
-    except RunFolderError as error:
-        print(f"trace-async: {error}", file=sys.stderr)
+    except (RunFolderError, CheckpointError, OSError) as error:
+        print(f"trace-async: {printable(in_words(error, wanted), 10_000)}", file=sys.stderr)
         return 2
 
 
@@ -66,7 +72,7 @@ def _claim(config: Config, wanted: Path, *, resume: bool) -> Path:
     require_free(wanted)
     if (ended := how_it_ended(wanted)) is not None:
         print(f"trace-async: {ended}", file=sys.stderr)
-    (wanted / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    write_whole(wanted / "config.yaml", config_to_yaml(config))  # without it the run could not be gone on with
     return wanted
 
 
@@ -118,7 +124,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
     except expected_errors() as error:
         log.exception("the run ended")
         print(
-            f"\ntrace-async: {printable(str(in_words(error)), 10_000)}\n"
+            f"\ntrace-async: {printable(in_words(error, run_dir), 10_000)}\n"
             f"The whole story is in {run_dir / 'logs' / 'trainer.log'}. Go on from the last checkpoint: "
             f"{resume_command(run_dir)}",
             file=sys.stderr,
@@ -137,17 +143,23 @@ def expected_errors() -> tuple[type[BaseException], ...]:
 
     from actors.calls import CallError
     from trace_async.engine import EngineError
-    from trace_async.run.checkpoint import CheckpointError
     from trace_async.run.rounds import NothingToLearnError
 
-    return (RayError, EngineError, CallError, NothingToLearnError, CheckpointError, TimeoutError)
+    return (RayError, EngineError, CallError, NothingToLearnError, CheckpointError, RunFolderError, OSError)
 
 
-def in_words(error: BaseException) -> BaseException:
-    """What a method of an actor raised, without the traceback that Ray wraps it in."""
+def in_words(error: BaseException, folder: Path) -> str:
+    """What a method of an actor raised, without the traceback that Ray wraps it in; what to do about a disk.
+
+    `folder`: where the run writes; the error of a file that is open already does not name it.
+    """
     from ray.exceptions import RayTaskError
 
-    return error.cause if isinstance(error, RayTaskError) else error
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+        name = cause.filename or f"a file under {folder}"
+        return f"{name}: {cause.strerror}; free some space there, or make it writable"
+    return str(cause)
 
 
 def _print_end(config: Config, run_dir: Path) -> None:
@@ -216,6 +228,7 @@ def _log_to_file(path: Path) -> None:
     shown = logging.StreamHandler()
     shown.setFormatter(logging.Formatter("trace-async: %(message)s"))
     logging.getLogger("trace_async.faults").addHandler(shown)
+    logging.raiseExceptions = False  # a disk without room for the log ends no run and fills no terminal
     logging.captureWarnings(True)
     warnings.simplefilter("default")
 

@@ -2,6 +2,7 @@
 
     checkpoints/
       .saving-000020-x3f1/   being written; left over after a kill, removed by the next save
+      .deleting-000000/      not kept any more; left over when it cannot be deleted, tried again by the next save
       000010/                whole: it got this name, by one rename, after all its files were on the disk
         manifest.json        every file with its size and xxh3 checksum
         trainer.json, learner/…, predictor/…      what the parts of a run wrote
@@ -12,6 +13,7 @@ The store does not know what the files mean; the parts write their own (run_stat
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,9 +23,12 @@ from pathlib import Path
 
 import xxhash
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _SAVING = ".saving-"
+_DELETING = ".deleting-"
 _NAME = re.compile(r"(\d{6,})(?:\.(\d+))?")
 
 
@@ -45,18 +50,21 @@ class CheckpointStore:
         A block that fails leaves nothing behind, and the checkpoints before are as they were. Raises CheckpointError
         when the disk does not take it.
         """
-        folder = await asyncio.to_thread(self._begin, version)
+        folder = None
         try:
+            folder = await asyncio.to_thread(self._begin, version)
             yield folder
             await asyncio.to_thread(self._commit, folder, version)
         except OSError as error:
             newest = self.newest()
             kept = f"the one before, {newest}, is whole" if newest else "there is none before it"
             raise CheckpointError(
-                f"checkpoint {version} could not be saved under {self._root}: {error}; {kept}"
+                f"checkpoint {version} could not be saved under {self._root}: {error}; {kept}. Free some space there, "
+                "or make it writable"
             ) from error
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def all(self) -> list[Path]:
         """Checkpoints, oldest first. What was being written at a kill is not among them."""
@@ -73,8 +81,8 @@ class CheckpointStore:
     def _begin(self, version: int) -> Path:
         self._root.mkdir(parents=True, exist_ok=True)
         for entry in self._entries():
-            if entry.name.startswith(_SAVING):
-                shutil.rmtree(entry)
+            if entry.name.startswith((_SAVING, _DELETING)):
+                _delete(entry)
         return Path(tempfile.mkdtemp(prefix=f"{_SAVING}{version:06d}-", dir=self._root))
 
     def _commit(self, folder: Path, version: int) -> None:
@@ -90,7 +98,24 @@ class CheckpointStore:
         folder.rename(target)
         _to_disk(self._root)
         for old in self.all()[: -self._keep]:
-            shutil.rmtree(old)
+            self._discard(old)
+
+    def _discard(self, old: Path) -> None:
+        """Delete a checkpoint that is not kept. One that cannot be deleted ends no run: the new one is whole."""
+        doomed = old.with_name(f"{_DELETING}{old.name}")  # half deleted under its own name, it would look damaged
+        try:
+            old.rename(doomed)
+        except OSError as error:
+            log.warning("%s is not kept any more and cannot be deleted: %s; delete it by hand", old, error)
+        else:
+            _delete(doomed)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s cannot be deleted: %s; the next save tries again", folder, error)
 
 
 def latest_checkpoint(root: Path) -> Path | None:

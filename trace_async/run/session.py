@@ -6,6 +6,7 @@ RUN/phases.json     what it is doing at this moment, for `trace-async status`
 """
 
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -57,13 +58,28 @@ def claim_new(wanted: Path, config_yaml: str) -> Path:
     number = 1
     while True:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            with (folder / "config.yaml").open("x", encoding="utf-8") as file:  # "x": one process gets it
-                file.write(config_yaml)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_new(folder / "config.yaml", config_yaml.encode())  # new: one process gets it
             return folder
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise RunFolderError(
+                f"a run cannot be begun in {folder}: {error.strerror}; free some space there, make it writable, or "
+                "choose another place with output_dir=…"
+            ) from error
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file that nobody has made yet, and leave none when the disk does not take it."""
+    with path.open("xb", buffering=0) as file:
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            path.unlink()
+            raise
 
 
 def free_name(wanted: Path) -> Path:

@@ -54,5 +54,8 @@ def write_metrics(run_dir: str | Path, points: Iterable[Point]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader, or a resumed process, sees the whole old file or the whole new one."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ the same MLflow run: the thread asks what is there already, adds what the file h
 
 import atexit
 import concurrent.futures.thread  # noqa: F401  (mlflow needs it; at exit, when it may be wanted first, it cannot be imported)
+import contextlib
 import os
 import shlex
 import time
@@ -151,5 +152,6 @@ class Tracker:
             return
         self._finished = True
         atexit.unregister(self.finish)
-        self._file.close()
+        with contextlib.suppress(OSError):  # a disk without room for the end of a line has been named already
+            self._file.close()
         self._mirror.finish(status)

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from scripts.bench.chaos.disk import Disk
@@ -26,7 +26,7 @@ from scripts.bench.chaos.inject import Chaos
 from scripts.bench.chaos.processes import Sample, as_csv, marked, sample
 from scripts.bench.chaos.report import Report, soak_charts
 from scripts.bench.chaos.run import LimitError, Run
-from scripts.bench.chaos.schedule import schedule
+from scripts.bench.chaos.schedule import Fault, schedule
 from scripts.start_policy import ensure_policy
 from trace_async.config import Config, load_config
 
@@ -90,14 +90,14 @@ def run_settings(args: argparse.Namespace) -> tuple[Config, list[str]]:
     return config, settings
 
 
-def play(args: argparse.Namespace, run: Run, chaos: Chaos, began: float) -> None:
-    """The faults of the schedule, or a soak, for as long as is asked for."""
+def play(args: argparse.Namespace, run: Run, chaos: Chaos, faults: Iterable[Fault], began: float) -> None:
+    """The faults, or a soak, for as long as is asked for."""
     run.start()
     run.wait("the first update", run.num_updates)
     if args.soak:
         run.wait("the end of the soak", lambda: time.monotonic() - began > 60 * args.minutes, every_s=1.0)
         return
-    for fault in itertools.islice(schedule(args.seed), args.faults):
+    for fault in faults:
         if args.minutes and time.monotonic() - began > 60 * args.minutes:
             break
         print(
@@ -124,8 +124,8 @@ def end(run: Run) -> None:
         run.broken.append("the run ended and left no policy")
 
 
-def chaos_of(args: argparse.Namespace) -> Report:
-    """Start, torment and end a run; what it did."""
+def torment(args: argparse.Namespace, faults: Iterable[Fault]) -> Report:
+    """Start a run, do all this to it, and end it; what came of it."""
     began = time.monotonic()
     out = args.out.absolute()
     config, settings = run_settings(args)
@@ -137,7 +137,7 @@ def chaos_of(args: argparse.Namespace) -> Report:
     chaos = Chaos(run, disk, expected | {"learner": config.learner.num_ranks, "predictor": 1})
     sampler = Sampler(mark)
     try:
-        play(args, run, chaos, began)
+        play(args, run, chaos, faults, began)
         end(run)
     except LimitError as error:
         run.broken.append(str(error))
@@ -199,7 +199,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing of the run is left behind
-    report = chaos_of(parse(arguments))
+    args = parse(arguments)
+    report = torment(args, itertools.islice(schedule(args.seed), args.faults))
     print(report.table())
     return 1 if report.broken else 0
 

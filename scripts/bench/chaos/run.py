@@ -115,14 +115,20 @@ class Run:
         shutil.rmtree(self.ray_folder, ignore_errors=True)
 
     def check_end(self, *, killed: bool = False) -> None:
-        """After the driver's end: words unless it was killed, nothing left behind, a whole checkpoint, true books."""
+        """After the driver's end: words, nothing left behind, a whole checkpoint, true books.
+
+        `killed`: its own process could say nothing; its witness had to.
+        """
         status, text = self.driver.wait(), self.terminal.read_text(encoding="utf-8", errors="replace")
         where = f"driver {self.num_drivers} (exit status {status}, {self.terminal.name})"
-        if status and not killed and GO_ON not in text:
+        has_begun = "starting Ray" in text or not killed
+        if status and has_begun and GO_ON not in text:
             self.broken.append(f"{where} ended without the command to go on")
         if "Traceback (most recent call last)" in text:
             self.broken.append(f"{where} ended with a traceback")
         self._check_orphans(where)
+        if killed and self.mlflow_status() == "RUNNING":
+            self.broken.append(f"{where} is gone, and MLflow has the run as RUNNING")
         self.check_books(where)
 
     def _check_orphans(self, where: str) -> None:

@@ -1,5 +1,7 @@
 import asyncio
+import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,3 +157,45 @@ async def test_a_file_system_that_is_full_costs_nothing(small_disk):
         await save(small_disk, 2, text="x" * (2 << 20), keep=1)
     assert latest_checkpoint(small_disk) == before
     assert await save(small_disk, 3, keep=1) == small_disk / "000003"
+
+
+async def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(tmp_path, monkeypatch, caplog):
+    """Something is mounted in it, say. The new one is whole, and what is left is never taken for a checkpoint."""
+    await save(tmp_path, 1, keep=1)
+    really = shutil.rmtree
+
+    def refuse(path, *args, **options):
+        if Path(path).name.startswith(".deleting-"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+        really(path, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refuse)
+        assert await save(tmp_path, 2, keep=1) == tmp_path / "000002"
+    assert f"{tmp_path / '.deleting-000001'} cannot be deleted" in caplog.text
+    assert latest_checkpoint(tmp_path) == tmp_path / "000002"
+    await save(tmp_path, 3, keep=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["000003"]
+
+
+async def test_a_checkpoint_whose_folder_cannot_be_renamed_stays_and_is_named(tmp_path, monkeypatch, caplog):
+    before = await save(tmp_path, 1, keep=1)
+    really = Path.rename
+
+    def refuse(self, target):
+        if self == before:
+            raise OSError(errno.EPERM, "Operation not permitted", str(self))
+        return really(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert await save(tmp_path, 2, keep=1) == tmp_path / "000002"
+    assert f"{before} is not kept any more and cannot be deleted" in caplog.text
+    assert latest_checkpoint(tmp_path) == tmp_path / "000002"
+
+
+async def test_a_folder_that_is_read_only_is_named(small_disk):
+    before = await save(small_disk, 1, keep=1)
+    await asyncio.to_thread(subprocess.run, ["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match=r"Read-only file system.*000001, is whole.*make it writable"):
+        await save(small_disk, 2, keep=1)
+    assert latest_checkpoint(small_disk) == before
