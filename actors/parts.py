@@ -35,6 +35,8 @@ class Parts:
         if config.predictor.num_replicas or config.predictor.trunk == "policy":
             predictor = PredictorGroup.start(config, policy_path, checkpoints)
             prompts = PromptGroup(config, policy_path, predictor.answering)
+            if config.predictor.trunk == "policy":
+                predictor.share = prompts.take_learnt
         else:  # one actor that needs nothing from outside when Ray starts it anew
             predictor = Predictor.start(config, policy_path, checkpoints)
             prompts = PromptGroup(config, policy_path, predictor)

@@ -1,6 +1,7 @@
 """PredictorGroup: one PredictorActor that learns and `predictor.num_replicas` that answer, as one predictor.
 
     trees ─► the learning one ─► what it learnt ─► replicas ─► values for PromptActors
+                                              └──► PromptActors, which have states of the engine (trunk=policy)
     weights (version, checksum) ─► all of them, before anything goes on
 
 Without replicas the learning one answers too. When a process dies, Ray starts it anew and the calls that were under way
@@ -11,7 +12,7 @@ only steer where budget goes, so the few updates that the new one has not seen c
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ class PredictorGroup:
     weights: Sequence[ObjectRef] = ()
     """The newest, as they were sent: buckets and, last, their manifest."""
     learnt: ObjectRef | None = None
-    """What the learning one has learnt last, for replicas."""
+    """What the learning one has learnt last, for replicas and for `share`."""
+    share: Callable[[ObjectRef], Awaitable[None]] | None = None
+    """Called with what was learnt, for whoever answers questions without asking: with trunk=policy, PromptActors."""
     num_caught_up: int = field(default=0)
     """How many times an actor that was started anew was brought up to date."""
 
@@ -108,12 +111,17 @@ class PredictorGroup:
         return await self._ask(self.actor, self.actor.posteriors.remote(list(task_ids), values))
 
     async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
-        """Learn from the trees of one update, then hand what was learnt to the replicas; `predictor/…` metrics."""
+        """Learn from the trees of one update, then hand on what was learnt; `predictor/…` metrics."""
         metrics: dict[str, float] = await self._ask(self.actor, self.actor.train.remote(list(trees), policy_version))
-        if self.replicas:
+        await self._hand_on()
+        return metrics | {"predictor/restarts": float(self.num_caught_up)}
+
+    async def _hand_on(self) -> None:
+        if self.replicas or self.share:
             learnt = self.learnt = self.actor.learnt.remote()
             await asyncio.gather(*(self._ask(one, one.take_learnt.remote(learnt)) for one in self.replicas))
-        return metrics | {"predictor/restarts": float(self.num_caught_up)}
+            if self.share:
+                await self.share(learnt)
 
     async def receive_weights(self, weights: Sequence[ObjectRef]) -> int:
         """All read with these weights when this returns; the version. See `PredictorActor.receive_weights`."""
@@ -145,9 +153,7 @@ class PredictorGroup:
     async def load(self, folder: Path) -> None:
         """Go on from a checkpoint; weights follow, where the policy has any but its first."""
         await self._ask(self.actor, self.actor.load.remote(str(folder)))
-        if self.replicas:
-            self.learnt = self.actor.learnt.remote()
-            await asyncio.gather(*(self._ask(one, one.take_learnt.remote(self.learnt)) for one in self.replicas))
+        await self._hand_on()
 
     def close(self) -> None:
         for one in self._all:

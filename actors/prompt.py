@@ -20,11 +20,13 @@ from trace_async.env import EnvError
 from trace_async.method.anchors import Anchor
 from trace_async.method.registry import stage2_rule
 from trace_async.policy.load import load_renderer
+from trace_async.predictor.heads import Heads
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import Grower, make_grower
 from trace_async.run.state import PendingPrompt
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, LossKind, PrefixQuery, SamplingParams, Task
+from trace_async.weights import WeightUpdate
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,6 +61,7 @@ class PromptActor:
             template_kwargs=config.policy.chat_template_kwargs,
         )
         self.predictor = predictor
+        self.heads: Heads | None = None
         self.router, self.evaluation_router = (
             GeneratorRouter(
                 spill_requests=config.actors.spill_requests,
@@ -78,6 +81,10 @@ class PromptActor:
     async def announce(self, generators: Generators) -> None:
         self.router.announce(generators.ready)
         self.evaluation_router.announce(generators.for_evaluation)
+
+    async def take_learnt(self, learnt: WeightUpdate) -> None:
+        """With predictor.trunk=policy: say V from now on with these heads, wherever the engine gave the states."""
+        self.heads = Heads.unpacked(learnt)
 
     async def router_stats(self) -> RouterStats:
         return self.router.stats()
@@ -158,6 +165,8 @@ class PromptActor:
         return await self.evaluation_router.generate(task.id, prompt_ids, params)
 
     async def _values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
+        if self.heads is not None and all(query.states for query in queries):
+            return self.heads.prefix_values(queries)
         assert self.predictor is not None
         return await self.predictor.values(queries)
 

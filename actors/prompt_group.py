@@ -43,6 +43,8 @@ class PromptGroup:
     """One per slot. The actor of a slot changes when it is replaced; the number of slots does not."""
     generators: Generators = field(default_factory=lambda: Generators({}))
     """As the pool announced them last."""
+    learnt: ray.ObjectRef | None = None
+    """The heads that the predictor learnt last, with predictor.trunk=policy."""
 
     def start(self) -> None:
         """Start `actors.num_prompt_actors` actors. Returns at once."""
@@ -59,9 +61,17 @@ class PromptGroup:
         """
         self.generators = generators
         replies = [actor.announce.remote(self.generators) for actor in self.actors]
+        await self._told("which generators are ready", replies)
+
+    async def take_learnt(self, learnt: ray.ObjectRef) -> None:
+        """Hand every actor what the predictor has learnt. One that is dead or hangs only causes a warning here."""
+        self.learnt = learnt
+        await self._told("what the predictor has learnt", [actor.take_learnt.remote(learnt) for actor in self.actors])
+
+    async def _told(self, what: str, replies: Sequence[Awaitable[None]]) -> None:
         for answer in await ask_all(replies, who=self._names(), limit_s=ANNOUNCE_LIMIT_S):
             if isinstance(answer, CallError):
-                log.warning("not told which generators are ready: %s", answer)
+                log.warning("not told %s: %s", what, answer)
             elif isinstance(answer, BaseException):
                 raise answer
 
@@ -153,6 +163,8 @@ class PromptGroup:
             # The new one may be on a node that is dying too. Then the next call to it replaces it again.
             with contextlib.suppress(CallError):
                 await ask(self.actors[slot].announce.remote(self.generators), who=f"PromptActor {slot}", limit_s=60)
+                if self.learnt is not None:
+                    await ask(self.actors[slot].take_learnt.remote(self.learnt), who=f"PromptActor {slot}", limit_s=60)
 
     def _names(self) -> list[str]:
         return [f"PromptActor {slot}" for slot in range(len(self.actors))]

@@ -228,6 +228,8 @@ class PrefixQuery:
     """For every turn of the history, the log-probabilities of its generated tokens."""
     states: tuple[HiddenState, ...] = ()
     """The policy's hidden state at every position; empty if the engine did not give them."""
+    prompt_value: float | None = None
+    """What Stage 1 believed of the prompt, its earlier rollouts included, when it bought this one (None: nothing)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@
 
 The learner is run again over the trees, update by update, which gives the weights of every version (its `mismatch_kl`
 says whether they are those of the run). The prefixes of each tree are read under the weights at which the tree began.
-Then every variant is fitted to the trees of the updates before and judged on those of the next. The values that the run
-itself used stand in the first line.
+Then every variant is fitted to the trees that were learnt from before a tree began, and judged on that tree: values are
+as old as they are in a run. What the run itself used stands in the first line.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from trace_async.config import Config, load_config
 from trace_async.learner.learner import Learner
 from trace_async.packing.attention import hidden_states, prepare_model
 from trace_async.policy.load import load_model
-from trace_async.predictor.features import history_features
+from trace_async.predictor.features import PROMPT_VALUE, history_features
 from trace_async.predictor.head import MARGIN, StateHead
 from trace_async.predictor.metrics import ValuedOutcomes
 from trace_async.predictor.questions import lay_out_queries
@@ -39,9 +39,13 @@ POOLINGS = (1, 4, 10, 16)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One history that something follows. `states[pooling]`: [layers, hidden]; `reward`: of the rollout that passed."""
+    """One history that something follows. `states[pooling]`: [layers, hidden]; `reward`: of the rollout that passed.
+
+    `update`: that trained on its tree; `version`: of the weights under which the tree began; `told`: what the run said.
+    """
 
     update: int
+    version: int
     prompt: str
     depth: int
     is_root: bool
@@ -55,14 +59,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What is read, what is fitted to it, and to what."""
+    """What is read, what is fitted to it, and to what. `layers`: of prefixes; `prompt_layers`: of prompts."""
 
-    layers: tuple[int, ...] = (2,)
+    layers: tuple[int, ...]
+    prompt_layers: tuple[int, ...] = (1,)
     pooled: int = 10
     with_features: bool = True
+    with_prompt_value: bool = True
     window: int = 32
     split: bool = True
-    with_continuations: bool = False
+    with_continuations: bool = True
     head: str = "logistic"
     l2: float = 10.0
 
@@ -96,6 +102,7 @@ class Reader:
             own = tree.rollouts[record.rollout] if node else None
             yield Row(
                 update=update,
+                version=tree.policy_version_started,
                 prompt=f"{update}/{tree.task.id}",
                 depth=tree.depths[node],
                 is_root=own is None or own.kind == "root",
@@ -104,7 +111,11 @@ class Reader:
                 reward=own.reward if own else float(np.mean(roots)),
                 told=np.nan if record.value is None else record.value,
                 states={count: part[:, -count:].mean(axis=1) for count in POOLINGS},
-                features=history_features([tree.nodes[n].logprobs for n in tree.path(node)[1:]], len(ids)),
+                features=history_features(
+                    [tree.nodes[n].logprobs for n in tree.path(node)[1:]],
+                    len(ids),
+                    tree.nodes[ROOT].value if node else None,
+                ),
             )
 
 
@@ -194,31 +205,36 @@ HEADS: dict[str, Callable[[int, float], Logistic | Ridge | Mlp]] = {"logistic": 
 
 
 def judge(rows: Sequence[Row], variant: Variant) -> tuple[np.ndarray, float]:
-    """Values [rows], each from the updates before its own; and the processor seconds of fitting, per update."""
+    """Values [rows], each from the updates that were done when its tree began; and the processor seconds of fitting,
+    per update."""
     states = np.array([_inputs(row, variant) for row in rows], dtype=np.float32)
-    columns = [[row.target for row in rows], [row.weight for row in rows], [row.update for row in rows]]
-    targets, weights, updates = (np.array(column, dtype=float) for column in columns)
+    targets, weights = np.array([row.target for row in rows]), np.array([row.weight for row in rows])
+    updates, versions = np.array([row.update for row in rows]), np.array([row.version for row in rows])
     depths = np.array([row.depth for row in rows])
     taught = np.array([row.is_root or variant.with_continuations for row in rows])
     values, seconds, last = np.full(len(rows), 0.5), 0.0, int(updates.max())
     groups = [depths == 0, depths > 0] if variant.split else [depths >= 0]
     for group in groups:
         head = HEADS[variant.head](states.shape[1], variant.l2)
-        for update in range(2, last + 1):
-            fitted = group & taught & (updates < update) & (updates >= update - variant.window)
+        for version in range(1, last):
+            fitted = group & taught & (updates <= version) & (versions > version - variant.window)
             if fitted.sum() < 32:
                 continue
             started = time.process_time()
             predict = head.fit(states[fitted], targets[fitted], weights[fitted])
             seconds += time.process_time() - started
-            now = group & (updates == update)
+            now = group & (versions == version)
             values[now] = predict(states[now])
     return values, seconds / last
 
 
 def _inputs(row: Row, variant: Variant) -> np.ndarray:
-    parts = [row.states[variant.pooled][layer - 1] for layer in variant.layers]
-    return np.concatenate([*parts, row.features] if variant.with_features else parts)
+    layers = variant.layers if row.depth else variant.prompt_layers
+    parts = [row.states[variant.pooled][layer - 1] for layer in layers]
+    if variant.with_features:
+        features = np.array(row.features)
+        parts.append(features if variant.with_prompt_value else np.delete(features, PROMPT_VALUE))
+    return np.concatenate(parts)
 
 
 def report(name: str, rows: Sequence[Row], values: np.ndarray, seconds: float) -> None:
@@ -229,8 +245,8 @@ def report(name: str, rows: Sequence[Row], values: np.ndarray, seconds: float) -
     found = ValuedOutcomes(*np.array(columns, dtype=float).T)
     updates, last = np.array([rows[i].update for i in chosen]), max(row.update for row in rows)
     line = f"{name:<34} {1e3 * seconds:4.0f} ms"
-    for third in (updates <= last // 3, updates > 2 * last // 3):
-        metrics = found.where(third).metrics()
+    for third in range(3):
+        metrics = found.where((updates > third * last // 3) & (updates <= (third + 1) * last // 3)).metrics()
         auc = " ".join(f"{metrics.get(f'auc_{kind}', np.nan):.3f}" for kind in ("prefix", "within", "between"))
         depths = sorted(int(key.rpartition("_")[2]) for key in metrics if key.startswith("brier_base/"))
         gains = " ".join(f"{metrics[f'brier_base/depth_{d}'] - metrics[f'brier/depth_{d}']:+.3f}" for d in depths)
@@ -239,17 +255,19 @@ def report(name: str, rows: Sequence[Row], values: np.ndarray, seconds: float) -
 
 
 def variants(num_layers: int) -> Iterator[tuple[str, Variant]]:
-    chosen = Variant(layers=(min(2, num_layers),))
+    chosen = Variant(layers=(num_layers,))
     yield "chosen", chosen
     for layer in range(1, num_layers + 1):
-        yield f"layer {layer}", replace(chosen, layers=(layer,))
-    yield "all layers", replace(chosen, layers=tuple(range(1, num_layers + 1)))
+        yield f"layer {layer}", replace(chosen, layers=(layer,), prompt_layers=(layer,))
+    every = tuple(range(1, num_layers + 1))
+    yield "all layers", replace(chosen, layers=every, prompt_layers=every)
     for pooled in POOLINGS:
         yield f"last {pooled} tokens", replace(chosen, pooled=pooled)
     yield "without features", replace(chosen, with_features=False)
-    yield "features alone", replace(chosen, layers=())
-    yield "one head for prompts and prefixes", replace(chosen, split=False)
-    yield "continuations too", replace(chosen, with_continuations=True)
+    yield "features alone", replace(chosen, layers=(), prompt_layers=())
+    yield "without the prompt's value", replace(chosen, with_prompt_value=False)
+    yield "one head for prompts and prefixes", replace(chosen, prompt_layers=chosen.layers, split=False)
+    yield "without turns of continuations", replace(chosen, with_continuations=False)
     for window in (8, 16):
         yield f"window of {window}", replace(chosen, window=window)
     for l2 in (1.0, 30.0, 100.0):
@@ -265,7 +283,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = read_run(load_config(args.run / "config.yaml"), args.run, args.policy)
-    print("\nname, fitting per update | first third | last third")
+    print("\nname, fitting per update | first third | second | last")
     report("as the run itself was told", rows, np.array([row.told for row in rows]), 0.0)
     num_layers = len(rows[0].states[1])
     for name, variant in variants(num_layers):

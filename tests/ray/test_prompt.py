@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,13 @@ import pytest
 from actors.prompt import HeldOut, PromptActor
 from actors.router import Generators
 from trace_async.config import load_config
+from trace_async.predictor.features import NUM_FEATURES
+from trace_async.predictor.head import StateHead
+from trace_async.predictor.heads import Heads
 from trace_async.run.state import PendingPrompt
 from trace_async.types import (
     Completion,
+    HiddenState,
     Message,
     PrefixQuery,
     Prompt,
@@ -86,6 +91,14 @@ class Generator:
         )
 
 
+class GeneratorWithStates(Generator):
+    """Gives a state of width 4 with every turn, as the embedded engine does."""
+
+    async def _generate(self, prompt_ids: tuple[int, ...], params: SamplingParams) -> Completion:
+        state = HiddenState(0, 1, np.ones(4, np.float32).tobytes())
+        return replace(await super()._generate(prompt_ids, params), prompt_state=state)
+
+
 class Predictor:
     async def values(self, queries: Sequence[PrefixQuery]) -> list[np.ndarray]:
         return [np.full(len(query.positions), 0.5) for query in queries]
@@ -117,6 +130,22 @@ async def test_a_prompt_goes_through_stage_2_while_another_one_hangs(actor: Prom
     HANG.set()
     tree = await asyncio.wait_for(slow, 10)
     assert len(tree.rollouts) == 6
+
+
+async def test_who_has_heads_and_states_asks_nobody_for_values(actor: PromptActor):
+    HANG.set()
+    width = 4 + NUM_FEATURES
+    weights = np.zeros(width)
+    weights[:4] = np.log(4) / 4  # of a state of ones: log-odds ln 4, V = .8
+    head = StateHead(np.zeros(width), np.ones(width), weights, 0.0)
+    await actor.take_learnt(Heads.untrained(4).with_head("prefix", head).packed(1))
+    asked = await actor.run_prompt(*prompt("fast"))  # the engine gave no states
+    assert {node.value for node in asked.nodes} == {0.5, None}
+    await actor.announce(Generators({"g": GeneratorWithStates()}))
+    actor.predictor = None
+    tree = await actor.run_prompt(*prompt("fast"))
+    assert tree.num_continuations_allocated == 4
+    assert [node.value for node in tree.nodes if node.value not in (None, 0.5)] == pytest.approx([0.8, 0.8])
 
 
 async def test_evaluation_is_a_tree_a_task_and_the_prompt_is_what_the_predictor_is_asked_about(actor: PromptActor):

@@ -100,6 +100,9 @@ class PredictorConfig:
     """A Hugging Face directory to start from (trunk=own). Empty: the first layers of the start policy itself."""
     num_layers: Annotated[int, Field(ge=0)] = 2
     """With an empty `path`: how many of the policy's layers. 0: all."""
+    prefix_layers: Annotated[int, Field(ge=0)] | None = None
+    """trunk=policy: the state of a prefix is read after so many layers, that of a prompt after `num_layers`. null: both
+    after `num_layers`; 0: after all, which costs nothing where the engine gives its states (backend=torch)."""
     pooled_tokens: Annotated[int, Field(ge=1)] = 10
     """trunk=policy: a history's state is the mean over so many of its last tokens."""
     window_versions: Annotated[int, Field(ge=1)] = 32
@@ -141,6 +144,11 @@ class PredictorConfig:
     """So many further processes answer with what one learns. 0: the one that learns answers too."""
     num_threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads of each of its processes, which Ray also reserves for it."""
+
+    @property
+    def layers_of_prefixes(self) -> int:
+        """Layers under a prefix's state with trunk=policy; 0: all."""
+        return self.num_layers if self.prefix_layers is None else self.prefix_layers
 
     def __post_init__(self) -> None:
         alone = self.trunk == "own" or not self.path

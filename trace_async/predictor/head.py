@@ -7,7 +7,6 @@ and follows the trunk as that drifts; a head that only took a few gradient steps
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 
 from trace_async.method.knapsack import FloatArray
 
@@ -51,6 +50,9 @@ class StateHead:
 
         None when a row or the fit is not finite: the caller keeps the head that it has.
         """
+        # Here, because prompts only read with heads, and scipy takes long to import.
+        from scipy.optimize import minimize
+
         mean, scale = states.mean(axis=0, dtype=np.float64), states.std(axis=0, dtype=np.float64) + 1e-6
         shares, penalty = weights / weights.sum(), l2 / len(states)
         if not all(np.isfinite(part).all() for part in (mean, scale, targets)):

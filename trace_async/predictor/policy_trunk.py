@@ -1,18 +1,17 @@
 """V(H) from the policy's own hidden states: `predictor.trunk=policy`.
 
-    question ─► trunk (first layers of the policy, synced) ─► state, and features beside it ─► head ─► V
-                                                               │ kept by the history's tokens, stamped with its version
-    finished tree ─► backed-up targets ─► joined with the states of its questions ─► window of rows ─► heads refitted
-
-Prompts and prefixes have a head each: what makes a question hard shows otherwise than what makes a rollout fail.
+    question ─► trunk (layers of the policy, synced) ─► state, and features beside it ─► head ─► V
+                                                         │ kept by the history's tokens, stamped with its version
+    finished tree ─► backed-up targets ─► joined with the states of its histories ─► window of rows ─► heads refitted
 
 Where the states come from. The embedded engine computes every history for the turn after it and hands its state on
-with the turn, so Stage 2's questions bring their states, finished trees bring those of all their turns, and no prefix
-is read twice. Prompts of the pool, most of which are never bought, are read by the trunk, and so are prefixes when the
-engine gives no states; what was read for a question is kept for the tree to come, so a training row costs a look-up.
-The learner's own forward would leave out the trees without credit, those whose rollouts all agree, which are what the
-predictor has to tell from the others. States that answer and states that teach are of one side: the same layers, and
-the same engine or trunk. What neither the tree brings nor this process was asked for is read anew, in one forward.
+with the turn, so finished trees bring the states of all their turns, and PromptActors that have the heads answer Stage
+2's questions themselves (`Heads.prefix_values`). Prompts of the pool, most of which are never bought, are read by the
+trunk, and so are prefixes when the engine gives no states; what was read for a question is kept for the tree to come,
+so a training row costs a look-up. The learner's own forward would leave out the trees without credit, those whose
+rollouts all agree, which are what the predictor has to tell from the others. States that answer and states that teach
+are of one side: the same layers, and the same engine or trunk. What neither the tree brings nor this process was asked
+for is read anew, in one forward.
 """
 
 import json
@@ -21,29 +20,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
-import torch
 import xxhash
 from safetensors.numpy import load_file, save_file
 
 from trace_async.config import PredictorConfig
 from trace_async.method.knapsack import FloatArray
 from trace_async.method.posterior import Estimates, SuccessEstimator
-from trace_async.predictor.features import NUM_FEATURES, history_features
-from trace_async.predictor.head import StateHead
+from trace_async.predictor.heads import HeadName, Heads, fullest, rows_of, vector
 from trace_async.predictor.metrics import root_outcomes
 from trace_async.predictor.questions import portions, prefix_keys
 from trace_async.predictor.states import PolicyTrunk
 from trace_async.predictor.targets import backed_up_targets, learnable
 from trace_async.trees.tree import ROOT, RolloutTree
 from trace_async.types import HiddenState, PrefixQuery
-from trace_async.weights import WeightBucket, WeightManifest, WeightUpdate, pack_weights, unpack_weights
+from trace_async.weights import WeightBucket, WeightManifest, WeightUpdate
 
 # Below so many rows a head would only repeat them.
 MIN_ROWS = 32
-_HEADS = ("prompt", "prefix")
-_HEAD_PARTS = ("mean", "scale", "weights")
+Kind: TypeAlias = Literal["given", "prompt", "prefix"]
+_HEADS: tuple[HeadName, ...] = ("prompt", "prefix")
 _ROW_FIELDS = ("states", "targets", "weights", "versions", "is_prompt")
 
 
@@ -78,12 +76,15 @@ class PolicyTrunkPredictor:
 
     def __init__(self, config: PredictorConfig, policy_path: str | Path, *, device: str = "cpu") -> None:
         self.config = config
+        layers = config.num_layers, config.layers_of_prefixes
         self.trunk = PolicyTrunk(
-            policy_path, num_layers=config.num_layers, num_last=config.pooled_tokens, device=device
+            policy_path,
+            num_layers=max(layers) if all(layers) else 0,
+            num_last=config.pooled_tokens,
+            device=device,
         )
-        width = self.trunk.width + NUM_FEATURES
-        self.heads = {name: StateHead.untrained(width) for name in _HEADS}
-        self.rows = Rows.none(width)
+        self.heads = Heads.untrained(self.trunk.width)
+        self.rows = Rows.none(len(self.heads.prefix.weights))
         self.asked: dict[bytes, tuple[int, np.ndarray]] = {}
         self.estimator = SuccessEstimator(
             config.prior_strength, fit=config.fit_prior_strength, half_life=config.count_half_life
@@ -91,51 +92,41 @@ class PolicyTrunkPredictor:
         self.version = 0
         self.num_updates = 0
         self.num_skipped = 0
-        self.num_asked = self.num_given = self.num_older = 0
         self.busy_s = 0.0
 
     # ── values ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def predict(self, queries: Sequence[PrefixQuery]) -> list[FloatArray]:
-        """V at each position of each query: arrays [len(query.positions)]. States are kept for the trees to come."""
+        """V at each position of each query: arrays [len(query.positions)]. What is read for it is kept for the trees to
+        come, which bring what the engine has read."""
         assert not self.lacks_weights, "a value of old weights must not pass for one of the new"
         started = time.monotonic()
-        found: list[FloatArray] = []
-        for some in portions(queries, [_num_unread(query) for query in queries], self.config.max_tokens_per_forward):
-            keys = [key for query in some for key in prefix_keys(query)]
-            versions, states = self._states(some, keys)
-            self.asked.update(zip(keys, zip(versions, states, strict=True), strict=True))
-            is_prompt = np.array([not query.turn_logprobs for query in some for _ in query.positions])
-            ends = np.cumsum([len(query.positions) for query in some])
-            found.extend(np.split(self._values(states, is_prompt), ends[:-1]))
+        kinds = [_kind(query) for query in queries]
+        found = {
+            kind: iter(self._answer(kind, [query for query, own in zip(queries, kinds, strict=True) if own == kind]))
+            for kind in set(kinds)
+        }
+        values = [next(found[kind]) for kind in kinds]
         self.busy_s += time.monotonic() - started
+        return values
+
+    def _answer(self, kind: Kind, queries: Sequence[PrefixQuery]) -> list[FloatArray]:
+        if kind == "given":
+            return self.heads.prefix_values(queries)
+        config, found = self.config, list[FloatArray]()
+        num_layers = config.num_layers if kind == "prompt" else config.layers_of_prefixes
+        for some in portions(queries, [len(query.token_ids) for query in queries], config.max_tokens_per_forward):
+            rows = rows_of(some, self.trunk.read(some, num_layers))
+            keys = (key for query in some for key in prefix_keys(query))
+            self.asked.update((key, (self.trunk.version, row)) for key, row in zip(keys, rows, strict=True))
+            ends = np.cumsum([len(query.positions) for query in some])
+            found.extend(np.split(self.heads.of(kind).values(rows), ends[:-1]))
         return found
 
     @property
     def lacks_weights(self) -> bool:
         """After a checkpoint was loaded, until the policy's weights of its version have come."""
         return self.trunk.version < self.version
-
-    def _states(self, queries: Sequence[PrefixQuery], keys: Sequence[bytes]) -> tuple[list[int], np.ndarray]:
-        """Of every asked prefix the version under which its state was read, and state with features [prefixes, width].
-
-        What the engine gave with its turns is taken; the rest is read by the trunk, in one forward for all.
-        """
-        unread = [query for query in queries if not query.states]
-        read = iter(self.trunk.read(unread) if unread else ())
-        given = [query.states or [None] * len(query.positions) for query in queries]
-        states = _fullest(keys, [state for some in given for state in some])
-        versions = [state.policy_version if state else self.trunk.version for state in states]
-        hidden = [np.frombuffer(state.values, dtype=np.float32) if state else next(read) for state in states]
-        features = np.array([row for query in queries for row in _features(query)], dtype=np.float32)
-        self.num_given += len(states) - states.count(None)
-        self.num_older += sum(version < self.trunk.version for version in versions)
-        self.num_asked += len(states)
-        return versions, np.concatenate([np.stack(hidden), features], axis=1)
-
-    def _values(self, states: np.ndarray, is_prompt: np.ndarray) -> FloatArray:
-        values = {name: head.values(states) for name, head in self.heads.items()}
-        return np.where(is_prompt, values["prompt"], values["prefix"])
 
     def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
         """Beta posteriors of prompts: V of each as the prior, the prompt's own counts as evidence."""
@@ -157,60 +148,65 @@ class PolicyTrunkPredictor:
         trees = learnable(trees)
         self.version = policy_version
         nodes = [_taught_nodes(tree, prefixes=self._learns) for tree in trees]
-        for tree, own in zip(trees, nodes, strict=True):
-            self._keep_states(tree, own)
+        metrics = self._keep_states(trees, nodes, policy_version)
         num_read = self._read_unasked(trees, nodes)
-        metrics: dict[str, float] = {}
         if trees:
             new = self._rows(trees, nodes)
             prompts = np.cumsum([0, *(len(own) for own in nodes[:-1])])  # of each tree's nodes the prompt comes first
-            values = self.heads["prompt"].values(new.states[prompts])
+            values = self.heads.prompt.values(new.states[prompts])
             self.estimator.observe(trees, values, policy_version)
             rows = self.rows.and_more(new)
             self.rows = rows.where(rows.versions > policy_version - self.config.window_versions)
-            metrics = root_outcomes(trees, [_judged(t, v) for t, v in zip(trees, values, strict=True)]).metrics()
+            metrics |= root_outcomes(trees, [_judged(t, v) for t, v in zip(trees, values, strict=True)]).metrics()
         oldest = policy_version - self.config.window_versions
         self.asked = {key: kept for key, kept in self.asked.items() if kept[0] >= oldest}
         self.busy_s += time.monotonic() - started
         return metrics | {"rows_read_again": float(num_read)} | self._totals()
 
     def _totals(self) -> dict[str, float]:
-        """What is reported beside the quality of the values; counts of answers begin anew."""
-        asked = max(1, self.num_asked)
+        """What is reported beside the quality of the values."""
         found = {
             "rows": float(len(self.rows.targets)),
-            "states_from_engine": self.num_given / asked,
-            "states_of_older_weights": self.num_older / asked,
             "sync_bytes": float(self.trunk.synced_bytes),
             "sync_s": self.trunk.sync_s,
             "prior_strength": self.estimator.strength,
             "skipped": float(self.num_skipped),
         }
-        self.num_asked = self.num_given = self.num_older = 0
         self.trunk.synced_bytes, self.trunk.sync_s = 0, 0.0
         return found
 
-    def _keep_states(self, tree: RolloutTree, nodes: Mapping[int, bytes]) -> None:
-        """Those that the tree brings of turns that nobody asked for: of continuations."""
-        for node in nodes.keys() & tree.states.keys():
-            if node != ROOT and nodes[node] not in self.asked:
-                state = tree.states[node]
-                turns, length = tree.path(node)[1:], len(tree.prefix_tokens(node))
-                features = history_features([tree.nodes[above].logprobs for above in turns], length)
-                hidden = np.frombuffer(state.values, dtype=np.float32)
-                row = np.concatenate([hidden, np.array(features, dtype=np.float32)])
-                self.asked[nodes[node]] = state.policy_version, row
-
-    def _read_unasked(self, trees: Sequence[RolloutTree], nodes: Sequence[dict[int, bytes]]) -> int:
-        """Read the states of taught nodes that nobody asked this process for; returns how many."""
-        queries = []
+    def _keep_states(
+        self, trees: Sequence[RolloutTree], nodes: Sequence[Mapping[int, bytes]], policy_version: int
+    ) -> dict[str, float]:
+        """Keep what the engine read. Of the turns that are taught: `states_from_engine`, the share that it read, and
+        `state_age`, how many versions ago on average."""
+        questions: list[PrefixQuery] = []
+        keys: list[bytes] = []
+        given: list[HiddenState] = []
         for tree, own in zip(trees, nodes, strict=True):
-            for node in (node for node, key in own.items() if key not in self.asked):
-                tokens = tree.prefix_tokens(node)
-                logprobs = tuple(tree.nodes[above].logprobs for above in tree.token_path(node) if above != ROOT)
-                queries.append(PrefixQuery(token_ids=tokens, positions=(len(tokens),), turn_logprobs=logprobs))
-        self.predict(queries)
-        return len(queries)
+            for node in own.keys() & tree.states.keys() - {ROOT}:
+                questions.append(_question(tree, node))
+                keys.append(own[node])
+                given.append(tree.states[node])
+        if not given:
+            return {"states_from_engine": 0.0}
+        states = fullest(keys, given)
+        versions = [state.policy_version for state in states]
+        rows = rows_of(questions, [vector(state) for state in states])
+        self.asked.update(zip(keys, zip(versions, rows, strict=True), strict=True))
+        num_turns = sum(len(own) - 1 for own in nodes)  # beside the prompt
+        return {"states_from_engine": len(given) / num_turns, "state_age": policy_version - float(np.mean(versions))}
+
+    def _read_unasked(self, trees: Sequence[RolloutTree], nodes: Sequence[Mapping[int, bytes]]) -> int:
+        """Read the states of taught nodes that nobody asked this process for; returns how many."""
+        unasked = [
+            _question(tree, node)
+            for tree, own in zip(trees, nodes, strict=True)
+            for node, key in own.items()
+            if key not in self.asked
+        ]
+        self.predict(unasked)
+        return len(unasked)
 
     def _rows(self, trees: Sequence[RolloutTree], nodes: Sequence[dict[int, bytes]]) -> Rows:
         targets, weights = [], []
@@ -244,15 +240,15 @@ class PolicyTrunkPredictor:
     def _refit(self) -> float:
         started = time.monotonic()
         loss = math.nan
-        for name in _HEADS:
-            rows = self.rows.where(self.rows.is_prompt == (name == "prompt"))
+        for kind in _HEADS:
+            rows = self.rows.where(self.rows.is_prompt == (kind == "prompt"))
             if len(rows.targets) < MIN_ROWS:
                 continue
-            head = self.heads[name].refitted(rows.states, rows.targets, rows.weights, l2=self.config.head_l2)
+            head = self.heads.of(kind).refitted(rows.states, rows.targets, rows.weights, l2=self.config.head_l2)
             if head is None:
                 self.num_skipped += 1
                 continue
-            self.heads[name] = head
+            self.heads = self.heads.with_head(kind, head)
             values = head.values(rows.states)
             errors = -(rows.targets * np.log(values) + (1 - rows.targets) * np.log(1 - values))
             loss = float(np.average(errors, weights=rows.weights))
@@ -274,16 +270,11 @@ class PolicyTrunkPredictor:
 
     def learnt(self) -> WeightUpdate:
         """What it has learnt, for replicas that only answer: the heads, numbered by its updates, with a checksum."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name, head in self.heads.items():
-            tensors |= {f"{name}/{part}": torch.from_numpy(getattr(head, part)) for part in _HEAD_PARTS}
-            tensors[f"{name}/bias"] = torch.tensor([head.bias], dtype=torch.float64)
-        return pack_weights(tensors, self.num_updates)
+        return self.heads.packed(self.num_updates)
 
     def take_learnt(self, update: WeightUpdate) -> None:
         """Answer with what another one has learnt; ValueError when it is not what was sent."""
-        arrays = {name: tensor.numpy() for name, tensor in unpack_weights(update).items()}
-        self.heads = {name: _head(arrays, name, float(arrays[f"{name}/bias"][0])) for name in _HEADS}
+        self.heads = Heads.unpacked(update)
         self.num_updates = update.manifest.policy_version
         self.asked.clear()  # who only answers keeps no rows
 
@@ -293,15 +284,13 @@ class PolicyTrunkPredictor:
         """Heads, window, counts, into `directory` (made); the trunk is the policy's, which the learner saves."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{name}/{part}": getattr(head, part) for name, head in self.heads.items() for part in _HEAD_PARTS}
-        arrays |= {f"rows/{name}": getattr(self.rows, name) for name in _ROW_FIELDS}
+        arrays = self.heads.tensors() | {f"rows/{name}": getattr(self.rows, name) for name in _ROW_FIELDS}
         save_file(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / "heads.safetensors"
         )
         state = {
             "version": self.version,
             "num_updates": self.num_updates,
-            "biases": {name: head.bias for name, head in self.heads.items()},
             "estimator": self.estimator.state(),
         }
         (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -311,7 +300,7 @@ class PolicyTrunkPredictor:
         directory = Path(directory)
         arrays = load_file(directory / "heads.safetensors")
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        self.heads = {name: _head(arrays, name, bias) for name, bias in state["biases"].items()}
+        self.heads = Heads.of_tensors(arrays)
         self.rows = Rows(**{name: arrays[f"rows/{name}"] for name in _ROW_FIELDS})
         self.version, self.num_updates = state["version"], state["num_updates"]
         self.estimator.load_state(state["estimator"])
@@ -336,35 +325,18 @@ def _taught_nodes(tree: RolloutTree, *, prefixes: bool) -> dict[int, bytes]:
     return found
 
 
-def _fullest(keys: Sequence[bytes], states: Sequence[HiddenState | None]) -> list[HiddenState | None]:
-    """Of equal histories (equal keys) the state that was read from the most tokens.
-
-    Rollouts of a prompt often begin alike; the engine then computes what they share for one of them only, and for the
-    others nothing but the last token.
-    """
-    best: dict[bytes, HiddenState] = {}
-    for key, state in zip(keys, states, strict=True):
-        if state is not None and (key not in best or state.num_tokens > best[key].num_tokens):
-            best[key] = state
-    return [best[key] if state is not None else None for key, state in zip(keys, states, strict=True)]
+def _kind(query: PrefixQuery) -> Kind:
+    if query.states:
+        return "given"
+    return "prefix" if query.turn_logprobs else "prompt"
 
 
-def _num_unread(query: PrefixQuery) -> int:
-    return 0 if query.states else len(query.token_ids)
-
-
-def _features(query: PrefixQuery) -> list[list[float]]:
-    """Of each asked prefix of the query."""
-    before = len(query.turn_logprobs) - len(query.positions)
-    depths = [max(0, before + number) for number in range(1, len(query.positions) + 1)]
-    return [
-        history_features(query.turn_logprobs[:depth], position)
-        for depth, position in zip(depths, query.positions, strict=True)
-    ]
-
-
-def _head(arrays: Mapping[str, np.ndarray], name: str, bias: float) -> StateHead:
-    return StateHead(arrays[f"{name}/mean"], arrays[f"{name}/scale"], arrays[f"{name}/weights"], bias)
+def _question(tree: RolloutTree, node: int) -> PrefixQuery:
+    """What would be asked about the end of this node."""
+    tokens = tree.prefix_tokens(node)
+    logprobs = tuple(tree.nodes[above].logprobs for above in tree.token_path(node) if above != ROOT)
+    prompt_value = tree.nodes[ROOT].value if node != ROOT else None
+    return PrefixQuery(token_ids=tokens, positions=(len(tokens),), turn_logprobs=logprobs, prompt_value=prompt_value)
 
 
 def _judged(tree: RolloutTree, prompt_value: float) -> FloatArray:

@@ -22,16 +22,15 @@ from trace_async.weights import WeightBucket, WeightCount, WeightManifest
 
 
 class PolicyTrunk:
-    """The first `num_layers` layers of the policy (0: all) and its final norm; a prefix's state is the mean over its
+    """The first `num_layers` layers of the policy (0: all) and its final norm; a history's state is the mean over its
     `num_last` last tokens. `version`: of the weights it holds."""
 
     def __init__(self, path: str | Path, *, num_layers: int, num_last: int, device: str) -> None:
         policy = load_model(path, device=device)
         self._prefix = f"{policy.base_model_prefix}."
         self._trunk = policy.base_model
-        if num_layers:
-            self._trunk.layers = self._trunk.layers[:num_layers]
-            self._trunk.config.num_hidden_layers = len(self._trunk.layers)
+        self._layers = self._trunk.layers[: num_layers or None]
+        self._run(0)
         self._trunk.requires_grad_(False)
         self._kind = attention_for(torch.device(device), flat=False)
         prepare_model(self._trunk, self._kind)
@@ -43,8 +42,10 @@ class PolicyTrunk:
         self.sync_s = 0.0
 
     @torch.no_grad()
-    def read(self, queries: Sequence[PrefixQuery]) -> np.ndarray:
-        """States [asked prefixes, width] (float32), query by query, each position in order; one forward for all."""
+    def read(self, queries: Sequence[PrefixQuery], num_layers: int = 0) -> np.ndarray:
+        """States [asked prefixes, width] (float32) after `num_layers` layers (0: all that it has), query by query, each
+        position in order; one forward for all."""
+        self._run(num_layers)
         asked = lay_out_queries(queries, num_last=self._num_last)
         hidden = hidden_states(self._trunk, asked.layout, self._kind)
         last = hidden.index_select(0, torch.from_numpy(asked.rows).to(hidden.device)).float().cpu().numpy()
@@ -75,6 +76,7 @@ class PolicyTrunk:
             raise WeightSyncError(
                 f"weights version {manifest.policy_version} are those of version {self.version}: nothing changed"
             )
+        self._run(0)
         missing = [name for name, _ in self._named_tensors() if name not in tensors]
         if missing:
             raise WeightSyncError(f"the predictor's trunk needs {missing[:3]}, which were not sent")
@@ -84,6 +86,11 @@ class PolicyTrunk:
         self._checksum, self.version = found.checksum, found.policy_version
         self.synced_bytes += found.num_bytes
         self.sync_s += time.monotonic() - started
+
+    def _run(self, num_layers: int) -> None:
+        """Compute only so many layers from now on; 0: all."""
+        self._trunk.layers = self._layers[: num_layers or None]
+        self._trunk.config.num_hidden_layers = len(self._trunk.layers)
 
     def _named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         return [(self._prefix + name, parameter.data) for name, parameter in self._trunk.named_parameters()]

@@ -169,7 +169,15 @@ class PromptRun:
             states = tuple(builder.states[node] for node in nodes if node in builder.states)
             if len(states) < len(nodes):
                 states = ()
-            queries.append(PrefixQuery(token_ids=tokens, positions=positions, turn_logprobs=logprobs, states=states))
+            queries.append(
+                PrefixQuery(
+                    token_ids=tokens,
+                    positions=positions,
+                    turn_logprobs=logprobs,
+                    states=states,
+                    prompt_value=builder.nodes[ROOT].value,
+                )
+            )
         for (_, nodes), values in zip(asked, await value(queries), strict=True):
             for node, estimate in zip(nodes, values, strict=True):
                 if node in self._states:

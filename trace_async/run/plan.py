@@ -281,7 +281,7 @@ def _generator(config: Config, policy: ModelShape) -> ProcessPlan:
 
 
 def _predictor(config: Config, policy: ModelShape) -> ProcessPlan:
-    """A trunk without a language head, trained in fp32."""
+    """A trunk without a language head: trained in fp32 (trunk=own), or only read (trunk=policy)."""
     predictor = config.predictor
     shape = shape_of(predictor.path, "predictor.path") if predictor.path else policy
     if shape.vocab_size < policy.vocab_size:
@@ -289,13 +289,17 @@ def _predictor(config: Config, policy: ModelShape) -> ProcessPlan:
             f"predictor.path={predictor.path}: its vocabulary of {shape.vocab_size} does not hold the policy's "
             f"{policy.vocab_size} token ids; use a model of the policy's family"
         )
-    num_layers = shape.num_layers if predictor.path or not predictor.num_layers else predictor.num_layers
+    reads = predictor.trunk == "policy"
+    layers = {predictor.num_layers, predictor.layers_of_prefixes} if reads else {predictor.num_layers}
+    num_layers = shape.num_layers if predictor.path or 0 in layers else max(layers)
     shape = replace(shape, num_layers=min(num_layers, shape.num_layers), tied=True)
     # A tree that is larger than the bound is still taken in one piece; one trajectory is the least that can be.
     num_tokens = max(predictor.max_tokens_per_forward, config.sampling.max_context_tokens)
-    parts = {
-        "weights, gradients, Adam": 16 * shape.num_parameters,
-        "activations": shape.activation_bytes(num_tokens, 4, checkpointing=False),
+    weights = (
+        {"weights": 4 * shape.num_parameters} if reads else {"weights, gradients, Adam": 16 * shape.num_parameters}
+    )
+    parts = weights | {
+        "activations": shape.activation_bytes(num_tokens, 4, checkpointing=reads),
     }
     parts |= _libraries(config.actors.predictor_gpus)
     count = 1 + config.predictor.num_replicas

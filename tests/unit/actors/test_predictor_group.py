@@ -14,7 +14,9 @@ from actors.predictor_group import PredictorGroup
 from tests.unit.predictor.test_policy_trunk import ask, weights_of
 from tests.unit.predictor.test_predictor import policy, world  # noqa: F401
 from trace_async.config import Config, PredictorConfig
-from trace_async.types import PrefixQuery
+from trace_async.predictor.heads import Heads
+from trace_async.types import HiddenState, PrefixQuery
+from trace_async.weights import WeightUpdate
 
 QUERIES = [
     PrefixQuery(token_ids=(22, 9, 5, sign), positions=(4,), turn_logprobs=((-1.0,),)) for sign in (30, 31, 30, 31, 30)
@@ -62,6 +64,11 @@ def values_of(handle: Handle) -> list[float]:
     return [float(value[0]) for value in handle.actor.predictor.predict(QUERIES)]
 
 
+def state_of(group: PredictorGroup, query: PrefixQuery) -> HiddenState:
+    """As the engine would give it."""
+    return HiddenState(0, 10, group.actor.actor.predictor.trunk.read([query])[0].tobytes())
+
+
 def lessons(group: PredictorGroup) -> list:
     return ask(group.actor.actor.predictor, world(np.random.default_rng(0), 40))
 
@@ -77,6 +84,27 @@ async def test_replicas_answer_with_what_the_learning_one_has_learnt(group: Pred
     assert after == pytest.approx(values_of(group.actor), abs=1e-6)
     assert len(set(after)) == 2
     assert "values" not in group.actor.calls  # its time is for learning
+
+
+async def test_what_was_learnt_goes_to_whoever_shares_it_also_after_a_checkpoint(
+    config: Config,
+    policy: Path,  # noqa: F811
+    tmp_path: Path,
+):
+    got: list[WeightUpdate] = []
+
+    async def share(learnt: asyncio.Future) -> None:
+        got.append(await learnt)
+
+    config = replace(config, predictor=replace(config.predictor, trunk="policy", num_replicas=0))
+    group = PredictorGroup(Handle(config, policy, learns=True), (), start_limit_s=60, limit_s=60, share=share)
+    await group.train(lessons(group), 0)
+    given = [replace(query, states=(state_of(group, query),)) for query in QUERIES]
+    values = [float(value[0]) for value in Heads.unpacked(got[0]).prefix_values(given)]
+    assert values == pytest.approx(values_of(group.actor), abs=1e-6)
+    await group.save(tmp_path / "predictor")
+    await group.load(tmp_path / "predictor")
+    assert Heads.unpacked(got[1]).prefix_values(given)[0].tolist() == [values[0]]
 
 
 async def test_estimates_are_the_same_whoever_reads_them(group: PredictorGroup):

@@ -265,19 +265,55 @@ def test_without_steps_it_never_learns(policy):  # noqa: F811
     assert predictor.rows.is_prompt.all()  # nothing is read for lessons that nobody takes
 
 
-def test_a_state_that_the_engine_gave_is_taken_with_its_version(policy):  # noqa: F811
+def test_states_that_the_engine_gave_answer_and_teach_with_their_version(policy):  # noqa: F811
     predictor = PolicyTrunkPredictor(CONFIG, policy)
+    predictor.train(ask(predictor, world(np.random.default_rng(0), 40)), 0)
     predictor.trunk.version = predictor.version = 3
-    query = PrefixQuery(token_ids=(1, 2, 3, 4, 5), positions=(3, 5), turn_logprobs=((-1.0,), (-2.0,)))
+    query = PrefixQuery(token_ids=(22, 9, 5, 30), positions=(3, 4), turn_logprobs=((-1.0,), (-2.0,)), prompt_value=0.7)
     (read,) = predictor.predict([query])
-    states = predictor.trunk.read([query])
-    given = replace(query, states=tuple(HiddenState(2, 2, state.tobytes()) for state in states))
-    predictor.asked.clear()
+    first, second = predictor.trunk.read([query])
+    given = replace(query, states=(HiddenState(2, 2, first.tobytes()), HiddenState(2, 2, second.tobytes())))
+    tree = make_tree([22, 9], [(0, [[5], [30], [6]], 1)])  # the same history, and a last turn
+    tree = replace(tree, nodes=(replace(tree.nodes[0], value=0.7), *tree.nodes[1:]))
+    predictor.estimate(["t"], [PrefixQuery(token_ids=(22, 9), positions=(2,))])
     predictor.trunk.read = None  # nothing is read again
     assert predictor.predict([given])[0].tolist() == read.tolist()
-    assert {version for version, _ in predictor.asked.values()} == {2}
-    metrics = predictor.observe([], 3)
-    assert (metrics["states_from_engine"], metrics["states_of_older_weights"]) == (0.5, 0.5)
+    assert predictor.heads.prefix_values([given])[0].tolist() == read.tolist()
+    metrics = predictor.observe([replace(tree, states={1: given.states[0], 2: given.states[1]})], 3)
+    assert predictor.rows.versions[-3:].tolist() == [3, 2, 2]  # the prompt, which the trunk read, and two turns
+    assert (metrics["states_from_engine"], metrics["state_age"]) == (1, 1)
+    assert predictor.rows.states[-1][: len(second)] == pytest.approx(second)
+
+
+def test_prompts_and_prefixes_are_read_after_layers_of_their_own(policy):  # noqa: F811
+    both = PolicyTrunkPredictor(replace(CONFIG, num_layers=1, prefix_layers=0), policy)
+    one, all_layers = (PolicyTrunkPredictor(replace(CONFIG, num_layers=n), policy) for n in (1, 0))
+    prompt = PrefixQuery(token_ids=(1, 2, 3), positions=(3,))
+    prefix = PrefixQuery(token_ids=(1, 2, 3, 4, 5), positions=(5,), turn_logprobs=((-1.0,),))
+    both.predict([prefix, prompt])
+    for other, query in ((one, prompt), (all_layers, prefix)):
+        other.predict([query])
+        ((key, (_, expected)),) = other.asked.items()
+        assert both.asked[key][1] == pytest.approx(expected, abs=1e-5)
+    both.receive_weights(*weights_of(policy, scale=1.5))  # also those of layers that the last question did not need
+    all_layers.receive_weights(*weights_of(policy, scale=1.5))
+    assert both.trunk.read([prefix]) == pytest.approx(all_layers.trunk.read([prefix]), abs=1e-5)
+
+
+def test_what_is_believed_of_the_prompt_is_learnt_from(policy):  # noqa: F811
+    """The same histories and states; only what was believed of the prompts tells their outcomes apart."""
+    predictor = PolicyTrunkPredictor(replace(CONFIG, head_l2=1e-3), policy)
+    trees = []
+    for number in range(40):
+        tree = make_tree([1, 2], [(0, [[3], [4]], number % 2)], task_id=str(number))
+        state = HiddenState(0, 2, np.zeros(predictor.trunk.width, np.float32).tobytes())
+        tree = replace(tree, nodes=(replace(tree.nodes[0], value=0.3 + 0.4 * (number % 2)), *tree.nodes[1:]))
+        trees.append(replace(tree, states={1: state}))
+    for tree in trees:
+        predictor.train([tree], 0)
+    query = PrefixQuery(token_ids=(1, 2, 3), positions=(3,), turn_logprobs=((-1.0,),), states=(state,))
+    low, high = (predictor.predict([replace(query, prompt_value=value)])[0][0] for value in (0.3, 0.7))
+    assert low < 0.2 < 0.8 < high
 
 
 def test_questions_with_and_without_states_mix(policy):  # noqa: F811

@@ -1,7 +1,7 @@
 """Questions in one row: every shared token once, and the rows from which each asked prefix is read."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_async.predictor.questions import lay_out_queries, prefix_keys
@@ -26,6 +26,7 @@ def test_two_questions_by_hand():
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
 
 
+@settings(deadline=None)
 @given(st.lists(TOKENS, min_size=1, max_size=6), st.integers(1, 3))
 def test_every_prefix_is_read_from_rows_that_see_exactly_it(sequences, num_last):
     queries = [PrefixQuery(token_ids=s, positions=tuple(range(1, len(s) + 1))) for s in sequences]

@@ -80,6 +80,21 @@ def test_the_plan_of_one_machine():
     assert "node 0: 4 × learner, 3 × generator, 1 × predictor" in text
 
 
+def test_a_trunk_that_is_only_read_needs_no_gradients_and_all_layers_that_are_read():
+    def weights(*overrides: str) -> tuple[str, int]:
+        (predictor,) = (p for p in plan_run(eight_b(*overrides)).processes if p.name == "predictor")
+        return next(iter(predictor.parts.items()))
+
+    layers_8 = weights("predictor.path=''", "predictor.num_layers=8")[1] // 16
+    read = ["predictor.path=''", "predictor.trunk=policy", "predictor.num_layers=2"]
+    assert weights(*read, "predictor.prefix_layers=8") == ("weights", 4 * layers_8)
+    assert (
+        weights(*read)[1]
+        < weights(*read, "predictor.prefix_layers=8")[1]
+        < weights(*read, "predictor.prefix_layers=0")[1]
+    )
+
+
 def test_a_generator_of_several_gpus_stays_on_one_node():
     five_of_four = ["actors.num_generators=5", "actors.generator_gpus=4", "engine.tensor_parallel_size=4"]
     plan = plan_run(eight_b(*five_of_four, "actors.num_nodes=4"))
