@@ -163,7 +163,8 @@ class LossConfig:
 
     advantage: Annotated[str, _rule(CREDIT)] = "trace"
     """Credit of a token: trace | trace_fresh (its baseline without the rollout that passed) | tree_grpo | tree_rpo |
-    treepo | grpo | package.module:Class of your own (trace_async.method.credit.rule). Alias adv_estimator."""
+    treepo | grpo | gigpo (turns against turns from the same state) | package.module:Class of your own
+    (trace_async.method.credit.rule). Alias adv_estimator."""
     normalize_std: bool = False
     """Divide a group's advantages by their standard deviation, as GRPO does (alias norm_adv_by_std_in_grpo)."""
     objective: Annotated[str, _rule(OBJECTIVE)] = "ppo"

@@ -44,6 +44,7 @@ CREDIT = {
     "trace": "trace_async.method.credit.trace:Trace",
     "trace_fresh": "trace_async.method.credit.trace:TraceFresh",
     "grpo": "trace_async.method.credit.grpo:Grpo",
+    "gigpo": "trace_async.method.credit.gigpo:GiGpo",
     "tree_grpo": "trace_async.method.credit.tree_grpo:TreeGrpo",
     "treepo": "trace_async.method.credit.treepo:TreePo",
     "tree_rpo": "trace_async.method.credit.tree_rpo:TreeRpo",

@@ -145,6 +145,25 @@ def test_treepo_whitens_over_the_batch():
     assert compute_credits("treepo", []) == []
 
 
+def test_gigpo_by_hand():
+    """Roots 1-2 ✓, 3-4 ✗, 5-6 ✗. After turns 1 and 3 the environment says the same (3), after 5 something else (7).
+
+    Prompt: 1 − ⅓ = ⅔, −⅓, −⅓. First turns all begin at the prompt, so as much again. Turns 2 and 4 share a state:
+    1 − ½ and 0 − ½; turn 6 is alone in its own.
+    """
+    tree = make_tree([0, 1, 0, 3, 0, 5], [([1, 2], 1.0), ([3, 4], 0.0), ([5, 6], 0.0)])
+    nodes = list(tree.nodes)
+    nodes[5] = replace(nodes[5], token_ids=(2, 7))
+    positive, negative, weight = credit_of("gigpo", replace(tree, nodes=tuple(nodes)))
+    a = np.array([0, 4 / 3, 2 / 3 + 1 / 2, -2 / 3, -1 / 3 - 1 / 2, -2 / 3, -1 / 3])
+    assert positive == pytest.approx(np.maximum(a, 0) / 3)
+    assert negative == pytest.approx(np.minimum(a, 0) / 3)
+    assert weight == pytest.approx([0, *[1 / 3] * 6])
+    # The two that differ in the shared state have the deviation √½, the three of the prompt √⅓.
+    positive, _, _ = credit_of("gigpo", replace(tree, nodes=tuple(nodes)), normalize_std=True)
+    assert positive[2] == pytest.approx((2 / 3 / (1 / 3) ** 0.5 + 0.5 / 0.5**0.5) / 3, rel=1e-5)
+
+
 def test_tree_rpo_by_hand():
     positive, negative, weight = credit_of("tree_rpo", example())
     # values: node 1 mean(1, 0, 1) = 2/3, node 4 mean(0, 1) = 1/2; siblings 1, 4: mean .58333, std .11785: ±.7071
@@ -157,7 +176,7 @@ def test_tree_rpo_by_hand():
     assert weight.tolist() == pytest.approx([0, 0.6, 0.2, 0.2, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2])
 
 
-@pytest.mark.parametrize("name", ["trace", "grpo", "treepo", "tree_rpo"])
+@pytest.mark.parametrize("name", ["trace", "grpo", "gigpo", "treepo", "tree_rpo"])
 def test_what_agrees_teaches_nothing(name):
     tree = make_tree([0, 1, 0, 1], [([1, 2], 1.0), ([3], 1.0), ([4], 1.0)])
     positive, negative, _ = credit_of(name, tree)
@@ -165,7 +184,7 @@ def test_what_agrees_teaches_nothing(name):
     assert not negative.any()
 
 
-@pytest.mark.parametrize("name", ["trace", "grpo", "tree_grpo", "treepo", "tree_rpo"])
+@pytest.mark.parametrize("name", ["trace", "grpo", "gigpo", "tree_grpo", "treepo", "tree_rpo"])
 def test_turns_without_generated_tokens_get_no_credit(name):
     tree = make_tree([0, 1, 0], [([1, 2], 1.0), ([3], 0.0)], tokens={2: 0})
     positive, negative, weight = credit_of(name, tree)
@@ -173,7 +192,7 @@ def test_turns_without_generated_tokens_get_no_credit(name):
     assert positive[1] > 0
 
 
-@pytest.mark.parametrize("name", ["trace", "grpo", "tree_grpo", "treepo", "tree_rpo"])
+@pytest.mark.parametrize("name", ["trace", "grpo", "gigpo", "tree_grpo", "treepo", "tree_rpo"])
 def test_one_lone_rollout_or_none(name):
     alone = compute_credit(name, make_tree([0], [([1], 0.0)]))
     assert alone.positive[1] == alone.negative[1] == 0
@@ -191,7 +210,7 @@ def test_trace_at_nested_anchors_compares_with_the_rollout_that_passed_there():
 
 
 @pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3])
-@pytest.mark.parametrize("name", ["trace", "trace_fresh", "grpo", "treepo", "tree_rpo"])
+@pytest.mark.parametrize("name", ["trace", "trace_fresh", "grpo", "gigpo", "treepo", "tree_rpo"])
 def test_equal_rewards_of_any_size_give_exactly_no_credit(name, reward):
     """The mean of three times .1 is .10000000000000002, and a credit of −4.6e-18 would count as an update."""
     trees = [
