@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -37,6 +38,12 @@ def fake_config(num_generators: int) -> Config:
     )
 
 
+def heard(pool: GeneratorPool) -> Listener:
+    """What the pool has announced to its listener."""
+    assert isinstance(pool.announce, Listener)
+    return pool.announce
+
+
 @pytest.fixture
 async def pool(tiny_policy_path: Path, tmp_path: Path) -> AsyncIterator[GeneratorPool]:
     made = GeneratorPool(fake_config(2), tiny_policy_path, tmp_path, Listener())
@@ -45,7 +52,7 @@ async def pool(tiny_policy_path: Path, tmp_path: Path) -> AsyncIterator[Generato
     await made.close()
 
 
-def weights(version: int, **differing: object) -> tuple[WeightBucket, WeightBucket, WeightManifest]:
+def weights(version: int, **differing: Any) -> tuple[WeightBucket, WeightBucket, WeightManifest]:
     """Two buckets and their manifest, in which fields may be `differing`."""
     state = {"w": torch.full((4,), float(version)), "v": torch.zeros(2)}
     manifest = replace(pack_weights(state, version).manifest, **differing)
@@ -67,7 +74,7 @@ async def until(condition, limit_s: float = 60.0) -> None:
 
 
 async def test_all_are_ready_and_answer(pool: GeneratorPool):
-    assert pool.announce.announced[-1] == {"generator-0", "generator-1"}
+    assert heard(pool).announced[-1] == {"generator-0", "generator-1"}
     for handle in pool.ready.values():
         completion = await handle.generate.remote((5, 6), PARAMS)
         assert len(completion.token_ids) == 3
@@ -80,18 +87,18 @@ async def test_a_killed_generator_is_replaced_and_synced_before_it_is_announced(
     ray.kill(pool.ready["generator-0"])
     await until(lambda: "generator-2" in pool.ready)
     watching.cancel()
-    assert {"generator-1"} in pool.announce.announced
-    assert pool.announce.announced[-1] == {"generator-1", "generator-2"}
+    assert {"generator-1"} in heard(pool).announced
+    assert heard(pool).announced[-1] == {"generator-1", "generator-2"}
     assert await served_versions(pool) == [1, 1]
     assert pool.num_lost == 1
 
 
 async def test_a_healthy_generator_is_announced_again_to_routers_that_had_left_it_out(pool: GeneratorPool):
-    heard = len(pool.announce.announced)
+    before = len(heard(pool).announced)
     watching = asyncio.create_task(pool.watch(every_s=0.05))
-    await until(lambda: len(pool.announce.announced) > heard)
+    await until(lambda: len(heard(pool).announced) > before)
     watching.cancel()
-    assert pool.announce.announced[-1] == {"generator-0", "generator-1"}
+    assert heard(pool).announced[-1] == {"generator-0", "generator-1"}
 
 
 async def test_a_generator_that_refuses_weights_is_lost_and_the_others_serve_them(pool: GeneratorPool):
@@ -110,7 +117,7 @@ async def test_corrupt_weights_reach_no_prompt(tiny_policy_path: Path, tmp_path:
     corrupt = weights(1, checksum="0" * 32)
     with pytest.raises(EngineError, match="no generator is left"):
         await pool.update_weights(in_store(corrupt), 1)
-    assert pool.announce.announced[-1] == set()
+    assert heard(pool).announced[-1] == set()
     await pool.close()
 
 
@@ -129,14 +136,14 @@ async def test_it_grows_and_shrinks_while_it_runs(pool: GeneratorPool):
 async def test_a_lent_generator_keeps_its_weights_until_it_is_taken_back(pool: GeneratorPool):
     await pool.update_weights(in_store(weights(1)), 1)
     assert await pool.lend(5) == 1  # one stays with training
-    assert pool.announce.announced[-1] == {"generator-0"}
-    assert pool.announce.for_evaluation == {"generator-1"}
+    assert heard(pool).announced[-1] == {"generator-0"}
+    assert heard(pool).for_evaluation == {"generator-1"}
     for version in (2, 3):
         await pool.update_weights(in_store(weights(version)), version)
     assert (await pool.lent["generator-1"].stats.remote()).health.policy_version == 1
     assert await served_versions(pool) == [3]
     await pool.take_back()
-    assert pool.announce.announced[-1] == pool.announce.for_evaluation == {"generator-0", "generator-1"}
+    assert heard(pool).announced[-1] == heard(pool).for_evaluation == {"generator-0", "generator-1"}
     assert await served_versions(pool) == [3, 3]
     assert pool.num_lost == 0
 
@@ -149,7 +156,7 @@ async def test_a_lent_generator_that_dies_is_replaced_and_the_evaluation_hears_o
     await until(lambda: set(pool.ready) == {"generator-0", "generator-2"})
     watching.cancel()
     assert pool.num_lost == 1
-    assert pool.announce.for_evaluation == {"generator-0", "generator-2"}
+    assert heard(pool).for_evaluation == {"generator-0", "generator-2"}
 
 
 async def test_a_generator_that_does_not_start_in_time_is_an_error_in_words(tiny_policy_path: Path, tmp_path: Path):

@@ -39,7 +39,9 @@ def test_a_run_survives_an_environment_that_does_everything_wrong_and_can_be_res
     ]
     run_cli("train", *settings, "num_updates=3")
     run_dir = tmp_path / "odd"
-    saved = load_trainer(latest_checkpoint(run_dir / "checkpoints"))
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    assert checkpoint is not None
+    saved = load_trainer(checkpoint)
     assert saved.state.ledger.allocated
     saved.check_ledger()
     points = read_metrics(run_dir)

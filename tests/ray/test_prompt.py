@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actors.predictor_group import Answering
 from actors.prompt import HeldOut, PromptActor
 from actors.router import Generators
 from trace_async.config import load_config
@@ -99,7 +100,12 @@ class GeneratorWithStates(Generator):
         return replace(await super()._generate(prompt_ids, params), prompt_state=state)
 
 
-class Predictor:
+class Predictor(Answering):
+    """Answers one half, and needs no actor for it."""
+
+    def __init__(self) -> None:
+        super().__init__(actors=(), limit_s=1.0)
+
     async def values(self, queries: Sequence[PrefixQuery]) -> list[np.ndarray]:
         return [np.full(len(query.positions), 0.5) for query in queries]
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ async def trees(overrides: list[str], tiny_policy_path: Path, tmp_path: Path) ->
     return await greedy_trees(load_config(None, overrides), tiny_policy_path, tmp_path)
 
 
-def with_turn(tree: RolloutTree, turn: int, **changes: object) -> RolloutTree:
+def with_turn(tree: RolloutTree, turn: int, **changes: Any) -> RolloutTree:
     nodes = list(tree.nodes)
     nodes[turn] = replace(nodes[turn], **changes)
     return replace(tree, nodes=tuple(nodes))

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 
 NUMBERS = {"a": 1, "b": 2, "c": 3}
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "lookup",

@@ -55,7 +55,7 @@ class FakePrompts:
         self.grown[task.id] += 1
         return make_tree(task.id, version=prompt.policy_version, num_roots=prompt.num_roots)
 
-    async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery]:
+    async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery | LossKind]:
         return [PrefixQuery(token_ids=(1,), positions=(1,)) for _ in tasks]
 
     async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:

@@ -91,11 +91,20 @@ CONTENTS: dict[str, Any] = {
     "content_surrogate": "lower \ud800",
     "role_odd": Message(role="narrator", content="lower"),  # type: ignore[arg-type]
 }
+
+
+def _odd(task: Task, **changes: Any) -> Task:
+    """The task with fields of kinds that no task may have."""
+    return replace(task, **changes)
+
+
 TASKS: dict[str, Callable[[Task], Any]] = {
-    "id_integer": lambda task: replace(task, id=int(task.id.rpartition("-")[2]) + 100 * ("held" in task.id)),
+    "id_integer": lambda task: _odd(task, id=int(task.id.rpartition("-")[2]) + 100 * ("held" in task.id)),
     "id_escape": lambda task: replace(task, id=f"{task.id}\x1b[2J\u202e\ud800"),
-    "data_numpy": lambda task: replace(task, data={"secret": np.int64(task.data["secret"]), "at": (1, np.float32(2))}),
-    "data_date": lambda task: replace(task, data={**task.data, "made": datetime.date(2026, 1, 1)}),
+    "data_numpy": lambda task: _odd(
+        task, data={"secret": np.int64(str(task.data["secret"])), "at": (1, np.float32(2))}
+    ),
+    "data_date": lambda task: _odd(task, data={**task.data, "made": datetime.date(2026, 1, 1)}),
     "data_nan": lambda task: replace(task, data={**task.data, "price": float("nan")}),
 }
 

@@ -2,7 +2,7 @@
 
 import random
 
-from trace_async.trees.tree import Node, Rollout, RolloutTree
+from trace_async.trees.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 TASK = Task(id="t", domain="test", kind="test", data={})
@@ -41,7 +41,7 @@ def random_tree(
         tokens = tuple(rng.randrange(vocab) for _ in range(length))
         return Node(parent=parent, rollout=len(rollouts), token_ids=tokens, num_generated=0, follows=follows)
 
-    def write(anchor: int, kind: str) -> None:
+    def write(anchor: int, kind: RolloutKind) -> None:
         parent = anchor
         for _ in range(rng.randint(1, max_turns)):
             if conversations and rng.random() < conversations:

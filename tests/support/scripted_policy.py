@@ -1,6 +1,7 @@
 """A policy that says what a test tells it to, in real tokens of a Qwen-style tokenizer."""
 
 from collections.abc import Callable
+from typing import Any
 
 from tests.unit.rollout.test_renderer import make_tokenizer
 from trace_async.env import Domain
@@ -18,7 +19,8 @@ RENDERER = Renderer(TOKENIZER)
 
 def limits(**changes) -> RolloutLimits:
     sampling = SamplingParams(max_new_tokens=200, stop_token_ids=RENDERER.stop_token_ids)
-    return RolloutLimits(**{"sampling": sampling, "max_context_tokens": 8000, "max_retries": 0} | changes)
+    base: dict[str, Any] = {"sampling": sampling, "max_context_tokens": 8000, "max_retries": 0}
+    return RolloutLimits(**base | changes)
 
 
 def call(key: str) -> str:

@@ -104,7 +104,7 @@ async def test_a_candidate_that_cannot_be_started_is_left_out_and_counted():
 
 async def test_data_of_which_nothing_can_be_started_end_the_run_in_words():
     class Broken(FakePrompts):
-        async def prompt_queries(self, tasks: Sequence[Task]) -> list[LossKind]:
+        async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery | LossKind]:
             return [LossKind.ENV for _ in tasks]
 
     with pytest.raises(NothingToLearnError, match=r"5 pools in a row none of 8 .*40 env_error.*env check"):
@@ -115,7 +115,7 @@ async def test_a_pool_larger_than_the_data_holds_every_task_once():
     asked: list[list[str]] = []
 
     class Listening(FakePrompts):
-        async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery]:
+        async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery | LossKind]:
             asked.append([task.id for task in tasks])
             return await super().prompt_queries(tasks)
 

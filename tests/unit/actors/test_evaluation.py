@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from actors.prompt import HeldOut
+from actors.trainer import StopRequestedError
 from tests.support.fake_parts import FakeParts, FakePrompts
 from tests.unit.actors.test_trainer import Run
 from tests.unit.run.test_buffer import make_tree
@@ -76,9 +77,10 @@ async def test_with_one_generator_training_waits_for_an_evaluation(tmp_path: Pat
 
 
 async def test_where_no_generator_may_be_lent_training_waits_too(tmp_path: Path):
-    parts = FakeParts(prompts=Gated(), num_generators=4)
+    prompts = Gated()
+    parts = FakeParts(prompts=prompts, num_generators=4)
     await Run(tmp_path, parts, overrides=[*EVERY_TWO, "eval.num_generators=0"]).trainer.run()
-    assert {wanted.tasks_at_once for wanted in parts.prompts.wanted} == {256}
+    assert {wanted.tasks_at_once for wanted in prompts.wanted} == {256}
 
 
 async def test_an_evaluation_whose_generator_is_lost_is_given_up_and_another_one_begins(tmp_path: Path):
@@ -133,7 +135,7 @@ async def test_a_run_that_is_stopped_during_an_evaluation_beside_it_evaluates_af
     training = asyncio.create_task(run.trainer.run())
     await until(lambda: run.updates == [1, 2, 3, 4])
     run.trainer.stop()
-    with pytest.raises(Exception, match="stopped on request") as stopped:
+    with pytest.raises(StopRequestedError, match="stopped on request") as stopped:
         await training
     again = Run(tmp_path, FakeParts(num_generators=2), overrides=EVERY_TWO)
     await again.trainer.run(stopped.value.checkpoint)

@@ -77,6 +77,11 @@ def actor(tiny_policy_path: Path, tmp_path: Path) -> GeneratorActor:
     return made
 
 
+def held(actor: GeneratorActor) -> SlowUpdates:
+    assert isinstance(actor.engine, SlowUpdates)
+    return actor.engine
+
+
 def weights(version: int) -> WeightUpdate:
     return pack_weights({"w": torch.full((4,), float(version))}, version)
 
@@ -90,13 +95,13 @@ async def test_a_request_held_by_a_weight_update_outlives_the_limit(actor: Gener
     await asyncio.sleep(3 * LIMIT_S)
     assert not in_flight.done()
     assert not late.done()
-    actor.engine.arrived.set()
+    held(actor).arrived.set()
     assert await update == 3
     assert (await in_flight).token_ids == (await late).token_ids == (7, 8, 9)
 
 
 async def test_a_hung_engine_is_found_within_its_limit(actor: GeneratorActor):
-    actor.engine.hold()  # not through the actor: to it the engine just gives nothing
+    held(actor).hold()  # not through the actor: to it the engine just gives nothing
     with pytest.raises(EngineTimeoutError, match=r"request_timeout_s=0\.3; 2 requests are in flight"):
         await asyncio.gather(actor.generate((1,), PARAMS), actor.generate((2,), PARAMS))
 
@@ -104,10 +109,10 @@ async def test_a_hung_engine_is_found_within_its_limit(actor: GeneratorActor):
 async def test_an_engine_that_hangs_after_an_update_that_failed_is_found(actor: GeneratorActor):
     waiting = asyncio.create_task(actor.generate((1,), PARAMS))
     bad = WeightUpdate(manifest=weights(2).manifest, tensors=weights(1).tensors)
-    actor.engine.arrived.set()
+    held(actor).arrived.set()
     with pytest.raises(WeightSyncError):
         await actor.update_weights(bad)
-    actor.engine.hold()
+    held(actor).hold()
     with pytest.raises(EngineTimeoutError, match="1 requests are in flight"):
         await waiting
     assert actor.num_requests == 0

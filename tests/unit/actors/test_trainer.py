@@ -4,12 +4,13 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from actors.calls import ActorLostError
 from actors.learner import LearnerRankError
+from actors.parts import Parts
 from actors.trainer import StopRequestedError, Trainer
 from tests.support.fake_parts import FakeLearner, FakeParts, FakePrompts
 from trace_async.config import load_config
@@ -45,7 +46,7 @@ class Run:
             Path("policy"),
             self._on_metrics,
             on_rollback=lambda step, error: self.rollbacks.append(step),
-            make_parts=lambda *_: next(left),
+            make_parts=lambda *_: cast(Parts, next(left)),
         )
 
     def _on_metrics(self, step: int, metrics: Mapping[str, float], trees: Sequence[RolloutTree]) -> None:

@@ -29,10 +29,7 @@ def test_every_leaf_setting_is_listed_once_with_its_default():
     for name, value in config_to_dict(Config()).items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if name in subsections(Config) else {name: value}
     assert [s.name for s in settings] == list(flat)
-    assert len(settings) == sum(
-        len(fields(f.type)) if is_dataclass(f.type) else 1  # type: ignore[arg-type]
-        for f in fields(Config)
-    )
+    assert len(settings) == sum(len(fields(f.type)) if is_dataclass(f.type) else 1 for f in fields(Config))
 
 
 @pytest.mark.parametrize("setting", all_settings(), ids=lambda setting: setting.name)

@@ -44,7 +44,8 @@ async def answer(request: web.Request) -> web.StreamResponse:
 
 @pytest.fixture
 async def client():
-    runner = web.ServerRunner(web.Server(answer), shutdown_timeout=0.1)
+    server = web.Server(answer)  # type: ignore[arg-type]  # aiohttp calls it with what `answer` is annotated with
+    runner = web.ServerRunner(server, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

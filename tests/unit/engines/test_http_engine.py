@@ -96,6 +96,7 @@ async def engine(stub: StubServer, tiny_policy_path: Path, tmp_path: Path) -> As
     made = make_engine(config, policy_path=tiny_policy_path, max_context_tokens=64, seed=0, log_dir=tmp_path)
     try:
         await made.start()
+        assert isinstance(made, HttpEngine)
         yield made
     finally:
         stub.awake.set()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def place(tmp_path: Path, user: str) -> Path:
     return folder / "file"
 
 
-def writes(text: str, log: list[str]) -> object:
+def writes(text: str, log: list[str]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         log.append(text)
         path.write_text(text)

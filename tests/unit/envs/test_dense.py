@@ -102,7 +102,7 @@ def test_what_is_wrong_is_said():
     with pytest.raises(ValueError, match=r"env\.args\.embedding_model=nowhere: neither minilm nor a directory"):
         DenseRetriever(PASSAGES, model="nowhere", cache_dir=CACHE)
     with pytest.raises(ValueError, match=r"env\.args\.retrieval=vector: bm25, dense or hybrid"):
-        make_retriever(PASSAGES, "vector")
+        make_retriever(PASSAGES, "vector")  # type: ignore[arg-type]
 
 
 async def test_questions_of_a_file_are_searched_by_meaning(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 import json
 from copy import deepcopy
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -31,7 +31,7 @@ BACK_UP = {
 }
 
 
-def env_of(data: dict, **settings: int) -> ConversationEnv:
+def env_of(data: dict, **settings: Any) -> ConversationEnv:
     return Functions(num_train=1, num_heldout=1, **settings).make_env(
         Task(id="t", domain="functions", kind="k", data=data)
     )

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,10 @@ from envs.mixed import Mixed
 from trace_async.config import ConfigError
 from trace_async.env import DemonstrationSource, Demonstrator
 
-TWO = {"math": {"args": {"num_train": 40}}, "functions": {"weight": 3, "args": {"num_train": 60}}}
+TWO: dict[str, dict[str, Any]] = {
+    "math": {"args": {"num_train": 40}},
+    "functions": {"weight": 3, "args": {"num_train": 60}},
+}
 
 
 def test_any_stretch_holds_the_domains_by_weight() -> None:

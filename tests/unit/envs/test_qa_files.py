@@ -1,6 +1,7 @@
 """Questions from files, and a scripted agent that finds HotpotQA's gold paragraphs with the real corpus."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def hotpot_row(number: int, **fields: object) -> dict[str, object]:
     return {**row, **fields}
 
 
-def write(path: Path, rows: list[dict[str, object]], *, lines: bool = False) -> str:
+def write(path: Path, rows: Sequence[Mapping[str, object]], *, lines: bool = False) -> str:
     path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
     return str(path)
 

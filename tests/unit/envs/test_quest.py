@@ -284,7 +284,7 @@ def test_train_and_heldout_share_no_world() -> None:
     domain = Quest(num_train=200, num_heldout=100)
     worlds: dict[str, set[str]] = {}
     for split in ("train", "heldout"):
-        tasks = domain.tasks(split)  # type: ignore[arg-type]
+        tasks = domain.tasks(split)
         assert len({task.id for task in tasks}) == len(tasks)
         worlds[split] = {repr(task.data) for task in tasks}
         assert {split_of(world_from_json(task.data)) for task in tasks} == {split}

@@ -12,6 +12,7 @@ from envs.math.domain import MathFiles
 from envs.tasks import heldout_sample, load_splits
 from tests.support.misbehaving import Misbehaving
 from trace_async.config import ConfigError
+from trace_async.env import Env
 from trace_async.types import Split, Task
 
 
@@ -27,7 +28,8 @@ class Domain:
             raise found
         return found  # type: ignore[return-value]
 
-    def make_env(self, task: Task) -> None: ...
+    def make_env(self, task: Task) -> Env:
+        raise NotImplementedError("nothing is played here")
 
 
 def make(*ids: object, level: int = 0, **data: object) -> list[Task]:

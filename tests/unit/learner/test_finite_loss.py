@@ -33,6 +33,7 @@ def test_loss_and_gradient_are_finite(settings, dtype, learner, generator, posit
         loss, clipped = policy_loss(entries, terms, LossConfig(**settings))
         loss.backward()
         assert math.isfinite(loss.item())
+        assert logprobs.grad is not None
         assert torch.isfinite(logprobs.grad).all()
         # The ordinary token beside it is trained as always: ratio e^−.5, credit 1.
         if not {"kl_loss_coef", "correction"} & settings.keys():

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,7 +169,7 @@ def test_training_raises_what_was_rewarded(tiny_policy_path):
     tree = trees[0]
     nodes = [tree.nodes[0]]
     first = next(node for node in tree.nodes[1:] if node.parent == 0)
-    base = {"num_generated": 1, "logprobs": (-4.0,), "version_spans": first.version_spans[:1]}
+    base: dict[str, Any] = {"num_generated": 1, "logprobs": (-4.0,), "version_spans": first.version_spans[:1]}
     nodes += [replace(first, parent=0, rollout=r, token_ids=(7 + r,), **base) for r in (0, 1)]
     rollouts = [replace(tree.rollouts[0], leaf=1 + r, reward=1.0 - r) for r in (0, 1)]
     pair = replace(tree, nodes=tuple(nodes), rollouts=tuple(rollouts))

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,11 @@ def test_kl_gradients_are_those_the_docstring_claims():
     sampled = learner.exp().detach()
     exact = (learner.exp() * (learner - reference)).sum()
     swapped = (reference.exp() * (reference - learner)).sum()
-    expected = {"k1": torch.zeros(3, dtype=torch.float64), "k2": gradient(exact), "k3": gradient(swapped)}
+    expected: dict[Any, torch.Tensor] = {
+        "k1": torch.zeros(3, dtype=torch.float64),
+        "k2": gradient(exact),
+        "k3": gradient(swapped),
+    }
     for name, wanted in expected.items():
         estimate = kl_estimate(learner, reference, replace(CLIP, kl_estimator=name))
         assert torch.allclose(gradient((sampled * estimate).sum()), wanted, atol=1e-12), name

@@ -45,7 +45,7 @@ LLAMA_FAMILIES = (
     "GPTNeoX",
     "Persimmon",
 )
-EXACT = {
+EXACT: dict[str, dict] = {
     **dict.fromkeys(LLAMA_FAMILIES, LLAMA_LIKE),
     "GPT2": GPT2_LIKE,
     "Granite": {**LLAMA_LIKE, "logits_scaling": 8.0, "attention_multiplier": 0.3, "embedding_multiplier": 12.0},
@@ -55,7 +55,7 @@ EXACT = {
     "OPT": {**OPT_LIKE, "ffn_dim": 64, "word_embed_proj_dim": 32},
 }
 # Their attention or their positions do not know of a packed row; branch by branch they are right.
-ONLY_FLAT = {
+ONLY_FLAT: dict[str, dict] = {
     "GPTJ": {**GPT2_LIKE, "rotary_dim": 4},
     "CodeGen": {**GPT2_LIKE, "rotary_dim": 4},
     "GPTNeo": {**SIZES, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trace_async.method.credit import compute_credit, compute_credits
-from trace_async.trees.tree import Node, Rollout, RolloutTree
+from trace_async.trees.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 TASK = Task(id="t", domain="d", kind="k", data={})
@@ -31,7 +31,7 @@ def make_tree(parents, rollouts, tokens=None):
     made = []
     for written, reward in rollouts:
         anchor = nodes[written[0]].parent
-        kind = "root" if anchor == 0 else "continuation"
+        kind: RolloutKind = "root" if anchor == 0 else "continuation"
         made.append(Rollout(kind=kind, anchor=anchor, leaf=written[-1], reward=reward))
     return RolloutTree(task=TASK, nodes=tuple(nodes), rollouts=tuple(made))
 

@@ -97,11 +97,13 @@ def test_a_prompt_whose_roots_agree_is_open_as_far_as_its_posterior_says():
     assert prompt_anchor([0.0, 1.0], value=0.25, strength=2.0, expected_tokens=10) is None
     # Nothing known before: Beta(1, 1), and Beta(3, 1) after two successes.
     unknown = prompt_anchor([1.0, 1.0], value=None, strength=None, expected_tokens=10)
+    assert unknown is not None
     assert (unknown.value, unknown.strength) == (0.75, 4.0)
 
 
 def test_topup_buys_further_roots_while_they_are_worth_the_price():
     prompt = prompt_anchor([0.0, 0.0], value=0.25, strength=2.0, expected_tokens=10)
+    assert prompt is not None
     config = BudgetConfig(stage2="topup")
     for price, bought in ((0.0126, 0), (0.0124, 1), (0.0087, 2)):
         assert stage2_rule(config, Offer(price=price)).spend([prompt], 4, RNG).tolist() == [bought]

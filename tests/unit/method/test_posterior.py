@@ -6,7 +6,7 @@ from scipy import stats
 
 from trace_async.method.allocation import allocate_roots
 from trace_async.method.posterior import Estimates, SuccessEstimator, fit_strength
-from trace_async.trees.tree import Node, Rollout, RolloutTree
+from trace_async.trees.tree import Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 
@@ -14,7 +14,8 @@ def tree_of(task_id, rewards, continuations=()):
     """Root rollouts of one turn each, two turns for the first; continuations of its first turn."""
     nodes = [Node(parent=-1, rollout=-1, token_ids=(1,), num_generated=0)]
     rollouts = []
-    for kind, reward in [*(("root", r) for r in rewards), *(("continuation", r) for r in continuations)]:
+    for index, reward in enumerate([*rewards, *continuations]):
+        kind: RolloutKind = "root" if index < len(rewards) else "continuation"
         anchor = 0 if kind == "root" else 1
         length = 2 if not rollouts else 1
         for step in range(length):

@@ -2,6 +2,7 @@
 
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -55,7 +56,7 @@ def test_the_template_spends_two_tokens_on_a_message() -> None:
 
 
 def test_tools_are_listed_by_name_and_parameters() -> None:
-    tool = {"function": {"name": "lookup", "parameters": {"properties": {"name": {}, "river": {}}}}}
+    tool: dict[str, Any] = {"function": {"name": "lookup", "parameters": {"properties": {"name": {}, "river": {}}}}}
     rendered = RENDERER.render_prompt(Prompt(messages=(Message(role="user", content="what"),), tools=(tool,)))
     text = TOKENIZER.decode(list(rendered))
     assert text.split("<|im_end|>")[0].split() == ["<|system|>", "lookup", "name", "river", ";"]

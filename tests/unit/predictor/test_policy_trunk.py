@@ -276,7 +276,7 @@ def test_states_that_the_engine_gave_answer_and_teach_with_their_version(policy)
     tree = make_tree([22, 9], [(0, [[5], [30], [6]], 1)])  # the same history, and a last turn
     tree = replace(tree, nodes=(replace(tree.nodes[0], value=0.7), *tree.nodes[1:]))
     predictor.estimate(["t"], [PrefixQuery(token_ids=(22, 9), positions=(2,))])
-    predictor.trunk.read = None  # nothing is read again
+    predictor.trunk.read = None  # type: ignore[assignment]  # nothing is read again
     assert predictor.predict([given])[0].tolist() == read.tolist()
     assert predictor.heads.prefix_values([given])[0].tolist() == read.tolist()
     metrics = predictor.observe([replace(tree, states={1: given.states[0], 2: given.states[1]})], 3)

@@ -25,7 +25,7 @@ from trace_async.rollout.loop_watch import LoopWatch
 from trace_async.rollout.renderer import Renderer
 from trace_async.trees.io import tree_from_json, tree_to_json
 from trace_async.trees.tree import RolloutTree
-from trace_async.types import Completion, SamplingParams, Task, VersionSpan
+from trace_async.types import Completion, SamplingParams, Split, Task, VersionSpan
 
 QUICK = EnvLimits(init_s=0.3, step_s=0.3, fork_s=0.3, close_s=0.3)
 RENDERER = Renderer(build_tokenizer(GuessNumber().vocabulary()), max_observation_tokens=32)
@@ -61,7 +61,7 @@ async def grow(mode: str, *, limits: EnvLimits = QUICK, secret: int = 7, every: 
     """
     a_turn = mode.startswith(("step", "content", "role", "fork"))  # what happens four times a rollout, not once
     domain = Misbehaving(mode=mode, every=every or (13 if a_turn else 3))
-    split = "heldout" if secret % 3 == 0 else "train"
+    split: Split = "heldout" if secret % 3 == 0 else "train"
     task = next(t for t in domain.tasks(split) if str(t.id).removesuffix("\x1b[2J\u202e\ud800").endswith(f"{secret}"))
     expansion = Expansion(plan=plan_all_on_the_first, per_root=1)
     tree = await grower(domain, limits).grow(task, 6, expansion if secret != 5 else None)
@@ -270,7 +270,7 @@ async def test_a_stretch_that_never_ends_is_seen_from_outside():
     seen: list[str] = []
     found = threading.Event()
     watch = LoopWatch(lambda where, seconds: None)
-    watch.patrol(0.1, lambda where, seconds: (seen.append(where), found.set()))
+    watch.patrol(0.1, lambda where, seconds: found.set() if seen.append(where) is None else None)
 
     async def blocks() -> None:
         found.wait(30)
@@ -318,7 +318,7 @@ def test_the_settings_of_env_reach_the_guard_and_a_domain_may_ask_for_threads_it
     assert (limits.step_s, limits.init_s, limits.reward_range, limits.blocking) == (7.0, 120.0, (-1.0, 1.0), False)
     assert limits.of("answer") == ("env.step_timeout_s", 7.0)
     asks = GuessNumber()
-    asks.blocking = True
+    asks.blocking = True  # type: ignore[attr-defined]
     assert make_guard(settings, asks).limits.blocking
     assert make_guard(load_config(None, ["env.blocking=true"]).env, GuessNumber()).limits.blocking
 

@@ -1,6 +1,7 @@
 """The renderer on the chat templates of SmolLM2, Qwen3 and Llama 3."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,10 @@ from trace_async.types import Message, Prompt
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINKING = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>")
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def bytes_tokenizer(template: str, special: tuple[str, ...], plain: tuple[str, ...] = (), **named: str):
@@ -36,7 +40,11 @@ TOKENIZERS = {
     "qwen3": bytes_tokenizer(QWEN3, CHATML, THINKING, eos_token="<|im_end|>", pad_token="<|endoftext|>"),
     "llama3": bytes_tokenizer(LLAMA3, LLAMA, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"),
 }
-KWARGS = {"smollm2": {}, "qwen3": {"enable_thinking": False}, "llama3": {"date_string": "26 Jul 2024"}}
+KWARGS: dict[str, dict[str, Any]] = {
+    "smollm2": {},
+    "qwen3": {"enable_thinking": False},
+    "llama3": {"date_string": "26 Jul 2024"},
+}
 RENDERERS = {name: Renderer(tokenizer, template_kwargs=KWARGS[name]) for name, tokenizer in TOKENIZERS.items()}
 
 

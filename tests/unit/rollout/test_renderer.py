@@ -1,6 +1,7 @@
 """Rendering: exact token lists, and no content whatsoever that becomes a control token."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -139,7 +140,7 @@ def test_observations_are_cut_in_tokens_and_say_so() -> None:
 
 
 def test_tools_are_shown_with_control_tokens_only_from_the_template(renderer: Renderer) -> None:
-    tool = {"type": "function", "function": {"name": "search", "parameters": {}}}
+    tool: dict[str, Any] = {"type": "function", "function": {"name": "search", "parameters": {}}}
     rendered = renderer.render_prompt(Prompt(messages=(user("what"),), tools=(tool,)))
     assert json.dumps(tool) in TOKENIZER.decode(list(rendered))
     with pytest.raises(ValueError, match=r"control token '<\|im_end\|>'"):

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,9 +128,8 @@ class Script:
 
 
 def limits(**changes) -> RolloutLimits:
-    return RolloutLimits(
-        **{"sampling": SamplingParams(max_new_tokens=4), "max_context_tokens": 100, "max_retries": 1} | changes
-    )
+    base: dict[str, Any] = {"sampling": SamplingParams(max_new_tokens=4), "max_context_tokens": 100, "max_retries": 1}
+    return RolloutLimits(**base | changes)
 
 
 async def no_values(queries: Sequence[PrefixQuery]) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -62,7 +63,7 @@ def test_many_processes_at_once_get_a_folder_each(tmp_path: Path):
     claim = "import sys; from pathlib import Path; from trace_async.run.session import claim_new; "
     claim += "sys.stdin.read(); print(claim_new(Path(sys.argv[1]), 'x'))"
     command = [sys.executable, "-c", claim, str(tmp_path / "run")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
     for process in processes:
         process.stdin.close()

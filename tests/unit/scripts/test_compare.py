@@ -92,11 +92,11 @@ def test_bootstrap_looks_at_every_resample_of_few_values() -> None:
 
 def test_bootstrap_of_many_values_is_near_the_normal_interval() -> None:
     values = np.random.default_rng(3).normal(0.5, 0.1, size=200)
-    interval = bootstrap_mean(values)
+    interval = bootstrap_mean(values.tolist())
     half = 1.96 * values.std() / math.sqrt(200)
     assert interval.low == pytest.approx(values.mean() - half, abs=0.002)
     assert interval.high == pytest.approx(values.mean() + half, abs=0.002)
-    assert bootstrap_mean(values) == interval
+    assert bootstrap_mean(values.tolist()) == interval
 
 
 def test_student_interval_by_hand() -> None:

@@ -1,8 +1,18 @@
 from pathlib import Path
 
-from scripts.comparison.document import Chart, Details, Heading, Paragraph, Table, to_html, to_markdown, write_document
+from scripts.comparison.document import (
+    Block,
+    Chart,
+    Details,
+    Heading,
+    Paragraph,
+    Table,
+    to_html,
+    to_markdown,
+    write_document,
+)
 
-BLOCKS = [
+BLOCKS: list[Block] = [
     Heading("One <two>"),
     Paragraph("a & b\x1b[2J"),
     Table(["name", "value"], [["x|y", "1"], ["<b>", "2"]], best=frozenset({(1, 1)})),

@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,7 +33,7 @@ METRICS = {
 }
 
 
-def plain(**options: object) -> tuple[Progress, io.StringIO, Clock]:
+def plain(**options: Any) -> tuple[Progress, io.StringIO, Clock]:
     out, clock = io.StringIO(), Clock()
     return Progress(40, console=Console(file=out, width=60), clock=clock, **options), out, clock
 

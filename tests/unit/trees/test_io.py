@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_async.trees.io import read_trees, tree_files, tree_from_json, tree_to_json, trees_path, write_trees
-from trace_async.trees.tree import Fault, Node, Rollout, RolloutTree
+from trace_async.trees.tree import Fault, Node, Rollout, RolloutKind, RolloutTree
 from trace_async.types import Task, VersionSpan
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -50,7 +50,7 @@ def trees(draw: st.DrawFn) -> RolloutTree:
         for _ in range(draw(st.integers(1, 3))):
             grown.append(draw(nodes(parent, index)))
             parent = len(grown) - 1
-        kind = "continuation" if anchor else "root"
+        kind: RolloutKind = "continuation" if anchor else "root"
         metrics = draw(st.dictionaries(any_text, finite, max_size=2))
         bought = draw(st.integers(0, 3)) if anchor else 0
         rollouts.append(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> ShownRun:
     return ShownRun(tmp_path_factory.mktemp("run"))
 
 
-def payload(shown: ShownRun, tree: RolloutTree) -> dict:  # type: ignore[type-arg]
+def payload(shown: ShownRun, tree: RolloutTree) -> dict:
     return tree_payload(tree, shown.tokenizer.decode, CREDIT, stage2="contrast")
 
 
@@ -128,7 +129,7 @@ def elements(page: str) -> Elements:
 @given(st.one_of(st.text(max_size=40), st.sampled_from([HOSTILE, "<!--<script>", "]]>", "{{script}}", "&lt;"])))
 @settings(deadline=None, max_examples=60)
 def test_no_text_adds_an_element_to_the_page_or_changes_the_data(text: str) -> None:
-    data = {"run": {"name": text}, text: [text]}
+    data: dict[str, Any] = {"run": {"name": text}, text: [text]}
     page = elements(viewer_page(text, data))
     assert page.tags == elements(viewer_page("t", {"run": {}})).tags
     assert not re.search("[<>&]|[^\x00-\x7f]", embedded(data))
@@ -166,6 +167,6 @@ def test_another_conversation_of_a_rollout_stands_in_a_column_of_its_own(shown: 
         rollouts=(Rollout(kind="root", anchor=0, leaf=3, reward=1.0),),
     )
     found = tree_payload(tree, shown.tokenizer.decode, (0.0,) * 4, stage2="none")["nodes"]
-    assert [(node["turn"], node["depth"], node["context"]) for node in found] == [  # type: ignore[index, union-attr]
+    assert [(node["turn"], node["depth"], node["context"]) for node in found] == [  # type: ignore[call-overload]
         *((0, 0, False), (1, 1, False), (1, 2, True), (2, 3, False))
     ]

@@ -11,8 +11,8 @@ from scripts.viewer.source import RunSource
 from tests.support.shown_run import ShownRun
 from trace_async.trees.io import heldout_path, write_trees
 
-TestClient.__test__ = False  # type: ignore[attr-defined]
-TestServer.__test__ = False  # type: ignore[attr-defined]
+TestClient.__test__ = False
+TestServer.__test__ = False
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_turns_are_made_that_fit_the_tools():
             "left_out": {"type": "string"},
         },
     }
-    other = {"type": "function", "function": {"name": "other", "parameters": schema}}
+    other: dict[str, Any] = {"type": "function", "function": {"name": "other", "parameters": schema}}
     prompt = Prompt(messages=(Message(role="user", content="go"),), tools=(TOOL, other))
     task = Task(id="t", domain="agent", kind="k", data={"word": "word"})
     first, second, *_ = tool_turns(prompt, task, Random(0))

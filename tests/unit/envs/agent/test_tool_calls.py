@@ -1,6 +1,7 @@
 """What an agent is told of a turn: content, reasoning and calls, in the syntaxes of several models."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from envs.agent.messages import Call, ModelRequest
 from envs.agent.tool_calls import cut_at_stop, read_calls, read_turn, split_reasoning
 from trace_async.types import Completion, PolicyTurn, TurnLimits, VersionSpan
 
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "add",

@@ -38,7 +38,12 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
 
     def build(server: dict[str, Any] | None = None, **changes: Any) -> Mcp:
         servers = {"box": {"command": COMMAND} if server is None else server}
-        args = {"servers": servers, "tasks": str(path), "num_heldout": 1, "verifier": f"{__name__}:right"} | changes
+        args: dict[str, Any] = {
+            "servers": servers,
+            "tasks": str(path),
+            "num_heldout": 1,
+            "verifier": f"{__name__}:right",
+        } | changes
         made.append(Mcp(**args))
         return made[-1]
 
