@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ with at_work(run_dir), witnessed(run_dir):
 def start(run_dir: Path) -> subprocess.Popen[str]:
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text("name: run\n")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-c", RUN, str(run_dir)], cwd=ROOT, text=True, **pipes)
     assert process.stdout is not None
     assert process.stdout.readline() == "at work\n"
