@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 from envs.multihop.qa_files import QaFiles
 from envs.multihop.retrieval import BM25Retriever, HttpRetriever, Passage
 from envs.transient import retry_after_s
+from tests.support.paths import ROOT
 from trace_async.env import EnvError
 
 PASSAGES = (
@@ -25,6 +29,23 @@ PASSAGES = (
     Passage("ada ellis", "person birthplace orsen mentor ada cohen"),
     Passage("keld", "city country arland mayor ada cohen"),
 )
+
+
+def test_search_leaves_jax_alone_and_others_may_use_it(tmp_path: Path):
+    """JAX takes three quarters of a GPU's memory at its first use, and bm25s would use it at its import."""
+    jax = tmp_path / "jax"
+    jax.mkdir()
+    (jax / "__init__.py").write_text("print('jax is imported')")
+    (jax / "lax.py").write_text("def top_k(array, k): print('jax computes')")
+    program = "import envs.multihop.retrieval; print('search is there'); import jax.lax; print(jax.lax.top_k.__name__)"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split("\n") == ["search is there", "jax is imported", "top_k", ""]
 
 
 def test_the_title_outweighs_mentions() -> None:
