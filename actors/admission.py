@@ -28,6 +28,7 @@ from trace_async.method.posterior import Estimates
 from trace_async.method.registry import stage1_rule
 from trace_async.run.dataset import TaskIterator
 from trace_async.run.rounds import NothingToLearnError, Rounds, RunLimits
+from trace_async.run.schedule import Arrival
 from trace_async.run.state import PendingPrompt, PlannedPrompt, RunState, SavedTrainer
 from trace_async.tracking.faults import FaultBook
 from trace_async.trees.tree import RolloutTree
@@ -87,6 +88,8 @@ class Admission:
         self.estimate_s = 0.0
         self.faults = faults or FaultBook()
         self.doing = doing
+        self.arrivals: list[Arrival] = []
+        """What has ended since the last update, in order; an update takes it away."""
         self._by_id: dict[str, Task] = {}  # of the tasks that were drawn: naming all of a large split takes long
         self._changed = asyncio.Event()
         self._now = now
@@ -180,12 +183,27 @@ class Admission:
             )
         except PromptLostError as loss:
             self.rounds.lose(ticket, loss.kind)
+            self._note_arrival(ticket, prompt, loss.kind)
         else:
+            keep = self.rule.trains_on(tree)
             self.faults.enter(tree.faults)
-            self.rounds.arrive(ticket, tree, keep=self.rule.trains_on(tree))
+            self.rounds.arrive(ticket, tree, keep=keep)
             self.market.observe(tree, root_strength=prompt.root_strength)
+            lost = "" if tree.rollouts else ", ".join(tree.failures)
+            self._note_arrival(ticket, prompt, lost or ("kept" if keep else "filtered"))
         self._progress_at = self._now()
         self._notify()
+
+    def _note_arrival(self, ticket: int, prompt: PendingPrompt, fate: str) -> None:
+        self.arrivals.append(
+            Arrival(
+                ticket=ticket,
+                task_id=prompt.task_id,
+                at=time.time(),
+                policy_version=self.state.policy_version,
+                fate=fate,
+            )
+        )
 
     # ── what the updates see ─────────────────────────────────────────────────────────────────────────────────────
 

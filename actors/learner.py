@@ -141,6 +141,11 @@ class LearnerGroup:
         parts: list[list[ray.ObjectRef]] = await self._wait("weights", [_all_of(stream) for stream in streams])
         return parts[0]
 
+    async def checksum(self, weights: Sequence[ray.ObjectRef]) -> str:
+        """The checksum of what `weights` returned."""
+        manifest: WeightManifest = await weights[-1]
+        return manifest.checksum
+
     async def save(self, folder: Path) -> None:
         """Write the learner's part of a checkpoint into `folder`, which all ranks must see. Each writes its share."""
         await self._all("save", str(folder))

@@ -94,6 +94,10 @@ class PredictorActor:
         """What it has learnt, for replicas."""
         return self.predictor.learnt()
 
+    async def checksum(self) -> str:
+        """Of what it has learnt."""
+        return self.predictor.learnt().manifest.checksum
+
     async def take_learnt(self, update: WeightUpdate) -> None:
         self.predictor.take_learnt(update)
 

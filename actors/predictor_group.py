@@ -147,6 +147,11 @@ class PredictorGroup:
         self.num_caught_up += 1
         log.warning("%s was started anew and is up to date", self._name(one))
 
+    async def checksum(self) -> str:
+        """Of what the learning one has learnt."""
+        found: str = await self._ask(self.actor, self.actor.checksum.remote())
+        return found
+
     async def save(self, folder: Path) -> None:
         await self._ask(self.actor, self.actor.save.remote(str(folder)))
 

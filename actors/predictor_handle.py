@@ -63,6 +63,10 @@ class Predictor:
         """The version with which it reads from now on; see `PredictorActor.receive_weights`."""
         return await self._ask(self.actor.receive_weights.remote(*weights))
 
+    async def checksum(self) -> str:
+        """Of what it has learnt."""
+        return await self._ask(self.actor.checksum.remote())
+
     async def save(self, folder: Path) -> None:
         await self._ask(self.actor.save.remote(str(folder)))
 

@@ -40,6 +40,7 @@ from trace_async.config import Config
 from trace_async.run.checkpoint import CheckpointStore, latest_checkpoint
 from trace_async.run.rounds import NothingToLearnError
 from trace_async.run.scaling import Size
+from trace_async.run.schedule import Schedule, UpdateRecord
 from trace_async.run.session import Phases
 from trace_async.run.state import RunState, load_trainer, save_trainer
 from trace_async.tracking.faults import FaultBook
@@ -127,6 +128,7 @@ class Trainer:
         self.heldout_tasks = heldout_sample(domain, splits.heldout, config.eval.num_tasks)
         self.faults = FaultBook()
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep)
+        self.schedule = Schedule(run_dir, records=config.tracking.record_schedule)
         self.doing = Phases(run_dir)
         self.clock = Clock(self.doing)
         self._stop = asyncio.Event()
@@ -198,6 +200,7 @@ class Trainer:
         try:
             with self.doing.during("start"):
                 await _race(self._start(checkpoint), self._stop_asked())
+            self.schedule.forget(after=self.state.num_updates)  # these come again, otherwise
             self._started = True
             await _race(self._train(checkpoint), self.parts.watch(), self.scaling.watch(), self._stop_asked())
             return self.state
@@ -277,20 +280,36 @@ class Trainer:
     async def _update(self, trees: list[RolloutTree], started: float) -> None:
         version = self.state.policy_version
         learner, predictor = self.parts.learner, self.parts.predictor
-        learned, predicted = await asyncio.gather(
+        arrivals, self.admission.arrivals = tuple(self.admission.arrivals), []
+        record = UpdateRecord(
+            update=self.state.num_updates + 1, policy_version=version, seed=self.config.seed, arrivals=arrivals
+        )
+        learned, predicted, _ = await asyncio.gather(
             self.clock.time("update", learner.update(trees, version)),
             self.clock.time("predictor", predictor.train(trees, version)),
+            self._begin_record(record, trees),
         )
-        updated = bool(learned["learner/updated"])
+        updated, weights = bool(learned["learner/updated"]), None
         if updated:
             weights = await self.clock.time("gather", learner.weights(version + 1))
             await self.clock.time("sync", self._sync(weights, version + 1))
+        await self._end_record(record, weights)
         step_s = time.monotonic() - started
         finite = not learned.get("learner/skipped_steps")
         self.admission.account(trees, updated=updated, finite=finite, elapsed_s=step_s)
         metrics = tree_metrics(trees, version) | learned | predicted | await self._run_metrics(step_s)
         self.on_metrics(self.state.num_updates, metrics, trees)
         await self.scaling.after_update(self.state.num_updates, metrics)
+
+    async def _begin_record(self, record: UpdateRecord, trees: Sequence[RolloutTree]) -> None:
+        if self.schedule.records:
+            await asyncio.to_thread(self.schedule.begin, record, trees)
+
+    async def _end_record(self, record: UpdateRecord, weights: Sequence[ray.ObjectRef] | None) -> None:
+        if self.schedule.records:
+            checksum = await self.parts.learner.checksum(weights) if weights is not None else ""
+            predictor = await self.parts.predictor.checksum()
+            await asyncio.to_thread(self.schedule.end, record, weights=checksum, predictor=predictor)
 
     async def _sync(self, weights: Sequence[ray.ObjectRef], version: int) -> None:
         """Generators and the predictor that reads the policy's states: nothing goes on with older weights."""
@@ -377,6 +396,9 @@ class Trainer:
             await self.parts.learner.save(folder / "learner")
             await self.parts.predictor.save(folder / "predictor")
         self._saved_updates = saved.state.num_updates
+        kept = self.checkpoints.all()
+        if len(kept) == self.config.checkpoint.keep:
+            self.schedule.forget(before=int(kept[0].name.partition(".")[0]))
 
     async def _export(self) -> None:
         """The policy as a Hugging Face folder, in place of that of an earlier end when the run went on after it."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trace_async.config import ConfigError, EnvConfig
 from trace_async.env import Domain
+from trace_async.rollout.guard import words_of
 
 BUILT_IN: dict[str, str] = {
     "multihop": "envs.multihop.domain:MultiHop",
@@ -61,9 +62,9 @@ def load_domain(config: EnvConfig) -> Domain:
     return domain
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Kind, message and place of an error in somebody's environment, in one line."""
-    words = f"{type(error).__name__}: {error}"
+    words = words_of(error)
     if isinstance(error, ImportError | SyntaxError):
         return words  # names its module or place itself
     frame = traceback.extract_tb(error.__traceback__)[-1]

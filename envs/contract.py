@@ -16,10 +16,11 @@ from envs import describe
 from envs.tasks import load_splits
 from trace_async.config import ConfigError, EnvConfig
 from trace_async.env import Demonstrator, Domain, Env, EnvError, EnvValueError
+from trace_async.printable import one_line
 from trace_async.rollout.call_threads import OutranLimitError
 from trace_async.rollout.guard import invoked, within
 from trace_async.rollout.loop_watch import LoopWatch
-from trace_async.rollout.values import checked_prompt, checked_result
+from trace_async.rollout.values import checked_prompt, checked_result, shown_task
 from trace_async.types import Message, Prompt, StepResult, Task
 
 _Answer = TypeVar("_Answer")
@@ -176,14 +177,15 @@ class _Check:
                 if not isinstance(task, Task):
                     raise _BrokenError(f"tasks({split!r}) holds {_kind(task)} instead of Task")
             again = self._domain.tasks(split)
-            if len(again) != len(tasks) or any(tasks[i] != again[i] for i in range(min(20, len(tasks)))):
+            first = range(min(20, len(tasks)))
+            if len(again) != len(tasks) or any(_shown(tasks[i]) != _shown(again[i]) for i in first):
                 self._add("error", f"tasks({split!r}) gives other tasks the second time")
             for task in some:
-                where = known.setdefault(task.id, split)
-                known.setdefault(repr(task.data), split)
-                if where != split or known[repr(task.data)] != split:
-                    self._add("error", f"task {task.id} is in train and in heldout")
-            if len({task.id for task in some}) < len(some):
+                shown = shown_task(task)
+                own = [shown.id] + ([repr(shown.data)] if shown.data else [])
+                if any(known.setdefault(name, split) != split for name in own):
+                    self._add("error", f"task {one_line(shown.id)} is in train and in heldout")
+            if len({shown_task(task).id for task in some}) < len(some):
                 self._add("error", f"two tasks of {split} have the same id")
             sample += some[: self._num_tasks]
         try:
@@ -369,10 +371,17 @@ class _Check:
                 self._add("warning", f"steps take {mean:.1f} s on average: rollouts will wait for the environment")
 
 
+def _shown(task: Task) -> str:
+    """What two tasks are compared by: in plain values, since arrays have no truth value."""
+    return repr(shown_task(task))
+
+
 def _called(what: str, call: Callable[[], _Answer], kind: type | None = None) -> _Answer:
     try:
         answer = call()
-    except Exception as error:
+    except BaseException as error:  # somebody else's code
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise _BrokenError(f"{what} raises {describe(error)}") from error
     if kind is not None and not isinstance(answer, kind):
         raise _BrokenError(f"{what} gives {_kind(answer)} instead of {kind.__name__}")

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": ("scripts.commands.evaluate", "evaluate a policy on held-out tasks"),
     "status": ("scripts.commands.status", "whether a run is under way, how far it is, how many generators it has"),
     "scale": ("scripts.commands.scale", "have so many generators in a run that is under way"),
+    "replay": ("scripts.commands.replay", "make an update of a run again, bit for bit, to look at it"),
     "compare": ("scripts.commands.compare", "methods × seeds at equal generated tokens, with a report"),
     "chat": ("scripts.commands.chat", "talk with a run's policy, or watch it at a held-out task"),
     "tree": ("scripts.commands.tree", "show a rollout tree of a run, or write the viewer's page"),

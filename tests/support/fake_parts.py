@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from actors.calls import PromptLostError
 from actors.generator import GeneratorStats
@@ -15,6 +16,7 @@ from actors.router import RouterStats
 from tests.unit.run.test_buffer import make_tree
 from trace_async.method.posterior import Estimates
 from trace_async.run.state import PendingPrompt
+from trace_async.trees.io import tree_to_json
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import LossKind, PrefixQuery, Task
 
@@ -72,9 +74,15 @@ class FakePrompts:
         await asyncio.Event().wait()
 
 
+def digest(before: str, trees: Sequence[RolloutTree]) -> str:
+    """Weights of a model whose training depends on what it was, on the trees and on their order."""
+    return xxhash.xxh3_64_hexdigest("\n".join([before, *map(tree_to_json, trees)]).encode())
+
+
 class FakePredictor:
     def __init__(self) -> None:
         self.num_estimated = 0
+        self.learnt = "predictor"
 
     async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
         await asyncio.sleep(0)
@@ -82,13 +90,18 @@ class FakePredictor:
         return Estimates(np.ones(len(task_ids)), np.ones(len(task_ids)))
 
     async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+        self.learnt = digest(self.learnt, trees)
         return {}
+
+    async def checksum(self) -> str:
+        return self.learnt
 
     async def save(self, folder: Path) -> None:
         folder.mkdir()  # noqa: ASYNC240
+        (folder / "learnt").write_text(self.learnt)
 
     async def load(self, folder: Path) -> None:
-        assert folder.is_dir()  # noqa: ASYNC240
+        self.learnt = (folder / "learnt").read_text()
 
 
 class FakeLearner:
@@ -103,6 +116,7 @@ class FakeLearner:
         self.held, self.released = asyncio.Event(), asyncio.Event()
         self.updates = 0
         self.sizes: list[int] = []
+        self.learnt = "policy"
         self.loaded: Path | None = None
 
     async def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
@@ -114,16 +128,22 @@ class FakeLearner:
             raise LearnerRankError("learner rank 1 died during update: killed")
         self.updates += 1
         self.sizes.append(sum(len(tree.rollouts) for tree in trees))
+        self.learnt = digest(self.learnt, trees)
         return {"learner/updated": 1.0}
+
+    async def checksum(self, weights: Sequence[object]) -> str:
+        return self.learnt
 
     async def weights(self, policy_version: int) -> list[object]:
         return [policy_version]
 
     async def save(self, folder: Path) -> None:
         (folder / "updates").write_text(str(self.updates))
+        (folder / "learnt").write_text(self.learnt)
 
     async def load(self, folder: Path) -> None:
         self.loaded = folder
+        self.learnt = (folder / "learnt").read_text()
         self.updates = int((folder / "updates").read_text())
 
     async def export(self, target: Path) -> None:

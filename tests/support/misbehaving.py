@@ -56,6 +56,7 @@ ACTS: dict[str, Callable[[], Any]] = {
     "raises": _raise(RuntimeError("no sandbox")),
     "panics": _raise(Panic("index out of bounds")),
     "exits": lambda: sys.exit(3),
+    "leaves": _raise(GeneratorExit("left")),
     "hangs": lambda: asyncio.sleep(3600),
     "sleeps": lambda: time.sleep(0.6),
     "swallows": _swallows,
@@ -89,6 +90,7 @@ CONTENTS: dict[str, Any] = {
     "content_huge": "lower " * 5_000_000,
     "content_control": "lower\x1b[31m\x07\u202e\x00",
     "content_surrogate": "lower \ud800",
+    "content_tokens": Message(role="assistant", content="lower", token_ids="abc"),  # type: ignore[arg-type]
     "role_odd": Message(role="narrator", content="lower"),  # type: ignore[arg-type]
 }
 
@@ -104,6 +106,8 @@ TASKS: dict[str, Callable[[Task], Any]] = {
     "data_numpy": lambda task: _odd(
         task, data={"secret": np.int64(str(task.data["secret"])), "at": (1, np.float32(2))}
     ),
+    "data_array": lambda task: _odd(task, data={**task.data, "grid": np.arange(3)}),
+    "data_digits": lambda task: _odd(task, data={**task.data, "n": 10**5000}),
     "data_date": lambda task: _odd(task, data={**task.data, "made": datetime.date(2026, 1, 1)}),
     "data_nan": lambda task: replace(task, data={**task.data, "price": float("nan")}),
 }
@@ -186,6 +190,8 @@ class MisbehavingEnv(GuessEnv):
 
     async def fork(self) -> "MisbehavingEnv":
         await self._act("fork")
+        if self.domain.is_due("fork_none"):
+            return None  # type: ignore[return-value]
         twin = MisbehavingEnv.__new__(MisbehavingEnv)
         twin.__dict__.update(self.__dict__)
         return twin

@@ -42,6 +42,9 @@ class TrackingConfig:
     """Also record load and memory of the machine."""
     trees_per_artifact: Annotated[int, Field(ge=0)] = 4
     """Rollout trees of every update that are kept to be looked at (`trace-async tree`). 0: none."""
+    record_schedule: bool = True
+    """Keep what each update was given, all trees included, so that it can be made again (`trace-async replay`): of the
+    updates since the oldest checkpoint, once there are `checkpoint.keep` of them."""
 
 
 @section("checkpoint")

@@ -153,6 +153,9 @@ class Learner:
         """
         started = time.perf_counter()
         self._assert_fresh(trees, policy_version)
+        # Dropout, where a model has it, follows from what a checkpoint holds, so that an update can be made again.
+        draws = np.random.SeedSequence((self.config.seed, self.num_steps, self.rank))
+        torch.manual_seed(int(draws.generate_state(1)[0]))
         minibatches = self._plan_all(trees)
         # All ranks drop the same ones, since the number of pieces is the same everywhere.
         minibatches = [minibatch for minibatch in minibatches if minibatch.num_pieces]

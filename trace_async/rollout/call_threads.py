@@ -79,7 +79,9 @@ class _Job:
             result, error = asyncio.run(self._main()), None
         except BaseException as raised:  # noqa: BLE001 - somebody else's code; it goes to who asked
             result, error = None, raised
-        if isinstance(error, CallStoppedError | asyncio.CancelledError | SystemExit | KeyboardInterrupt):
+        if isinstance(
+            error, CallStoppedError | asyncio.CancelledError | SystemExit | KeyboardInterrupt | GeneratorExit
+        ):
             error = RuntimeError(f"the call ended with {type(error).__name__}")
         if not self._asked_by.is_closed():
             self._asked_by.call_soon_threadsafe(self._settle, result, error)

@@ -12,6 +12,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,10 +98,7 @@ class EnvGuard:
 
     def _checked_env(self, task: Task, env: Env) -> Env:
         checked_task(task)
-        lacks = [name for name in ("init", "step", "fork", "close") if not callable(getattr(env, name, None))]
-        if lacks:
-            raise EnvValueError(f"gives a {type(env).__name__} without {', '.join(lacks)}")
-        return env
+        return whole_env(env)
 
     async def call(
         self,
@@ -181,7 +179,7 @@ class GuardedEnv:
         return await self._call("step", step, check)
 
     async def fork(self) -> "GuardedEnv":
-        env = await self._call("fork", self._env.fork, lambda env: env)
+        env = await self._call("fork", self._env.fork, whole_env)
         return GuardedEnv(self._guard, self._task, env)
 
     async def close(self) -> None:
@@ -195,6 +193,14 @@ class GuardedEnv:
         return await self._guard.call(self._task, method, call, check, in_loop=self._in_loop)
 
 
+def whole_env(env: Env) -> Env:
+    """The environment itself, when it has all that one must have. Raises EnvValueError."""
+    lacks = [name for name in ("init", "step", "fork", "close") if not callable(getattr(env, name, None))]
+    if lacks:
+        raise EnvValueError(f"gives a {type(env).__name__} without {', '.join(lacks)}")
+    return env
+
+
 async def invoked(call: Callable[[], Awaitable[T] | T]) -> T:
     """`call()`, awaited where it is a coroutine; both what it does at once and what it awaits."""
     try:
@@ -202,6 +208,10 @@ async def invoked(call: Callable[[], Awaitable[T] | T]) -> T:
         return await answer if isinstance(answer, Awaitable) else answer
     except (SystemExit, BaseExceptionGroup) as error:
         # Either would end the event loop, and with it every prompt.
+        raise EnvError(f"raised {words_of(error)}") from error
+    except KeyboardInterrupt as error:
+        if threading.current_thread() is threading.main_thread():
+            raise  # somebody pressed Ctrl-C
         raise EnvError(f"raised {words_of(error)}") from error
 
 
@@ -219,7 +229,10 @@ async def within(limit_s: float, work: Coroutine[Any, Any, T]) -> T:
         raise OutranLimitError
     if task.cancelled():
         raise EnvError("cancelled itself")
-    return task.result()
+    try:
+        return task.result()
+    except GeneratorExit as error:  # it was raised in there; nobody is closing this coroutine
+        raise EnvError("raised GeneratorExit") from error
 
 
 async def cancel_for_good(task: "asyncio.Task[Any]") -> None:

@@ -21,6 +21,8 @@ RewardRange = tuple[float, float]
 MAX_METRICS = 200
 MAX_NAME = 100
 MAX_MESSAGES = 200
+MAX_BITS = 10_000
+"""Of a whole number in a task's data: 3,010 digits. Python's JSON reads no number of more than 4,300."""
 _ROLES = get_args(Role)
 # What the trainer itself notes of a rollout: a metric of the same name would be taken for it.
 _OUR_METRICS = frozenset({"overlong"})
@@ -44,8 +46,8 @@ def checked_task(task: object) -> Task:
     data = plain_json(task.data, "task.data")
     if not isinstance(data, dict):
         raise EnvValueError(f"task.data must be a mapping, not {_kind(task.data)}")
-    unchanged = data == task.data and all(getattr(task, name) == value for name, value in names.items())
-    if unchanged and _is_plain(task.data):
+    # Plain first: an array cannot be compared for a truth value.
+    if _is_plain(task.data) and all(type(getattr(task, name)) is str for name in names):
         return task
     return ConvertedTask(**names, data=data, original=task)
 
@@ -63,9 +65,8 @@ def checked_prompt(prompt: object) -> Prompt:
     """Raises EnvValueError."""
     if not isinstance(prompt, Prompt):
         raise EnvValueError(f"gives {_kind(prompt)} instead of a Prompt")
-    tools = plain_json(list(prompt.tools), "tools")
-    assert isinstance(tools, list)
-    if not all(isinstance(tool, dict) for tool in tools):
+    tools = plain_json(prompt.tools, "tools")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise EnvValueError("tools must be mappings")
     messages = _checked_messages(prompt.messages)
     if not messages:
@@ -123,7 +124,7 @@ def plain_json(value: object, field: str, depth: int = 0) -> Json:
         return value
     if isinstance(value, str):
         return str(value)
-    if isinstance(value, int):
+    if isinstance(value, int) and value.bit_length() <= MAX_BITS:
         return int(value)
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
@@ -164,7 +165,16 @@ def _checked_message(message: object, field: str) -> Message:
         raise EnvValueError(f"{field}.role must be one of {', '.join(_ROLES)}, not {_shown(message.role)}")
     if not isinstance(message.content, str):
         raise EnvValueError(f"{field}.content must be text, not {_shown(message.content)}")
-    return message if type(message.content) is str else replace(message, content=str(message.content))
+    return replace(message, content=str(message.content), token_ids=_checked_tokens(message.token_ids, field))
+
+
+def _checked_tokens(token_ids: object, field: str) -> tuple[int, ...] | None:
+    if token_ids is None:
+        return None
+    ids = [_unwrapped(token) for token in token_ids] if isinstance(token_ids, Sequence) else [None]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise EnvValueError(f"{field}.token_ids must be token ids (whole numbers from 0), not {_shown(token_ids)}")
+    return tuple(int(token) for token in ids)  # type: ignore[call-overload]
 
 
 def _metric_name(name: object) -> str:

@@ -81,14 +81,21 @@ async def grow(mode: str, *, limits: EnvLimits = QUICK, secret: int = 7, every: 
         ("step_raises", "step.env_error", "step() raised RuntimeError: no sandbox"),
         ("step_panics", "step.env_error", "step() raised Panic: index out of bounds"),
         ("step_exits", "step.env_error", "step(): raised SystemExit: 3"),
+        ("step_leaves", "step.env_error", "step(): raised GeneratorExit"),
         ("step_hangs", "step.env_timeout", "step() did not end within env.step_timeout_s=0.3"),
         ("step_cancels", "step.env_error", "step(): cancelled itself"),
         ("fork_raises", "fork.env_error", "fork() raised RuntimeError: no sandbox"),
+        ("fork_none", "fork.env_value", "fork(): gives a NoneType without init, step, fork, close"),
         ("fork_hangs", "fork.env_timeout", "fork() did not end within env.fork_timeout_s=0.3"),
         ("prompt_changes", "init.env_error", "init() gives another prompt than before"),
         ("result_none", "step.env_value", "step(): gives None instead of a StepResult"),
         ("content_none", "step.env_value", "step(): messages[0].content must be text, not None"),
         ("content_integer", "step.env_value", "step(): messages[0].content must be text, not 5"),
+        (
+            "content_tokens",
+            "step.env_value",
+            "messages[0].token_ids must be token ids (whole numbers from 0), not 'abc'",
+        ),
         ("role_odd", "step.env_value", "messages[0].role must be one of system, user, assistant, tool, not 'narrator'"),
         ("reward_nan", "step.env_value", "step(): reward must be a finite number, not nan"),
         ("reward_inf", "step.env_value", "step(): reward must be a finite number, not inf"),
@@ -155,6 +162,7 @@ async def test_any_text_is_an_observation_cut_to_its_limit(mode):
         ("id_integer", "7", {"secret": 7}),
         ("id_escape", "train-7\x1b[2J\u202e\ud800", {"secret": 7}),
         ("data_numpy", "train-7", {"secret": 7, "at": [1, 2.0]}),
+        ("data_array", "train-7", {"secret": 7, "grid": [0, 1, 2]}),
     ],
 )
 async def test_a_tasks_odd_values_are_plain_in_its_tree(mode, task_id, data):
@@ -168,6 +176,7 @@ async def test_a_tasks_odd_values_are_plain_in_its_tree(mode, task_id, data):
     [
         ("data_date", "task.data['made'] must be JSON"),
         ("data_nan", "task.data['price'] must be JSON"),
+        ("data_digits", "task.data['n'] must be JSON"),
     ],
 )
 async def test_a_task_that_cannot_be_written_down_is_refused_by_its_field(mode, words):

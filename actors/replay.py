@@ -1,0 +1,113 @@
+"""Make updates of a run again from what its schedule holds, with the same processes that made them.
+
+    checkpoint before them ─► learner, predictor ─► trees as recorded, update by update ─► checksums, compared
+
+Nothing is generated, and nothing of the run is changed.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from actors.learner import LearnerGroup
+from actors.predictor_handle import Predictor
+from trace_async.config import Config
+from trace_async.run.schedule import Plan, Schedule, UpdateRecord
+from trace_async.trees.tree import RolloutTree
+
+
+class Trained(Protocol):
+    """What the learner and the predictor have in common here."""
+
+    async def load(self, folder: Path) -> None: ...
+
+
+class ReplayedLearner(Trained, Protocol):
+    """See `LearnerGroup`."""
+
+    async def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]: ...
+
+    async def weights(self, policy_version: int) -> list[Any]: ...
+
+    async def checksum(self, weights: Sequence[Any]) -> str: ...
+
+
+class ReplayedPredictor(Trained, Protocol):
+    """See `Predictor`."""
+
+    async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]: ...
+
+    async def checksum(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """An update that was made again."""
+
+    record: UpdateRecord
+    """As the run made it."""
+    trees: Sequence[RolloutTree]
+    weights: str
+    """Checksum of the policy's weights now; empty where no weight changed."""
+    predictor: str | None
+    """Checksum of the predictor's weights now; None where it was not made again."""
+    figures: Mapping[str, float]
+    """`learner/…` and `predictor/…`, as in the run."""
+
+    @property
+    def otherwise(self) -> list[str]:
+        """What came out otherwise than in the run: `policy`, `predictor`. Of an update that did not end, nothing."""
+        if not self.record.ended:
+            return []
+        same = {"policy": self.weights == self.record.weights}
+        if self.predictor is not None:
+            same["predictor"] = self.predictor == self.record.predictor
+        return [name for name, is_same in same.items() if not is_same]
+
+
+async def replay(
+    plan: Plan, schedule: Schedule, learner: ReplayedLearner, predictor: ReplayedPredictor | None
+) -> AsyncGenerator[Replayed]:
+    """The updates of `plan`, one after another; both models are fresh, as at the beginning of the run."""
+    if plan.checkpoint is not None:
+        await learner.load(plan.checkpoint / "learner")
+        if predictor is not None:
+            await predictor.load(plan.checkpoint / "predictor")
+    for number in plan.updates:
+        record = schedule.read(number)
+        trees = await asyncio.to_thread(schedule.read_trees, number)
+        version = record.policy_version
+        # At the same time, as in the run.
+        learning = asyncio.create_task(learner.update(trees, version))
+        figures = await predictor.train(trees, version) if predictor is not None else {}
+        figures = {**await learning, **figures}
+        changed = bool(figures["learner/updated"])
+        yield Replayed(
+            record=record,
+            trees=trees,
+            weights=await learner.checksum(await learner.weights(version + 1)) if changed else "",
+            predictor=await predictor.checksum() if predictor is not None else None,
+            figures=figures,
+        )
+
+
+async def replay_run(config: Config, run_dir: Path, policy_path: Path, plan: Plan) -> AsyncGenerator[Replayed]:
+    """`replay` with the run's own kind of processes; needs Ray to be started.
+
+    A predictor that reads the policy's states (`predictor.trunk=policy`) is left out: what it learns from are states
+    that the engines have computed, which no tree holds.
+    """
+    learner = LearnerGroup(config, policy_path)
+    predictor = None
+    if config.predictor.trunk == "own":
+        predictor = Predictor.start(config, policy_path, run_dir / "checkpoints")
+    try:
+        await asyncio.gather(learner.start(), *([predictor.ready()] if predictor is not None else []))
+        async for made in replay(plan, Schedule(run_dir), learner, predictor):
+            yield made
+    finally:
+        await learner.close()
+        if predictor is not None:
+            predictor.close()
