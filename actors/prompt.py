@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -64,23 +64,36 @@ class PromptActor:
         self.heads: Heads | None = None
         self.router, self.evaluation_router = (
             GeneratorRouter(
-                spill_requests=config.actors.spill_requests,
                 wait_s=config.engine.start_timeout_s,
                 max_retries=config.actors.max_rollout_retries,
             )
             for _ in range(2)
         )
-        self.grower = make_grower(config, self.domain, self.renderer, self._generate)
-        self.evaluator = Grower(self.grower.guard, self.renderer, self._generate_held_out, self.grower.limits)
+        self.grower = make_grower(
+            config,
+            self.domain,
+            self.renderer,
+            self._generate,
+            playing=lambda task: self.router.playing(task.id),
+        )
+        self.evaluator = Grower(
+            self.grower.guard,
+            self.renderer,
+            self._generate_held_out,
+            self.grower.limits,
+            playing=lambda task: self.evaluation_router.playing(task.id),
+        )
         # A call that never returns is seen from a thread beside the loop; PromptGroup replaces an actor that hangs.
         self.grower.guard.watch.patrol(config.env.step_timeout_s, _say_held)
         self.slots = asyncio.Semaphore(config.actors.prompts_per_actor)
         # Of their own: Stage 1 goes on while every slot holds a prompt that grows.
         self.questions = asyncio.Semaphore(MAX_QUESTIONS)
 
-    async def announce(self, generators: Generators) -> None:
-        self.router.announce(generators.ready)
+    async def announce(self, generators: Generators, loads_of_others: Mapping[str, int]) -> dict[str, int]:
+        """Take over the generators and how many rollouts other PromptActors have on each; return one's own."""
+        self.router.announce(generators.ready, loads_of_others)
         self.evaluation_router.announce(generators.for_evaluation)
+        return dict(self.router.loads)
 
     async def take_learnt(self, learnt: WeightUpdate) -> None:
         """With predictor.trunk=policy: say V from now on with these heads, wherever the engine gave the states."""
@@ -98,7 +111,8 @@ class PromptActor:
             limit = asyncio.timeout(self.config.actors.tree_timeout_s)
             try:
                 async with limit:
-                    return await self._grow(task, prompt)
+                    with self.router.hosting(task.id):
+                        return await self._grow(task, prompt)
             except TimeoutError:
                 if not limit.expired():
                     raise
@@ -135,15 +149,21 @@ class PromptActor:
         """One tree per task, of root rollouts that nobody trains on. They take no slot of a prompt that does grow."""
 
         async def play(task: Task) -> RolloutTree:
-            return await self.evaluator.grow(
-                task, wanted.num_samples, policy_version=wanted.policy_version, temperature=wanted.temperature
-            )
+            with self.evaluation_router.hosting(task.id):
+                return await self.evaluator.grow(
+                    task, wanted.num_samples, policy_version=wanted.policy_version, temperature=wanted.temperature
+                )
 
         return await _at_once(tasks, play, asyncio.Semaphore(wanted.tasks_at_once))
 
     async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
         """The rewards of `count` rollouts per task: V(prompt) as the oracle knows it."""
-        return await _at_once(tasks, lambda task: self.grower.measure(task, count), self.slots)
+
+        async def play(task: Task) -> list[float]:
+            with self.router.hosting(task.id):
+                return await self.grower.measure(task, count)
+
+        return await _at_once(tasks, play, self.slots)
 
     async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery | LossKind]:
         """The predictor's question for every task's prompt: its tokens, all of them. A LossKind where its environment

@@ -6,7 +6,7 @@ A prompt whose actor died or hangs is grown again on the actor that takes its pl
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from actors.calls import ActorLostError, CallError, CallTimeoutError, PromptLost
 from actors.predictor_group import Answering
 from actors.predictor_handle import Predictor
 from actors.prompt import HeldOut, remote_prompt_actor
-from actors.router import Generators, RouterStats
+from actors.router import Generators, RouterStats, loads_of_others
 from trace_async.config import Config
 from trace_async.run.state import PendingPrompt
 from trace_async.trees.tree import RolloutTree
@@ -45,31 +45,39 @@ class PromptGroup:
     """As the pool announced them last."""
     learnt: ray.ObjectRef | None = None
     """The heads that the predictor learnt last, with predictor.trunk=policy."""
+    loads: list[Mapping[str, int]] = field(default_factory=list)
+    """For every slot, the rollouts that its actor had on each generator when it answered last."""
 
     def start(self) -> None:
         """Start `actors.num_prompt_actors` actors. Returns at once."""
         self.actors = [self._make() for _ in range(self.config.actors.num_prompt_actors)]
+        self.loads = [{} for _ in self.actors]
 
     def _make(self) -> ActorHandle:
         return remote_prompt_actor(self.config, str(self.policy_path), self.predictor)
 
     async def announce(self, generators: Generators) -> None:
-        """Tell every actor which generators are ready.
+        """Tell every actor which generators are ready, and how loaded they are by the other actors.
 
         One that is dead or hangs only causes a warning here. Its replacement is told when it starts, and the pool
         announces again every few seconds.
         """
         self.generators = generators
-        replies = [actor.announce.remote(self.generators) for actor in self.actors]
-        await self._told("which generators are ready", replies)
+        others = loads_of_others(self.loads)
+        replies = [actor.announce.remote(generators, load) for actor, load in zip(self.actors, others, strict=True)]
+        for slot, answer in enumerate(await self._told("which generators are ready", replies)):
+            if isinstance(answer, dict):
+                self.loads[slot] = answer
 
     async def take_learnt(self, learnt: ray.ObjectRef) -> None:
         """Hand every actor what the predictor has learnt. One that is dead or hangs only causes a warning here."""
         self.learnt = learnt
         await self._told("what the predictor has learnt", [actor.take_learnt.remote(learnt) for actor in self.actors])
 
-    async def _told(self, what: str, replies: Sequence[Awaitable[None]]) -> None:
-        for answer in await ask_all(replies, who=self._names(), limit_s=ANNOUNCE_LIMIT_S):
+    async def _told(self, what: str, replies: Sequence[Awaitable[Any]]) -> list[Any]:
+        """The actors' answers by slot, a CallError for each that gave none."""
+        answers = await ask_all(replies, who=self._names(), limit_s=ANNOUNCE_LIMIT_S)
+        for answer in answers:
             if isinstance(answer, CallError):
                 log.warning("not told %s: %s", what, answer)
             elif isinstance(answer, BaseException):
@@ -111,7 +119,7 @@ class PromptGroup:
         replies = [actor.router_stats.remote() for actor in self.actors]
         answers = await ask_all(replies, who=self._names(), limit_s=ANNOUNCE_LIMIT_S)
         alive = [answer for answer in answers if isinstance(answer, RouterStats)]
-        return RouterStats(sum(a.num_spilled for a in alive), sum(a.num_retried for a in alive))
+        return RouterStats(sum(a.num_moved for a in alive), sum(a.num_retried for a in alive))
 
     async def watch(self, every_s: float = WATCH_EVERY_S) -> None:
         """Replace every actor that does not answer for as long as a whole tree may take, without end.
@@ -162,7 +170,9 @@ class PromptGroup:
             self.actors[slot] = self._make()
             # The new one may be on a node that is dying too. Then the next call to it replaces it again.
             with contextlib.suppress(CallError):
-                await ask(self.actors[slot].announce.remote(self.generators), who=f"PromptActor {slot}", limit_s=60)
+                others = loads_of_others([*self.loads[:slot], {}, *self.loads[slot + 1 :]])[slot]
+                reply = self.actors[slot].announce.remote(self.generators, others)
+                self.loads[slot] = await ask(reply, who=f"PromptActor {slot}", limit_s=60)
                 if self.learnt is not None:
                     await ask(self.actors[slot].take_learnt.remote(self.learnt), who=f"PromptActor {slot}", limit_s=60)
 

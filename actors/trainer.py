@@ -343,7 +343,7 @@ class Trainer:
                 "generators/lost": float(self.pool.num_lost),
                 "generators/requests_running": float(sum(s.health.num_running for s in stats.values())),
                 "generators/requests_waiting": float(sum(s.health.num_waiting for s in stats.values())),
-                "generators/requests_spilled": float(router.num_spilled),
+                "generators/prompts_moved": float(router.num_moved),
                 "generators/requests_retried": float(router.num_retried),
                 "tokens/generated_total": float(self.state.generated_tokens),
                 "budget/failed_rollouts": float(sum(ledger.failed.values())),

@@ -1,7 +1,7 @@
 """What would the loop do with 256 generators? The real prompt actors and router over simulated engines.
 
     python -m scripts.bench.scale --generators 256 --prompts 10000
-    python -m scripts.bench.scale --generators 64 --prompts 2000 --routing affinity,round_robin,hashing,two_choices
+    python -m scripts.bench.scale --generators 64 --prompts 2000 --routing bounded,alone,hashing,two_choices,round_robin
 
 Engines and tools take the time that their latency models say, in virtual time and one process; what our own code costs
 is real and measured in processor seconds. So the figures say two things: how busy the generators would be, if our code
@@ -13,13 +13,14 @@ its tree. `prefill_over_limit` is how many times as much was prefilled.
 
 import argparse
 import asyncio
+import hashlib
 import itertools
 import pickle
 import resource
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from actors.prompt import PromptActor
-from actors.router import GeneratorRouter, Generators
+from actors.router import GeneratorRouter, Generators, loads_of_others
 from scripts.bench.virtual_time import run_in_virtual_time
 from trace_async.config import Config, load_config
 from trace_async.engines.simulated import LatencyModel, SimulatedEngine
@@ -147,7 +148,7 @@ class SimulatedGenerator:
 
 
 class RoundRobin(GeneratorRouter):
-    """The next generator in turn, whatever the prompt."""
+    """Every request to the next generator in turn."""
 
     turn = 0
 
@@ -158,28 +159,35 @@ class RoundRobin(GeneratorRouter):
 
 
 class Hashing(GeneratorRouter):
-    """Always the prompt's own generator, however loaded."""
+    """A prompt to the generator of its hash, however loaded."""
 
-    def choose(self, key: str) -> str:
-        self.in_flight.clear()
-        return GeneratorRouter.choose(self, key)
+    def first_choice(self, key: str, rollouts: int) -> str:
+        return max(self.generators, key=lambda name: hashlib.blake2b(f"{key}|{name}".encode()).digest())
 
 
 class TwoChoices(GeneratorRouter):
-    """The less loaded of two drawn at random (Mitzenmacher)."""
+    """A prompt to the less loaded of two drawn at random (Mitzenmacher), by the loads that our own routing knows."""
 
     random = Random(0)
 
-    def choose(self, key: str) -> str:
-        first, second = TwoChoices.random.choices(list(self.generators), k=2)
-        return min(first, second, key=lambda name: self.in_flight[name])
+    def first_choice(self, key: str, rollouts: int) -> str:
+        drawn = TwoChoices.random.choices(list(self.generators), k=2)
+        return min(drawn, key=lambda name: self.loads[name] + self.loads_of_others.get(name, 0))
+
+
+class Alone(GeneratorRouter):
+    """Ours, without knowing what the other routers have."""
+
+    def announce(self, generators: Mapping[str, Any], loads_of_others: Mapping[str, int] | None = None) -> None:
+        super().announce(generators)
 
 
 ROUTING: dict[str, type[GeneratorRouter]] = {
-    "affinity": GeneratorRouter,
-    "round_robin": RoundRobin,
+    "bounded": GeneratorRouter,
+    "alone": Alone,
     "hashing": Hashing,
     "two_choices": TwoChoices,
+    "round_robin": RoundRobin,
 }
 
 
@@ -229,7 +237,9 @@ class Simulation:
         ]
         self.handles: Any = {f"generator-{i}": SimulatedGenerator(engine) for i, engine in enumerate(self.engines)}
         self.tasks = self.prompt_actors[0].domain.tasks("train")
-        self.places = asyncio.Semaphore(args.generators * args.requests_per_generator // args.rollouts)
+        self.loads: list[Mapping[str, int]] = [{} for _ in self.prompt_actors]
+        self.num_places = args.generators * args.requests_per_generator // args.rollouts
+        self.places = asyncio.Semaphore(self.num_places)
 
     async def start(self) -> None:
         for engine in self.engines:
@@ -238,14 +248,13 @@ class Simulation:
             await engine.start()
         for actor in self.prompt_actors:
             kept = actor.router
-            actor.router = ROUTING[self.routing](
-                spill_requests=kept.spill_requests, wait_s=kept.wait_s, max_retries=kept.max_retries
-            )
+            actor.router = ROUTING[self.routing](wait_s=kept.wait_s, max_retries=kept.max_retries)
         await self.announce()
 
     async def announce(self) -> None:
-        for actor in self.prompt_actors:
-            await actor.announce(Generators(self.handles))
+        others = loads_of_others(self.loads)
+        answers = zip(self.prompt_actors, others, strict=True)
+        self.loads = [await actor.announce(Generators(self.handles), load) for actor, load in answers]
 
     async def announce_again(self) -> None:
         """As the pool's watch does: a router leaves out a generator on which a request failed until then."""
@@ -269,7 +278,8 @@ class Simulation:
     async def grow_all(self) -> list[float]:
         """Keep all places taken until every prompt has ended; each generator's busy share while prompts were left.
 
-        The last prompts leave generators idle, as the end of any run does, so the window closes before them.
+        The first prompts begin all at once and the last leave generators idle, as the ends of any run do, so the
+        window opens when as many have ended as there are places, and closes before the last.
         """
         loop = asyncio.get_running_loop()
         running: set[asyncio.Task[None]] = set()
@@ -279,7 +289,7 @@ class Simulation:
             task = asyncio.create_task(self.grow(number))
             running.add(task)
             task.add_done_callback(running.discard)
-            if number == self.args.prompts // 10:
+            if number == 2 * self.num_places:
                 begun, before = loop.time(), [engine.busy_s for engine in self.engines]
         window_s = loop.time() - begun
         busy = [(engine.busy_s - then) / window_s for engine, then in zip(self.engines, before, strict=True)]
@@ -352,8 +362,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-actors", type=int, default=8)
     parser.add_argument("--requests-per-generator", type=int, default=32, help="rollouts under way for each generator")
     parser.add_argument("--failure-rate", type=float, default=0.0)
-    parser.add_argument("--routing", default="affinity", help=f"of {', '.join(ROUTING)}, separated by commas")
-    return parser.parse_args()
+    parser.add_argument("--routing", default="bounded", help=f"of {', '.join(ROUTING)}, separated by commas")
+    args = parser.parse_args()
+    places = args.generators * args.requests_per_generator // args.rollouts
+    if args.prompts < 3 * places:
+        parser.error(f"--prompts {args.prompts}: at least three times the {places} that are under way at a time")
+    return args
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ async def actor(tiny_policy_path: Path) -> PromptActor:
         None, ["env.name=tests.ray.test_prompt:Gates", "budget.continuations_per_root=2", "actors.prompts_per_actor=8"]
     )
     made = PromptActor(config, str(tiny_policy_path), Predictor())
-    await made.announce(Generators({"g": Generator()}))
+    await made.announce(Generators({"g": Generator()}), {})
     return made
 
 

@@ -134,8 +134,6 @@ class ActorsConfig:
     """Prompts that one such process hosts at a time. 1: a process per prompt."""
     max_staleness: Annotated[int, Field(ge=0)] = 1
     """Weight versions that a tree may lag at training (alias off-policyness η). 0: the synchronous trainer."""
-    spill_requests: Annotated[int, Field(ge=1)] = 96
-    """Requests beyond which a generator counts as overloaded and a prompt spills over to another."""
     max_rollout_retries: Annotated[int, Field(ge=0)] = 2
     """How often a rollout that broke down is tried again."""
     tree_timeout_s: Annotated[float, Field(gt=0)] = 600.0

@@ -16,20 +16,29 @@ from trace_async.env import Domain, EnvError, PromptTooLongError
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.guard import EnvGuard, make_guard
 from trace_async.rollout.limits import RolloutLimits, rollout_limits
-from trace_async.rollout.prompt_run import Generate, PromptRun, start_prompt
+from trace_async.rollout.prompt_run import Generate, Playing, PromptRun, start_prompt, uncounted
 from trace_async.rollout.renderer import Renderer
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery, Task
 
 
 class Grower:
-    """Plays tasks of one domain with one policy. `limits`: of rollouts in training."""
+    """Plays tasks of one domain with one policy. `limits`: of rollouts in training. `playing`: see `Playing`."""
 
-    def __init__(self, guard: EnvGuard, renderer: Renderer, generate: Generate, limits: RolloutLimits) -> None:
+    def __init__(
+        self,
+        guard: EnvGuard,
+        renderer: Renderer,
+        generate: Generate,
+        limits: RolloutLimits,
+        *,
+        playing: Playing = uncounted,
+    ) -> None:
         self.guard = guard
         self.renderer = renderer
         self.generate = generate
         self.limits = limits
+        self.playing = playing
         self._prompts = _Prompts()
 
     async def grow(
@@ -51,6 +60,7 @@ class Grower:
             self.limits if temperature is None else self.limits.at(temperature),
             keep_states=expansion is not None and expansion.forks,
             root_value=root_value,
+            playing=self.playing,
         )
         try:
             await run.roots(num_roots)
@@ -108,10 +118,16 @@ class _Prompts:
 
 
 def make_grower(
-    config: Config, domain: Domain, renderer: Renderer, generate: Generate, *, max_retries: int | None = None
+    config: Config,
+    domain: Domain,
+    renderer: Renderer,
+    generate: Generate,
+    *,
+    max_retries: int | None = None,
+    playing: Playing = uncounted,
 ) -> Grower:
     """A grower of a domain's tasks as the config says; `max_retries` in place of `actors.max_rollout_retries`."""
     limits = rollout_limits(config, renderer.stop_token_ids)
     if max_retries is not None:
         limits = replace(limits, max_retries=max_retries)
-    return Grower(make_guard(config.env, domain), renderer, generate, limits)
+    return Grower(make_guard(config.env, domain), renderer, generate, limits, playing=playing)

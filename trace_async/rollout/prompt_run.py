@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -45,6 +45,12 @@ from trace_async.types import (
 log = logging.getLogger(__name__)
 
 Generate = Callable[[Task, tuple[int, ...], SamplingParams], Awaitable[Completion]]
+Playing = Callable[[Task], AbstractContextManager[None]]
+"""What is entered while a rollout of the task is under way, for whoever counts them."""
+
+
+def uncounted(task: Task) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,7 @@ class PromptRun:
         *,
         keep_states: bool,
         root_value: float | None = None,
+        playing: Playing = uncounted,
     ) -> None:
         self._task = task
         self._guard = guard
@@ -86,6 +93,7 @@ class PromptRun:
         self._generate = generate
         self._limits = limits
         self._keep_states = keep_states
+        self._playing = playing
         self._builder = TreeBuilder(shown_task(task), root_value=root_value)
         self._states: dict[int, GuardedEnv] = {}
         self._failures: Counter[LossKind] = Counter()
@@ -235,6 +243,10 @@ class PromptRun:
 
         Returns the frozen environments by turn of the branch; when it breaks down they are closed.
         """
+        with self._playing(self._task):
+            return await self._play_counted(branch, keep_states)
+
+    async def _play_counted(self, branch: Branch, keep_states: bool) -> tuple[_Outcome, dict[int, GuardedEnv]]:
         states: dict[int, GuardedEnv] = {}
         clock = _Lap()
         env = await (self._fork_at(branch.anchor) if branch.anchor != ROOT else self._guard.make(self._task))

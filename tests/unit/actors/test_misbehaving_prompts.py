@@ -32,7 +32,7 @@ async def test_every_rollout_ends_as_a_reward_or_is_counted_and_every_tree_can_b
         ],
     )
     actor = PromptActor(config, str(tiny_policy_path), Predictor())
-    await actor.announce(Generators({"g": Generator()}))
+    await actor.announce(Generators({"g": Generator()}), {})
     splits = load_splits(Misbehaving(mode="+".join(MODES)))
     ledger, faults = Ledger(), FaultBook()
     for number, task in enumerate(splits.train):

@@ -189,4 +189,4 @@ def test_a_number_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_expression_may_name_a_setting_that_was_left_at_its_default():
-    assert load_config(None, ["actors.spill_requests=${budget.pool_size}"]).actors.spill_requests == 192
+    assert load_config(None, ["actors.prompts_per_actor=${budget.pool_size}"]).actors.prompts_per_actor == 192

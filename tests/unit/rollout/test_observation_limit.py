@@ -89,7 +89,8 @@ async def play(name: str, limit: int, tmp_path: Path) -> tuple[PromptActor, Roll
     if data:
         task = Task(id=task.id, domain=task.domain, kind=task.kind, data=data)
     turn = turn.replace("{question}", str(task.data.get("question")))
-    await actor.announce(Generators({"g": Says((*actor.renderer.encode_data(turn), actor.renderer.stop_token_ids[0]))}))
+    says = Says((*actor.renderer.encode_data(turn), actor.renderer.stop_token_ids[0]))
+    await actor.announce(Generators({"g": says}), {})
     prompt = PendingPrompt(task_id=task.id, num_roots=1, policy_version=0, root_value=0.5, seed=0)
     tree = await actor.run_prompt(task, prompt)
     close = getattr(actor.domain, "close", None)
