@@ -2,17 +2,18 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
 
 from trace_async.config import Config
-from trace_async.engine import EngineHealth, EngineTimeoutError
+from trace_async.engine import EngineHealth, EngineTimeoutError, WeightSyncError
 from trace_async.engines import make_engine
 from trace_async.engines.work_clock import WorkClock
 from trace_async.types import Completion, SamplingParams
+from trace_async.weight_delta import WeightDelta, apply_delta
 from trace_async.weights import WeightBucket, WeightManifest, WeightUpdate, join_buckets
 
 
@@ -42,6 +43,8 @@ class GeneratorActor:
         )
         self.request_timeout_s = config.engine.request_timeout_s
         self.clock = WorkClock()
+        self.takes_deltas = config.engine.weight_delta
+        self.base: WeightUpdate | None = None  # with engine.weight_delta: what it serves, for the next delta
         self.num_requests = 0
         self.idle = asyncio.Event()
         self.idle.set()
@@ -92,7 +95,30 @@ class GeneratorActor:
         """
         *buckets, manifest = parts
         assert isinstance(manifest, WeightManifest)
-        return await self.update_weights(join_buckets((b for b in buckets if isinstance(b, WeightBucket)), manifest))
+        update = join_buckets((b for b in buckets if isinstance(b, WeightBucket)), manifest)
+        self.base = None
+        version = await self.update_weights(update)
+        if self.takes_deltas:
+            self.base = await asyncio.to_thread(_own_copy, update)
+        return version
+
+    async def receive_delta(self, delta: WeightDelta, manifest: WeightManifest) -> int:
+        """Serve the weights that it has, changed by `delta`. The engine checks the whole, as for `receive_weights`.
+
+        Raises WeightSyncError when they are not those that the delta changes. The whole must be sent then.
+        """
+        base, self.base = self.base, None  # while it changes it is neither version
+        if base is None or base.tensors is None or base.manifest.policy_version != delta.base_version:
+            served = base.manifest.policy_version if base is not None else None
+            raise WeightSyncError(f"a delta changes weights version {delta.base_version}, and here is {served}")
+        try:
+            await asyncio.to_thread(apply_delta, base.tensors, delta)
+        except ValueError as error:
+            raise WeightSyncError(str(error)) from error
+        update = replace(base, manifest=manifest)
+        version = await self.update_weights(update)
+        self.base = update
+        return version
 
     async def stats(self) -> GeneratorStats:
         """Return a snapshot. Raises EngineDeadError or EngineTimeoutError when the engine does not answer."""
@@ -112,6 +138,12 @@ class GeneratorActor:
     async def close(self) -> None:
         """Stop the engine and give back what it holds."""
         await self.engine.close()
+
+
+def _own_copy(update: WeightUpdate) -> WeightUpdate:
+    """The update with arrays that may be written to: those from the object store are read-only."""
+    assert update.tensors is not None
+    return replace(update, tensors={name: array.copy() for name, array in update.tensors.items()})
 
 
 def remote_generator(config: Config, policy_path: Path, index: int, log_dir: Path) -> ActorHandle:

@@ -26,6 +26,7 @@ from ray.exceptions import RayTaskError
 
 from actors.calls import CallError, CallTimeoutError, ask, ask_all
 from actors.generator import GeneratorStats, remote_generator
+from actors.learner import DeltaRef
 from actors.router import Generators
 from trace_async.config import Config
 from trace_async.engine import EngineError, EngineTimeoutError
@@ -53,6 +54,7 @@ class GeneratorPool:
         self.num_made = 0
         self.num_lost = 0
         self.weights: Sequence[ObjectRef] = ()  # buckets and, last, their manifest
+        self.received: dict[str, int] = {}  # name → the version that it received last, whole or as a delta
         self.starting: set[asyncio.Task[None]] = set()
         self.draining: set[asyncio.Task[None]] = set()
         self.watching: asyncio.Task[None] | None = None
@@ -125,7 +127,7 @@ class GeneratorPool:
             for name, handle in list(self.lent.items()):
                 try:
                     if self.weights is not self.weights_of_loan:
-                        await self._update_one(name, handle, self.weights)
+                        await self._update_one(name, handle)
                 except BROKEN as error:
                     log.error("%s was lent and failed to take the current weights: %r", name, error)
                     self.last_error = error
@@ -140,8 +142,12 @@ class GeneratorPool:
     async def _announce(self) -> None:
         await self.announce(Generators(dict(self.ready), dict(self.lent)))
 
-    async def update_weights(self, weights: Sequence[ObjectRef], policy_version: int) -> float:
+    async def update_weights(
+        self, weights: Sequence[ObjectRef], policy_version: int, delta: DeltaRef | None = None
+    ) -> float:
         """Give every ready generator the weights `policy_version`. One that fails is lost and replaced.
+
+        Those that have the weights which `delta` changes take the delta, the others the whole.
 
         When this returns, every ready generator serves the version. Returns the share of the generators that took it.
         Raises EngineError when none is left and no new one can be started.
@@ -150,7 +156,7 @@ class GeneratorPool:
             self.weights = weights
             handles = dict(self.ready)
             results = await asyncio.gather(
-                *(self._update_one(name, handle, weights) for name, handle in handles.items()), return_exceptions=True
+                *(self._update_one(name, handle, delta) for name, handle in handles.items()), return_exceptions=True
             )
             for name, result in zip(handles, results, strict=True):
                 if isinstance(result, BROKEN):
@@ -216,7 +222,7 @@ class GeneratorPool:
             # Without the lock, an update between the sync and the entry into `ready` would miss this generator.
             async with self.changing:
                 if self.weights:
-                    await self._update_one(name, handle, self.weights)
+                    await self._update_one(name, handle)
                 self.ready[name] = handle
                 self.one_ready.set()
                 await self._announce()
@@ -234,9 +240,16 @@ class GeneratorPool:
                 f"{name} did not start within engine.start_timeout_s={limit_s:g}; raise it, or see {self.log_dir}"
             ) from None
 
-    async def _update_one(self, name: str, handle: ActorHandle, weights: Sequence[ObjectRef]) -> int:
+    async def _update_one(self, name: str, handle: ActorHandle, delta: DeltaRef | None = None) -> int:
+        """Give one generator the current weights, as a delta where it has what that changes."""
+        if delta is not None and self.received.get(name) == delta.base_version:
+            reply = handle.receive_delta.remote(delta.delta, self.weights[-1])
+        else:
+            reply = handle.receive_weights.remote(*self.weights)
         limit_s = self.config.engine.start_timeout_s
-        return await ask(handle.receive_weights.remote(*weights), who=f"{name}, new weights:", limit_s=limit_s)
+        version: int = await ask(reply, who=f"{name}, new weights:", limit_s=limit_s)
+        self.received[name] = version
+        return version
 
     async def _lose(self, name: str) -> None:
         """Drop a broken generator, tell the prompts, and kill it. Does nothing if it is gone already."""
@@ -244,6 +257,7 @@ class GeneratorPool:
         handle = (self.lent if was_lent else self.ready).pop(name, None)
         if handle is None:
             return
+        self.received.pop(name, None)
         if was_lent and not self.lent:
             self.loan_lost.set()
         self.num_lost += 1

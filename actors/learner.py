@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Awaitable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.calls import ActorLostError, CallError, ask
 from trace_async.config import Config
 from trace_async.trees.tree import RolloutTree
+from trace_async.weight_delta import DeltaEncoder, WeightDelta
 from trace_async.weights import WeightBucket, WeightCount, WeightManifest
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRef:
+    """A WeightDelta in the object store."""
+
+    base_version: int
+    """The weights that it changes."""
+    delta: ray.ObjectRef
 
 
 class LearnerRankError(CallError):
@@ -29,6 +40,8 @@ class LearnerRank:
         self._policy_path = Path(policy_path)
         self._rank = rank
         self._learner: Any = None
+        self._encoder = DeltaEncoder() if config.engine.weight_delta and rank == 0 else None
+        self._delta: WeightDelta | None = None
 
     def meeting_point(self) -> tuple[str, int]:
         """Return this node's address and a free port, at which the ranks meet."""
@@ -64,9 +77,21 @@ class LearnerRank:
         count = WeightCount()
         for bucket in self._learner.weights():
             count.add(bucket)
+            if self._encoder is not None:
+                self._encoder.add(bucket)
             yield bucket
             del bucket  # it lives on in the object store only
+        self._delta = self._encoder.finish(policy_version) if self._encoder is not None else None
         yield count.manifest(policy_version)
+
+    @ray.method(num_returns=2)
+    def delta(self) -> tuple[int | None, WeightDelta | None]:
+        """Return what changed with the weights that were sent last, once: the version before them, and the delta.
+
+        Both are None when the whole has to be sent.
+        """
+        delta, self._delta = self._delta, None
+        return (None, None) if delta is None else (delta.base_version, delta)
 
     def save(self, folder: str) -> None:
         from trace_async.learner.state import save_learner
@@ -145,6 +170,12 @@ class LearnerGroup:
         """The checksum of what `weights` returned."""
         manifest: WeightManifest = await weights[-1]
         return manifest.checksum
+
+    async def delta(self) -> DeltaRef | None:
+        """Return what changed with the weights that `weights` gave last; None when the whole has to be sent."""
+        base_version, delta = self._ranks[0].delta.remote()
+        (base,) = await self._wait("delta", [base_version])
+        return None if base is None else DeltaRef(base, delta)
 
     async def save(self, folder: Path) -> None:
         """Write the learner's part of a checkpoint into `folder`, which all ranks must see. Each writes its share."""

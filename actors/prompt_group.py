@@ -82,6 +82,7 @@ class PromptGroup:
                 log.warning("not told %s: %s", what, answer)
             elif isinstance(answer, BaseException):
                 raise answer
+        return answers
 
     async def run(self, ticket: int, prompt: PendingPrompt, task: Task) -> RolloutTree:
         """Return the prompt's finished tree. Raises PromptLostError when there is none within the limits.

@@ -31,6 +31,7 @@ from actors.calls import CallError
 from actors.evaluation import Evaluations, Moment
 from actors.generator import GeneratorStats
 from actors.generator_pool import GeneratorPool
+from actors.learner import DeltaRef
 from actors.parts import Parts
 from actors.prompt_group import PromptGroup
 from actors.scaling import Scaling
@@ -292,7 +293,8 @@ class Trainer:
         updated, weights = bool(learned["learner/updated"]), None
         if updated:
             weights = await self.clock.time("gather", learner.weights(version + 1))
-            await self.clock.time("sync", self._sync(weights, version + 1))
+            delta = await self.clock.time("gather", learner.delta()) if self.config.engine.weight_delta else None
+            await self.clock.time("sync", self._sync(weights, version + 1, delta))
         await self._end_record(record, weights)
         step_s = time.monotonic() - started
         finite = not learned.get("learner/skipped_steps")
@@ -311,9 +313,9 @@ class Trainer:
             predictor = await self.parts.predictor.checksum()
             await asyncio.to_thread(self.schedule.end, record, weights=checksum, predictor=predictor)
 
-    async def _sync(self, weights: Sequence[ray.ObjectRef], version: int) -> None:
+    async def _sync(self, weights: Sequence[ray.ObjectRef], version: int, delta: DeltaRef | None = None) -> None:
         """Generators and the predictor that reads the policy's states: nothing goes on with older weights."""
-        await asyncio.gather(self.pool.update_weights(weights, version), self._sync_predictor(weights, version))
+        await asyncio.gather(self.pool.update_weights(weights, version, delta), self._sync_predictor(weights, version))
 
     async def _sync_predictor(self, weights: Sequence[ray.ObjectRef], version: int) -> None:
         if self.config.predictor.trunk == "policy":

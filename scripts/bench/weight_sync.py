@@ -1,21 +1,21 @@
 """How long a weight update keeps a generator from decoding, by engine, path and model size.
 
-    python scripts/bench/weight_sync.py --engines torch,sglang,vllm --paths memory,disk,collective --millions 1,20,100
+    python -m scripts.bench.weight_sync --engines torch,sglang,vllm --paths memory,disk,collective --millions 1,20,100
+    python -m scripts.bench.weight_sync --delta --millions 5
 
 For each it prints the median seconds of an update (checksum on both ends, load, flush, read back) and the bytes that
 travel, next to what moving the same bytes costs by itself: one checksum pass, one write into shared memory.
 
-Should only what changed travel? `--unchanged` measures what one AdamW step leaves unchanged, at the policy's dtype.
-Whole tensors: none, when all are trained, so leaving out unchanged *tensors* saves nothing; frozen ones (LoRA's
-embeddings) would save their share. Single elements: in bfloat16 at a learning rate of 1e-6 nearly all stay as they
-are, since a step is far below half a unit in their last place. Sending (index, value) pairs, 6 bytes an element in
-place of 2, is then smaller by an order of magnitude, and is worth it where bytes are what costs time: between nodes,
-at less than a third of changed elements. On one machine an update is bound by loading and checking, not by the copy
-through shared memory, and what the engine loads is the whole model in either case. So here whole models travel.
+Should only what changed travel? `--delta` measures it (engine.weight_delta): after one AdamW step on float32 masters,
+the bytes of the whole in the policy's dtype and of what is sent, the seconds in which the sender finds the delta, and
+the seconds in which a generator has the new weights from the whole (its own copy included) and from the delta. In
+bfloat16 at a learning rate of 1e-6 nearly all elements stay as they are, since a step is far below half a unit in their
+last place. A delta saves bytes, which count between nodes; the engine loads and checks the whole model in either case.
 """
 
 import argparse
 import asyncio
+import math
 import statistics
 import tempfile
 import time
@@ -26,9 +26,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trace_async.config import ConfigError, EngineConfig
+from actors.generator import GeneratorActor
+from trace_async.config import ConfigError, EngineConfig, load_config
 from trace_async.engines import make_engine
-from trace_async.weights import WeightUpdate, pack_weights
+from trace_async.weight_delta import DeltaEncoder
+from trace_async.weights import WeightBucket, WeightCount, WeightUpdate, host_bucket, pack_weights
 
 VOCAB_SIZE = 8192
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,17 +105,75 @@ def time_parts(state: dict[str, torch.Tensor]) -> tuple[float, float]:
         return checksum_s, time.perf_counter() - started
 
 
-def unchanged_shares(dtype: str, learning_rate: float) -> tuple[float, float]:
-    """After one AdamW step on fp32 masters: share of tensors and of elements whose copy in `dtype` is the same."""
-    torch.manual_seed(0)
-    masters = [torch.nn.Parameter(0.02 * torch.randn(512, 512)) for _ in range(8)]
-    optimizer = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
-    before = [master.detach().to(DTYPES[dtype], copy=True) for master in masters]
-    for master in masters:
-        master.grad = torch.randn_like(master)
-    optimizer.step()
-    same = [(old == master.detach().to(DTYPES[dtype])) for old, master in zip(before, masters, strict=True)]
-    return sum(bool(s.all()) for s in same) / len(same), float(torch.cat([s.flatten() for s in same]).float().mean())
+class Steps:
+    """A policy of float32 masters that AdamW trains on random gradients, and its copy in the dtype that travels."""
+
+    def __init__(self, state: dict[str, torch.Tensor], dtype: str, learning_rate: float) -> None:
+        torch.manual_seed(0)
+        self.dtype, self.learning_rate = dtype, learning_rate
+        self.masters = {name: torch.nn.Parameter(tensor.float().clone()) for name, tensor in state.items()}
+        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=learning_rate, weight_decay=0.0)
+
+    def bucket(self) -> WeightBucket:
+        """The weights as they travel, in memory of their own."""
+        return host_bucket({n: m.detach().to(DTYPES[self.dtype], copy=True) for n, m in self.masters.items()})
+
+    def step(self) -> None:
+        for master in self.masters.values():
+            master.grad = torch.randn_like(master)
+        self.optimizer.step()
+
+
+async def time_delta(folder: Path, steps: Steps, num: int) -> str:
+    """A line of the table: medians of `num` updates of a generator with the embedded engine, after a first one."""
+    generator = GeneratorActor(
+        load_config(None, ["engine.weight_delta=true", f"engine.dtype={steps.dtype}", "engine.kv_cache_tokens=4096"]),
+        str(folder),
+        0,
+        str(folder / "logs"),
+    )
+    await generator.start()
+    encoder = DeltaEncoder()
+    rows: list[tuple[float, ...]] = []
+    for version in range(1, num + 2):
+        steps.step()
+        bucket = steps.bucket()
+        count = WeightCount()
+        count.add(bucket)
+        manifest = count.manifest(version)
+        started = time.perf_counter()
+        encoder.add(bucket)
+        delta = encoder.finish(version)
+        found_s = time.perf_counter() - started
+        by_delta_s = math.nan
+        if delta is not None:
+            started = time.perf_counter()
+            await generator.receive_delta(delta, manifest)
+            by_delta_s = time.perf_counter() - started
+        started = time.perf_counter()
+        # The whole once more where a delta came before: the engine checks and loads it all the same.
+        await generator.receive_weights(bucket, manifest)
+        whole_s = time.perf_counter() - started
+        sent = delta.num_bytes if delta is not None else manifest.num_bytes
+        rows.append((manifest.num_bytes / 1e6, sent / 1e6, found_s, whole_s, by_delta_s))
+    await generator.close()
+    medians = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
+    whole_mb, sent_mb, found_s, whole_s, by_delta_s = medians
+    return (
+        f"{steps.dtype:<10}{steps.learning_rate:>8g}{whole_mb:>10.2f}{sent_mb:>10.3f}{found_s:>9.4f}{whole_s:>9.4f}"
+        f"{by_delta_s:>9.4f}"
+    )
+
+
+async def run_deltas(args: argparse.Namespace) -> None:
+    print(f"{'dtype':<10}{'rate':>8}{'whole MB':>10}{'sent MB':>10}{'find s':>9}{'whole s':>9}{'delta s':>9}")
+    for millions in args.millions:
+        for dtype in DTYPES:
+            with tempfile.TemporaryDirectory() as folder:
+                state = make_model(millions, dtype, Path(folder))
+                for learning_rate in (1e-6, 1e-5, 5e-4):
+                    steps = Steps(state, dtype, learning_rate)
+                    print(await time_delta(Path(folder), steps, args.updates), flush=True)
 
 
 async def run(args: argparse.Namespace) -> None:
@@ -148,16 +208,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--updates", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--unchanged", action="store_true", help="only measure what a step leaves unchanged")
+    parser.add_argument("--delta", action="store_true", help="what sending only the changed elements saves")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if not args.unchanged:
-        asyncio.run(run(args))
-    for dtype in DTYPES:
-        for learning_rate in (1e-6, 1e-5, 5e-4):
-            tensors, elements = unchanged_shares(dtype, learning_rate)
-            shares = f"{tensors:.0%} of tensors, {elements:.1%} of elements"
-            print(f"unchanged after an AdamW step, {dtype}, learning rate {learning_rate:g}: {shares}")
+    asyncio.run(run_deltas(args) if args.delta else run(args))
 
 
 if __name__ == "__main__":

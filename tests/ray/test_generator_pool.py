@@ -11,10 +11,12 @@ import ray
 import torch
 
 from actors.generator_pool import GeneratorPool
+from actors.learner import DeltaRef
 from actors.router import Generators
 from trace_async.config import Config, load_config
 from trace_async.engine import EngineError
 from trace_async.types import SamplingParams
+from trace_async.weight_delta import DeltaEncoder
 from trace_async.weights import WeightBucket, WeightManifest, host_bucket, pack_weights
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -54,7 +56,7 @@ async def pool(tiny_policy_path: Path, tmp_path: Path) -> AsyncIterator[Generato
 
 def weights(version: int, **differing: Any) -> tuple[WeightBucket, WeightBucket, WeightManifest]:
     """Two buckets and their manifest, in which fields may be `differing`."""
-    state = {"w": torch.full((4,), float(version)), "v": torch.zeros(2)}
+    state = {"w": torch.full((4,), float(version)), "v": torch.zeros(64)}
     manifest = replace(pack_weights(state, version).manifest, **differing)
     return host_bucket({"w": state["w"]}), host_bucket({"v": state["v"]}), manifest
 
@@ -136,11 +138,12 @@ async def test_it_grows_and_shrinks_while_it_runs(pool: GeneratorPool):
 async def test_a_lent_generator_keeps_its_weights_until_it_is_taken_back(pool: GeneratorPool):
     await pool.update_weights(in_store(weights(1)), 1)
     assert await pool.lend(5) == 1  # one stays with training
-    assert heard(pool).announced[-1] == {"generator-0"}
-    assert heard(pool).for_evaluation == {"generator-1"}
+    ((name, lent),) = pool.lent.items()
+    assert heard(pool).announced[-1] == {"generator-0", "generator-1"} - {name}
+    assert heard(pool).for_evaluation == {name}
     for version in (2, 3):
         await pool.update_weights(in_store(weights(version)), version)
-    assert (await pool.lent["generator-1"].stats.remote()).health.policy_version == 1
+    assert (await lent.stats.remote()).health.policy_version == 1
     assert await served_versions(pool) == [3]
     await pool.take_back()
     assert heard(pool).announced[-1] == heard(pool).for_evaluation == {"generator-0", "generator-1"}
@@ -148,15 +151,47 @@ async def test_a_lent_generator_keeps_its_weights_until_it_is_taken_back(pool: G
     assert pool.num_lost == 0
 
 
+async def test_a_delta_goes_to_those_that_have_its_base_and_the_whole_to_the_others(
+    tiny_policy_path: Path, tmp_path: Path
+):
+    config = fake_config(2)
+    config = replace(config, engine=replace(config.engine, weight_delta=True))
+    pool = GeneratorPool(config, tiny_policy_path, tmp_path, Listener())
+    await pool.start()
+    encoder = DeltaEncoder()
+
+    async def update(version: int, *, spoil_whole: bool = False) -> None:
+        *buckets, manifest = weights(version)
+        for bucket in buckets:
+            encoder.add(bucket)
+        delta = encoder.finish(version)
+        parts = [WeightBucket(tensors={}) if spoil_whole else bucket for bucket in buckets]
+        reference = DeltaRef(delta.base_version, ray.put(delta)) if delta is not None else None
+        await pool.update_weights(in_store([*parts, manifest]), version, reference)
+
+    await update(1)
+    await pool.lend(1)
+    await update(2, spoil_whole=True)  # whoever took the whole would be lost
+    assert await served_versions(pool) == [2]
+    pool.weights = in_store(weights(2))
+    await pool.take_back()  # it has the weights of version 1, to which no delta leads any more
+    await update(3, spoil_whole=True)
+    assert await served_versions(pool) == [3, 3]
+    assert pool.num_lost == 0
+    await pool.close()
+
+
 async def test_a_lent_generator_that_dies_is_replaced_and_the_evaluation_hears_of_it(pool: GeneratorPool):
     await pool.lend(1)
     watching = asyncio.create_task(pool.watch(every_s=0.1))
-    ray.kill(pool.lent["generator-1"])
+    ((name, lent),) = pool.lent.items()
+    ray.kill(lent)
     await asyncio.wait_for(pool.loan_lost.wait(), 60)
-    await until(lambda: set(pool.ready) == {"generator-0", "generator-2"})
+    left = {"generator-0", "generator-1", "generator-2"} - {name}
+    await until(lambda: set(pool.ready) == left)
     watching.cancel()
     assert pool.num_lost == 1
-    assert heard(pool).for_evaluation == {"generator-0", "generator-2"}
+    assert heard(pool).for_evaluation == left
 
 
 async def test_a_generator_that_does_not_start_in_time_is_an_error_in_words(tiny_policy_path: Path, tmp_path: Path):

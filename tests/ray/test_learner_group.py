@@ -107,8 +107,16 @@ async def test_two_ranks_go_on_from_one_and_a_dead_rank_is_named(reference, tiny
 
 @pytest.mark.timeout(600)
 async def test_one_rank_and_a_call_that_takes_too_long(reference, tiny_policy_path):
-    async with group_of(1, tiny_policy_path) as group:
+    async with group_of(1, tiny_policy_path, "engine.weight_delta=true") as group:
+        await group.weights(1)
+        assert await group.delta() is None  # nothing was sent before
         metrics = await group.update(trees_of(0), VERSION)
+        await group.weights(2)
+        assert await group.delta() is None  # in float32 nearly every element changes
+        await group.weights(3)
+        same = await group.delta()
+        assert same.base_version == 2
+        assert (await same.delta).num_bytes == 0
         assert metrics["learner/loss"] == pytest.approx(reference[0][0]["loss"], abs=2e-5)
         with pytest.raises(AssertionError, match="staleness 3 is not within"):
             await group.update(trees_of(0), VERSION + 1)

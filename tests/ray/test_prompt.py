@@ -147,7 +147,7 @@ async def test_who_has_heads_and_states_asks_nobody_for_values(actor: PromptActo
     await actor.take_learnt(Heads.untrained(4).with_head("prefix", head).packed(1))
     asked = await actor.run_prompt(*prompt("fast"))  # the engine gave no states
     assert {node.value for node in asked.nodes} == {0.5, None}
-    await actor.announce(Generators({"g": GeneratorWithStates()}))
+    await actor.announce(Generators({"g": GeneratorWithStates()}), {})
     actor.predictor = None
     tree = await actor.run_prompt(*prompt("fast"))
     assert tree.num_continuations_allocated == 4

@@ -164,7 +164,7 @@ class FakePool:
         self.target = num_generators
         self.ready = {f"generator-{index}": None for index in range(num_generators)}
 
-    async def update_weights(self, weights: Sequence[object], policy_version: int) -> float:
+    async def update_weights(self, weights: Sequence[object], policy_version: int, delta: object = None) -> float:
         self.versions.append(policy_version)
         return 1.0
 

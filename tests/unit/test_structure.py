@@ -14,7 +14,8 @@ from tests.support.paths import ROOT
 
 # From the ground upwards: a wing may import the wings before it, never one after it.
 ORDER = [
-    "trace_async.types", "trace_async.printable", "trace_async.weights", "trace_async.engine", "trace_async.env",
+    "trace_async.types", "trace_async.printable", "trace_async.weights", "trace_async.weight_delta",
+    "trace_async.engine", "trace_async.env",
     "trace_async.trees", "trace_async.method", "configs", "trace_async.config", "trace_async.tracking",
     "trace_async.run", "trace_async.rollout", "trace_async.policy", "trace_async.packing", "trace_async.predictor",
     "trace_async.learner", "trace_async.engines",

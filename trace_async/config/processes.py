@@ -95,6 +95,9 @@ class EngineConfig:
     """More flags for the server, handed on as they are."""
     weight_sync: Literal["memory", "disk", "collective"] = "memory"
     """How new weights reach a server: memory (a file in shared memory) | disk | collective (broadcast among GPUs)."""
+    weight_delta: bool = False
+    """Send a generator only what changed since the weights that it serves, checked against the whole. Fewer bytes
+    between nodes (bfloat16 at a small learning rate); rank 0 and each generator keep a copy of the weights for it."""
     lora_rank: Annotated[int, Field(ge=0, le=512)] = 0
     """0: merged weights are sent. learner.lora_rank: only the adapter is, and the server adds it (vllm)."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 300.0

@@ -1,6 +1,7 @@
 """One generator's limit on a request."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from trace_async.config import load_config
 from trace_async.engine import EngineTimeoutError, WeightSyncError
 from trace_async.engines.fake import FakeEngine
 from trace_async.types import SamplingParams
-from trace_async.weights import WeightUpdate, pack_weights
+from trace_async.weight_delta import DeltaEncoder
+from trace_async.weights import WeightUpdate, host_bucket, pack_weights
 
 PARAMS = SamplingParams()
 LIMIT_S = 0.3
@@ -80,3 +82,33 @@ async def test_an_engine_that_hangs_after_an_update_that_failed_is_found(actor: 
     with pytest.raises(EngineTimeoutError, match="1 requests are in flight"):
         await waiting
     assert actor.num_requests == 0
+
+
+async def test_a_generator_takes_a_delta_of_what_it_serves_and_checks_the_whole(tiny_policy_path: Path, tmp_path: Path):
+    config = load_config(None, ["engine.backend=fake", "engine.weight_delta=true"])
+    made = GeneratorActor(config, str(tiny_policy_path), 0, str(tmp_path))
+    await made.start()
+    state = {"w": torch.zeros(8), "v": torch.ones(2)}
+    encoder = DeltaEncoder()
+    served = []
+    for version in (1, 2, 3, 4):
+        state["w"][version] = float(version)
+        bucket, manifest = host_bucket(state), pack_weights(state, version).manifest
+        for array in bucket.tensors.values():
+            array.flags.writeable = False  # as from the object store
+        encoder.add(bucket)
+        delta = encoder.finish(version)
+        if delta is None:
+            served.append(await made.receive_weights(bucket, manifest))
+        elif version < 4:
+            served.append(await made.receive_delta(delta, manifest))
+        else:
+            with pytest.raises(WeightSyncError, match="checksum"):
+                await made.receive_delta(delta, replace(manifest, checksum="0" * 32))
+            with pytest.raises(WeightSyncError, match="changes weights version 3, and here is None"):
+                await made.receive_delta(delta, manifest)
+            served.append(await made.receive_weights(bucket, manifest))
+        state = {name: tensor.clone() for name, tensor in state.items()}
+    assert served == [1, 2, 3, 4]
+    assert (await made.stats()).health.policy_version == 4
+    await made.close()
