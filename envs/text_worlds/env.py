@@ -2,14 +2,16 @@
 
 import asyncio
 import copy
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from functools import cached_property
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from envs.actions import MAX_ACTION_CHARS, NO_BLOCK, TOO_LONG, TRUNCATED, Malformed, cut_text
-from envs.text_worlds.pool import Game, Position, SimulatorPool
+from envs.text_worlds.pool import Game, Position, Simulator, SimulatorPool
 from trace_async.config import ConfigError
-from trace_async.types import Message, Prompt, StepResult
+from trace_async.types import Message, Prompt, Split, StepResult, Task
 
 T = TypeVar("T")
 Reward = Literal["progress", "success"]
@@ -44,7 +46,7 @@ class WorldSettings:
 class TextWorldEnv:
     """One game. Its whole state is its position, so a fork is a copy; the pool's simulators do the rest."""
 
-    def __init__(self, pool: SimulatorPool, game: Game, settings: WorldSettings) -> None:
+    def __init__(self, pool: SimulatorPool[Any], game: Game, settings: WorldSettings) -> None:
         self._pool = pool
         self._position = Position(game)
         self._settings = settings
@@ -97,6 +99,48 @@ class TextWorldEnv:
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool.threads, call)
+
+
+class GuidedSimulator(Simulator, Protocol):
+    """A simulator that also knows a way to the full score."""
+
+    def gold_actions(self, game: Game) -> list[str]: ...
+
+
+G = TypeVar("G", bound=GuidedSimulator)
+
+
+class TextWorld(ABC, Generic[G]):
+    """What both worlds share as domains: their tasks are listed once, by a simulator, and played from one pool."""
+
+    def __init__(self, pool: SimulatorPool[G], settings: WorldSettings) -> None:
+        self._pool = pool
+        self._settings = settings
+
+    @abstractmethod
+    def list_tasks(self) -> dict[Split, list[Task]]:
+        """Ask a simulator for the tasks. Raises ConfigError."""
+
+    @abstractmethod
+    def game_of(self, task: Task) -> Game:
+        """Return the game that a task names."""
+
+    @cached_property
+    def _tasks(self) -> dict[Split, list[Task]]:
+        return self.list_tasks()
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        return self._tasks[split]
+
+    def make_env(self, task: Task) -> TextWorldEnv:
+        return TextWorldEnv(self._pool, self.game_of(task), self._settings)
+
+    def gold_actions(self, task: Task) -> list[str]:
+        """Return a way to the full score, for a scripted agent."""
+        return self._pool.ask(lambda simulator: simulator.gold_actions(self.game_of(task)))
+
+    async def close(self) -> None:
+        self._pool.close()
 
 
 def parse_command(turn: str) -> str | Malformed:

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import groupby
 from typing import Any
 
-from envs.text_worlds.env import Reward, TextWorldEnv, WorldSettings
+from envs.text_worlds.env import Reward, TextWorld, WorldSettings
 from envs.text_worlds.java import load_package
 from envs.text_worlds.pool import Game, Seen, SimulatorPool
 from trace_async.config import ConfigError
@@ -58,7 +58,7 @@ class ScienceWorldSimulator:
         self._env.load(*game, self._simplifications, generateGoldPath=gold)
 
 
-class ScienceWorld:
+class ScienceWorld(TextWorld[ScienceWorldSimulator]):
     """`task_names`: of the package's 30 (default: all); `variations`: at most so many of each, in either split.
 
     `simplifications`: as the package names them. `num_simulators`: Java processes, each about 300 MB, in every actor
@@ -81,25 +81,13 @@ class ScienceWorld:
         if variations < 1:
             raise ConfigError(f"env.args.variations={variations}: must be ≥ 1")
         load_package("scienceworld", "scienceworld==1.2.3")
-        self._settings = WorldSettings(max_turns=max_turns, reward=reward, max_observation_chars=max_observation_chars)
+        super().__init__(
+            SimulatorPool(lambda: ScienceWorldSimulator(simplifications), num_simulators),
+            WorldSettings(max_turns=max_turns, reward=reward, max_observation_chars=max_observation_chars),
+        )
         self._wanted, self._variations = tuple(task_names), variations
-        self._pool = SimulatorPool(lambda: ScienceWorldSimulator(simplifications), num_simulators)
 
-    def tasks(self, split: Split) -> Sequence[Task]:
-        return self._tasks[split]
-
-    def make_env(self, task: Task) -> TextWorldEnv:
-        return TextWorldEnv(self._pool, _game(task), self._settings)
-
-    def gold_actions(self, task: Task) -> list[str]:
-        """For a scripted agent."""
-        return self._pool.ask(lambda simulator: simulator.gold_actions(_game(task)))
-
-    async def close(self) -> None:
-        self._pool.close()
-
-    @cached_property
-    def _tasks(self) -> dict[Split, list[Task]]:
+    def list_tasks(self) -> dict[Split, list[Task]]:
         names = self._pool.ask_for_tasks(lambda simulator: simulator.task_names())
         unknown = set(self._wanted) - set(names)
         if unknown:
@@ -107,6 +95,11 @@ class ScienceWorld:
                 f"env.args.task_names: no {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}"
             )
         return {split: self._of_split(split, self._wanted or names) for split in ("train", "heldout")}
+
+    def game_of(self, task: Task) -> Game:
+        number = task.data["number"]
+        assert isinstance(number, int)
+        return str(task.data["game"]), number
 
     def _of_split(self, split: Split, names: Sequence[str]) -> list[Task]:
         tasks = []
@@ -139,9 +132,3 @@ def _sorted_list(text: str) -> str:
 
 def _variations(simulator: ScienceWorldSimulator, name: str, split: Split) -> list[int]:
     return simulator.variations(name, split)
-
-
-def _game(task: Task) -> Game:
-    number = task.data["number"]
-    assert isinstance(number, int)
-    return str(task.data["game"]), number

@@ -1,10 +1,8 @@
 """TextWorld-Express (Jansen and Côté 2022, arXiv 2208.01174): cooking, coins, tidying up and more, made by seed."""
 
-from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
-from envs.text_worlds.env import Reward, TextWorldEnv, WorldSettings
+from envs.text_worlds.env import Reward, TextWorld, WorldSettings
 from envs.text_worlds.java import load_package
 from envs.text_worlds.pool import Game, Seen, SimulatorPool
 from trace_async.config import ConfigError
@@ -56,7 +54,7 @@ class TextWorldExpressSimulator:
         return Seen(str(text), min(1.0, max(0.0, float(infos["score"]))), done)
 
 
-class TextWorldExpress:
+class TextWorldExpress(TextWorld[TextWorldExpressSimulator]):
     """`game`: cookingworld, twc, coin, mapreader, …; `params`: the package's generator settings (`numLocations=3,…`).
 
     `num_train`, `num_heldout`: at most so many of the package's training and test seeds. `num_simulators`: Java
@@ -81,27 +79,20 @@ class TextWorldExpress:
             if count < 1:
                 raise ConfigError(f"env.args.{setting}={count}: must be ≥ 1")
         load_package("textworld_express", "textworld-express==1.1.0")
+        super().__init__(
+            SimulatorPool(lambda: TextWorldExpressSimulator(game, params), num_simulators),
+            WorldSettings(max_turns=max_turns, reward=reward, max_observation_chars=max_observation_chars),
+        )
         self._game = game
         self._counts: dict[Split, int] = {"train": num_train, "heldout": num_heldout}
-        self._settings = WorldSettings(max_turns=max_turns, reward=reward, max_observation_chars=max_observation_chars)
-        self._pool = SimulatorPool(lambda: TextWorldExpressSimulator(game, params), num_simulators)
 
-    def tasks(self, split: Split) -> Sequence[Task]:
-        return self._tasks[split]
-
-    def make_env(self, task: Task) -> TextWorldEnv:
-        return TextWorldEnv(self._pool, _game(task), self._settings)
-
-    def gold_actions(self, task: Task) -> list[str]:
-        """For a scripted agent."""
-        return self._pool.ask(lambda simulator: simulator.gold_actions(_game(task)))
-
-    async def close(self) -> None:
-        self._pool.close()
-
-    @cached_property
-    def _tasks(self) -> dict[Split, list[Task]]:
+    def list_tasks(self) -> dict[Split, list[Task]]:
         return {split: self._of_split(split, fold) for split, fold in _FOLDS.items()}
+
+    def game_of(self, task: Task) -> Game:
+        seed = task.data["seed"]
+        assert isinstance(seed, int)
+        return str(task.data["fold"]), seed
 
     def _of_split(self, split: Split, fold: str) -> list[Task]:
         seeds = self._pool.ask_for_tasks(lambda simulator: simulator.seeds(split))[: self._counts[split]]
@@ -114,9 +105,3 @@ class TextWorldExpress:
             )
             for seed in seeds
         ]
-
-
-def _game(task: Task) -> Game:
-    seed = task.data["seed"]
-    assert isinstance(seed, int)
-    return str(task.data["fold"]), seed
