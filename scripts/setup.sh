@@ -15,7 +15,7 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 echo "Installing into $PWD/.venv (a few minutes, once) ..."
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 log=$(mktemp)
-install() { .venv/bin/python -m pip install --disable-pip-version-check "$@" -e ".[dev,lora,models]" >"$log" 2>&1; }
+install() { .venv/bin/python -m pip install --disable-pip-version-check "$@" -e ".[dev,lora,models,tensorboard]" >"$log" 2>&1; }
 # The versions of requirements.lock, or, where it was not made for this Python or platform, the newest that are allowed.
 if ! install -c requirements.lock && ! { echo "requirements.lock does not fit here; taking the newest versions that pyproject.toml allows"; install; }; then
   tail -n 30 "$log"

@@ -216,6 +216,7 @@ class TraceAlgorithm:
                 on_resize=self._recorder.on_resize,
                 pace=self._pace,
             )
+            self._recorder.on_tasks(self._trainer.train_tasks, self._trainer.heldout_tasks)
             await self._trainer.run(checkpoint)
 
         def main() -> None:

@@ -41,8 +41,8 @@ from scripts.comparison.plan import (
 from scripts.comparison.report import build_report, compared_budget, cut_curves
 from trace_async.config import ConfigError
 from trace_async.tracking.log import read_metrics, write_metrics, write_whole
-from trace_async.tracking.mlflow import Tracker, saved_run_id
-from trace_async.tracking.mlflow_mirror import tracking_uri
+from trace_async.tracking.mlflow_tracker import saved_run_id, tracking_uri
+from trace_async.tracking.run_log import RunLog
 
 TRAINER = (sys.executable, "-m", "scripts.cli", "train")
 STOP_LIMIT_S = 60.0
@@ -378,11 +378,11 @@ def this_machine() -> str:
 # ── MLflow: the parent of the runs ───────────────────────────────────────────────────────────────────────────────
 
 
-def _parent_tracker(plan: Plan) -> Tracker:
+def _parent_tracker(plan: Plan) -> RunLog:
     config = plan.comparison.base_config()
     tracking = replace(config.tracking, uri=tracking_uri(config), system_metrics=False)
     config = replace(config, name=plan.comparison.name, tracking=tracking)
-    return Tracker.start(config, plan.folder, resume_run_id=saved_run_id(plan.folder), resume_step=0, parent_run_id="")
+    return RunLog.start(config, plan.folder, resume_run_id=saved_run_id(plan.folder), resume_step=0, parent_run_id="")
 
 
 def _parent_run(plan: Plan) -> str | None:

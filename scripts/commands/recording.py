@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from scripts.viewer.source import RunSource
@@ -10,11 +11,14 @@ from trace_async.method.market import DECISIONS_LOG
 from trace_async.run.scaling import SIZES_FILE, Size
 from trace_async.run.state import RunState
 from trace_async.tracking.log import write_whole
-from trace_async.tracking.mlflow import Tracker, saved_run_id
-from trace_async.tracking.mlflow_mirror import RunStatus
+from trace_async.tracking.mlflow_tracker import saved_run_id
 from trace_async.tracking.progress import Progress
+from trace_async.tracking.records import dataset_record, sample_rollouts
+from trace_async.tracking.run_log import RunLog
+from trace_async.tracking.tracker import RunStatus
 from trace_async.trees.io import tree_files, trees_path, write_trees
 from trace_async.trees.tree import RolloutTree
+from trace_async.types import Task
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ class Recorder:
         self.run_dir = run_dir
         # A run that was killed before its first checkpoint starts anew, so none of its points stay.
         step = (first.num_updates if first else -1) if resume else None
-        self._tracker = self._start_tracker(step)
+        self._log = self._start_log(step)
         self.progress = Progress(
             config.num_updates,
             token_budget=config.max_generated_tokens,
@@ -43,23 +47,32 @@ class Recorder:
 
     def on_metrics(self, step: int, metrics: Mapping[str, float], trees: Sequence[RolloutTree]) -> None:
         self._update = step
-        self._tracker.log(metrics, step)
+        self._log.log(metrics, step)
         self.progress.update(step, metrics)
         if trees and self.config.tracking.trees_per_artifact:
             path = trees_path(self.run_dir, step)
             write_trees(path, trees[: self.config.tracking.trees_per_artifact])
-            self._tracker.log_artifact(path, "trees")
+            self._log.log_artifact(path, "trees")
+        if trees and self.config.tracking.traces_per_update:
+            count, seed = self.config.tracking.traces_per_update, self.config.seed
+            self._log.log_rollouts(sample_rollouts(trees, count, self._source.decode, update=step, seed=seed))
+
+    def on_tasks(self, train: Sequence[Task], heldout: Sequence[Task]) -> None:
+        """What the run trains on, and what it is evaluated with."""
+        name, args = self.config.env.name, self.config.env.args
+        uses = (("training", train), ("evaluation", heldout))
+        self._log.log_datasets([dataset_record(name, args, tasks, use) for use, tasks in uses])
 
     def on_rollback(self, step: int, error: BaseException) -> None:
         """The run lost a part and went back to the checkpoint of update `step`; points of later ones come again."""
         self.progress.message(f"{error}: going on from {f'update {step}' if step >= 0 else 'the beginning'}")
-        self._tracker.finish("KILLED")
-        self._tracker = self._start_tracker(step)
+        self._log.finish("KILLED")
+        self._log = self._start_log(step)
 
     def on_resize(self, size: Size) -> None:
         """The number of generators changes: said in the terminal, and kept with its reason beside the figures."""
         self.progress.message(f"after update {size.update}: {size.num_generators} generators, {size.reason}")
-        self._tracker.log_artifact(self.run_dir / SIZES_FILE)
+        self._log.log_artifact(self.run_dir / SIZES_FILE)
 
     def on_decision(self, words: str) -> None:
         """A rule of the method decided something about the rest of the run: said in the terminal, and kept in words."""
@@ -68,12 +81,15 @@ class Recorder:
         path = self.run_dir / DECISIONS_FILE
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        self._tracker.log_text(path.read_text(encoding="utf-8"), DECISIONS_FILE)
+        self._log.log_text(path.read_text(encoding="utf-8"), DECISIONS_FILE)
 
     def finish(self, status: RunStatus) -> None:
         logging.getLogger(DECISIONS_LOG).removeHandler(self._decisions)
         self._keep_page()
-        self._tracker.finish(status)
+        policy = self.run_dir / "policy"
+        if status == "FINISHED" and self.config.tracking.log_model and policy.is_dir():
+            self._log.log_policy(policy)
+        self._log.finish(status)
 
     def _keep_page(self) -> None:
         """Keep the viewer's page of the run's trees and curves, in its directory and as an artifact."""
@@ -81,15 +97,19 @@ class Recorder:
             return
         page = self.run_dir / "trees.html"
         try:
-            write_whole(page, RunSource(self.run_dir).page())
+            write_whole(page, self._source.page())
         except (ValueError, OSError):  # a run that ended well, or of something else, does not fail of a page about it
             log.exception("the page of the run's trees could not be written")
             return
-        self._tracker.log_artifact(page)
+        self._log.log_artifact(page)
 
-    def _start_tracker(self, step: int | None) -> Tracker:
+    @cached_property
+    def _source(self) -> RunSource:
+        return RunSource(self.run_dir)
+
+    def _start_log(self, step: int | None) -> RunLog:
         run_id = None if step is None else saved_run_id(self.run_dir)
-        return Tracker.start(self.config, self.run_dir, resume_run_id=run_id, resume_step=step)
+        return RunLog.start(self.config, self.run_dir, resume_run_id=run_id, resume_step=step)
 
 
 class _Decisions(logging.Handler):

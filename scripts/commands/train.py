@@ -80,7 +80,7 @@ def _report_abandoned(output_dir: Path) -> None:
     """Say which runs beside this one ended without a word, once, and end them in MLflow, where they still run."""
     for run_dir in abandoned(output_dir):
         print(f"trace-async: {how_it_ended(run_dir)}. Go on with it: {resume_command(run_dir)}", file=sys.stderr)
-        from trace_async.tracking.mlflow import end_abandoned
+        from trace_async.tracking.mlflow_tracker import end_abandoned
 
         end_abandoned(load_config(run_dir / "config.yaml"), run_dir)
         (run_dir / SESSION_FILE).unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
     from scripts.commands.recording import Recorder
     from trace_async.run.checkpoint import latest_checkpoint
     from trace_async.run.state import load_trainer
-    from trace_async.tracking.mlflow_mirror import RunStatus
+    from trace_async.tracking.tracker import RunStatus
 
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None
     first = load_trainer(checkpoint).state if checkpoint else None
@@ -113,6 +113,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
                 on_rollback=recorder.on_rollback,
                 on_resize=recorder.on_resize,
             )
+            recorder.on_tasks(trainer.train_tasks, trainer.heldout_tasks)
             asyncio.run(run_until_stopped(trainer.run(checkpoint), trainer.stop))
         status = "FINISHED"
     except (KeyboardInterrupt, StopRequestedError) as stop:
@@ -164,7 +165,7 @@ def in_words(error: BaseException, folder: Path) -> str:
 
 def _print_end(config: Config, run_dir: Path) -> None:
     from trace_async.tracking.log import read_metrics
-    from trace_async.tracking.mlflow import ui_command
+    from trace_async.tracking.mlflow_tracker import ui_command
     from trace_async.tracking.summary import summarise
 
     print(summarise(read_metrics(run_dir)))

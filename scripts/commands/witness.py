@@ -43,7 +43,7 @@ def main(run_dir: Path) -> None:
         return
     print(f"\ntrace-async: {how}. Go on with it: {resume_command(run_dir)}", file=sys.stderr, flush=True)
     from trace_async.config import load_config
-    from trace_async.tracking.mlflow import end_abandoned
+    from trace_async.tracking.mlflow_tracker import end_abandoned
 
     end_abandoned(load_config(run_dir / "config.yaml"), run_dir)
 

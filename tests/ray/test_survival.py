@@ -19,7 +19,7 @@ from trace_async.config import Config, load_config
 from trace_async.run.checkpoint import latest_checkpoint
 from trace_async.run.state import load_trainer
 from trace_async.tracking.log import read_metrics
-from trace_async.tracking.mlflow import run_status
+from trace_async.tracking.mlflow_tracker import run_status
 from trace_async.trees.tree import RolloutTree
 
 

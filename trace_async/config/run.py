@@ -1,7 +1,7 @@
 """A whole run, and what is kept of it: evaluations, figures and checkpoints."""
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -32,10 +32,13 @@ class EvalConfig:
 
 @section("tracking")
 class TrackingConfig:
-    """What MLflow records."""
+    """Where a run's figures go besides its own `metrics.jsonl`."""
 
+    backends: tuple[Literal["mlflow", "tensorboard"], ...] = ("mlflow",)
+    """Trackers: mlflow, tensorboard (`pip install trace-async[tensorboard]`; its files lie in the run's directory), or
+    both. []: only `metrics.jsonl`."""
     uri: str = ""
-    """Tracking server. Empty: a sqlite store under `output_dir`."""
+    """MLflow's tracking server. Empty: a sqlite store under `output_dir`."""
     experiment: Annotated[str, Field(min_length=1)] = "trace_async"
     """MLflow's experiment."""
     system_metrics: bool = True
@@ -45,6 +48,11 @@ class TrackingConfig:
     record_schedule: bool = True
     """Keep what each update was given, all trees included, so that it can be made again (`trace-async replay`): of the
     updates since the oldest checkpoint, once there are `checkpoint.keep` of them."""
+    traces_per_update: Annotated[int, Field(ge=0)] = 1
+    """Rollouts of every update, drawn at random, that trackers show turn by turn (in MLflow as traces). 0: none."""
+    log_model: bool = False
+    """Also log the trained policy as a model of the run, from where `mlflow.transformers.load_model` loads it. It is
+    copied to MLflow's artifacts and held in memory meanwhile."""
 
 
 @section("checkpoint")

@@ -18,7 +18,7 @@ from trace_async.run.checkpoint import CheckpointError, latest_checkpoint
 from trace_async.run.session import phases_of
 from trace_async.run.state import SavedTrainer, load_trainer
 from trace_async.tracking.log import read_metrics
-from trace_async.tracking.mlflow import run_status
+from trace_async.tracking.mlflow_tracker import run_status
 from trace_async.types import Point
 
 ORPHAN_LIMIT_S = 120.0

@@ -10,8 +10,7 @@ from scripts.commands.recording import Recorder
 from trace_async.config import load_config
 from trace_async.method.market import DECISIONS_LOG
 from trace_async.run.scaling import Size, keep_sizes
-from trace_async.tracking.mlflow import saved_run_id
-from trace_async.tracking.mlflow_mirror import tracking_uri
+from trace_async.tracking.mlflow_tracker import saved_run_id, tracking_uri
 
 
 def test_a_scaling_decision_is_said_with_its_reason_and_kept_in_mlflow(

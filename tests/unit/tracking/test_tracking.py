@@ -12,8 +12,8 @@ import pytest
 
 from trace_async.config import Config, TrackingConfig, load_config
 from trace_async.tracking.log import METRICS_FILE, read_metrics
-from trace_async.tracking.mlflow import Tracker, saved_run_id, ui_command
-from trace_async.tracking.mlflow_mirror import key_of, tracking_uri
+from trace_async.tracking.mlflow_tracker import key_of, saved_run_id, tracking_uri, ui_command
+from trace_async.tracking.run_log import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_points_reach_the_file_at_once_and_mlflow_by_the_end(store: Path, tmp_pa
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "weights").write_text("w")
-    tracker = Tracker.start(config, tmp_path / "run")
+    tracker = RunLog.start(config, tmp_path / "run")
     for step in range(30):
         tracker.log({"train/reward": step / 4, "heldout/success_t1.0": 0.5}, step)
     assert [(p.step, p.metrics["train/reward"]) for p in read_metrics(tmp_path / "run")][-1] == (29, 29 / 4)
@@ -67,7 +67,7 @@ def test_a_resumed_run_has_each_point_once(store: Path, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     config = make_config(store, "name=resumed")
-    tracker = Tracker.start(config, tmp_path)
+    tracker = RunLog.start(config, tmp_path)
     for step in range(6):
         tracker.log({"train/reward": float(step)}, step)
     tracker.finish("KILLED")
@@ -77,7 +77,7 @@ def test_a_resumed_run_has_each_point_once(store: Path, tmp_path: Path) -> None:
         file.write('{"step": 6, "ti')  # killed while writing
 
     # The checkpoint was made after update 3; update 4 and 5 are done again, with other figures.
-    resumed = Tracker.start(config, tmp_path, resume_run_id=run_id, resume_step=3)
+    resumed = RunLog.start(config, tmp_path, resume_run_id=run_id, resume_step=3)
     assert [p.step for p in read_metrics(tmp_path)] == [0, 1, 2, 3]
     for step in range(4, 8):
         resumed.log({"train/reward": step + 0.5}, step)
@@ -93,18 +93,18 @@ def test_a_resumed_run_has_each_point_once(store: Path, tmp_path: Path) -> None:
 def test_a_second_new_run_in_the_same_directory_is_refused(store: Path, tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text('{"step": 0, "time": 0.0, "a": 1.0}\n')
     with pytest.raises(ValueError, match="already holds a run; resume it"):
-        Tracker.start(make_config(store), tmp_path)
+        RunLog.start(make_config(store), tmp_path)
 
 
 def test_a_child_run_names_its_parent(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     config = make_config(store)
-    parent = Tracker.start(config, tmp_path / "parent")
+    parent = RunLog.start(config, tmp_path / "parent")
     parent_id = parent.wait_for_run_id()
     assert parent_id is not None
     monkeypatch.setenv("TRACE_ASYNC_PARENT_RUN", parent_id)
-    child = Tracker.start(config, tmp_path / "child")
+    child = RunLog.start(config, tmp_path / "child")
     child.finish()
     parent.finish()
     client = MlflowClient(tracking_uri=tracking_uri(config))
@@ -116,9 +116,9 @@ def test_a_process_that_just_ends_loses_nothing(store: Path, tmp_path: Path) -> 
     script = textwrap.dedent("""
         import sys
         from trace_async.config import load_config
-        from trace_async.tracking.mlflow import Tracker
+        from trace_async.tracking.run_log import RunLog
         config = load_config(None, [f"output_dir={sys.argv[1]}", "tracking.system_metrics=true"])
-        tracker = Tracker.start(config, sys.argv[2])
+        tracker = RunLog.start(config, sys.argv[2])
         for step in range(50):
             tracker.log({"train/reward": float(step)}, step)
         tracker.log_text("some text", "note.txt")
@@ -136,7 +136,7 @@ def test_a_process_that_just_ends_loses_nothing(store: Path, tmp_path: Path) -> 
 
 def test_a_point_of_thousands_of_figures_reaches_mlflow(store: Path, tmp_path: Path) -> None:
     config = make_config(store, "name=large")
-    tracker = Tracker.start(config, tmp_path)
+    tracker = RunLog.start(config, tmp_path)
     tracker.log({f"heldout/env/m{number}_t1.0": float(number) for number in range(2500)}, 0)
     tracker.log({"train/reward": 0.5}, 1)
     tracker.finish()
@@ -169,7 +169,7 @@ def test_what_the_store_refuses_is_named_and_holds_nothing_up(
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
     monkeypatch.setattr(MlflowClient, "log_text", log_text)
     config, said = make_config(store), []
-    tracker = Tracker.start(config, tmp_path, log=said.append)
+    tracker = RunLog.start(config, tmp_path, log=said.append)
     tracker.log({"a": 1.0, "train/odd": 2.0, "b": 3.0}, 0)
     tracker.log_text("x", "odd.txt")
     tracker.log_text("x", "even.txt")
@@ -199,7 +199,7 @@ def test_a_name_that_mlflow_does_not_take_is_changed_and_stays_one_of_its_own(st
     names = {name: key_of(name) for name in odd}
     assert len(set(names.values())) == len(names)
     config, said = make_config(store), []
-    tracker = Tracker.start(config, tmp_path, log=said.append)
+    tracker = RunLog.start(config, tmp_path, log=said.append)
     tracker.log({name: float(number) for number, name in enumerate(odd)}, 0)
     tracker.finish()
     assert said == []
@@ -234,7 +234,7 @@ def broken_server() -> Iterator[str]:
 def test_a_broken_server_warns_once_and_training_goes_on(broken_server: str, tmp_path: Path) -> None:
     said: list[str] = []
     config = Config(output_dir=str(tmp_path), tracking=TrackingConfig(uri=broken_server, system_metrics=False))
-    tracker = Tracker.start(config, tmp_path / "run", log=said.append)
+    tracker = RunLog.start(config, tmp_path / "run", log=said.append)
     for step in range(3):
         tracker.log({"a": 1.0, "b": 2.0}, step)
     tracker.finish()
@@ -248,7 +248,7 @@ def test_a_broken_server_warns_once_and_training_goes_on(broken_server: str, tmp
 def test_what_a_store_missed_is_added_when_the_run_goes_on(store: Path, tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text("".join(f'{{"step": {s}, "time": {s}.5, "a": {s}.0}}\n' for s in range(4)))
     config = make_config(store)
-    tracker = Tracker.start(config, tmp_path, resume_step=3)
+    tracker = RunLog.start(config, tmp_path, resume_step=3)
     tracker.log({"a": 4.0}, 4)
     tracker.finish()
     assert tracker.run_id is not None
@@ -265,7 +265,7 @@ def test_the_store_lies_beside_the_runs_and_its_page_is_for_this_machine_only(tm
 
 
 def test_importing_the_tracker_does_not_import_mlflow() -> None:
-    code = "import sys, trace_async.tracking.mlflow; print('mlflow' in sys.modules)"
+    code = "import sys, trace_async.tracking.mlflow_tracker; print('mlflow' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), timeout=60, check=True
     )
@@ -277,7 +277,7 @@ def test_a_store_that_comes_back_gets_everything(tmp_path: Path) -> None:
     config = make_config(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/disk/mlflow.db")
     said: list[str] = []
     warned = threading.Event()
-    tracker = Tracker.start(config, tmp_path / "run", log=lambda line: (said.append(line), warned.set())[0])
+    tracker = RunLog.start(config, tmp_path / "run", log=lambda line: (said.append(line), warned.set())[0])
     tracker.log({"a": 1.0}, 1)
     assert warned.wait(60)
     (tmp_path / "disk").unlink()
@@ -295,7 +295,7 @@ def test_the_machine_is_watched_too(store: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     config = load_config(None, [f"output_dir={store}"])
-    tracker = Tracker.start(config, tmp_path)
+    tracker = RunLog.start(config, tmp_path)
     run_id = tracker.wait_for_run_id()
     assert run_id is not None
     client = MlflowClient(tracking_uri=tracking_uri(config))

@@ -4,18 +4,24 @@ import logging
 import os
 import posixpath
 import re
+import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import xxhash
 
 from trace_async.config import Config, config_to_dict, config_to_yaml
 from trace_async.printable import printable
-from trace_async.tracking.log import METRICS_FILE, Point, write_whole
+from trace_async.tracking.log import METRICS_FILE, write_whole
+from trace_async.tracking.mlflow_records import log_datasets, log_policy, log_trace
+from trace_async.tracking.records import DatasetRecord, RolloutRecord
+from trace_async.tracking.tracker import FINISH_LIMIT_S, Artifact, RunStatus, TrackedRun
+from trace_async.types import Point
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,7 +30,6 @@ if TYPE_CHECKING:
 
 RUN_ID_FILE = "mlflow_run_id"
 RETRY_S = 20.0
-FINISH_LIMIT_S = 60.0
 MAX_METRICS = 900
 """Metrics of a request; MLflow takes at most 1,000."""
 MAX_PARAMS = 100
@@ -36,9 +41,7 @@ MAX_NAMED = 20
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST"})
 """MLflow's error codes for what a server will not take however often it is tried."""
 
-RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 Item = TypeVar("Item", "Metric", "Param")
-Log = Callable[[str], None]
 
 
 def tracking_uri(config: Config) -> str:
@@ -47,48 +50,75 @@ def tracking_uri(config: Config) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Artifact:
-    """Something to keep beside the figures: a file or directory (`path`) or a text."""
+class _Extra:
+    """What is no figure, and how MLflow is given it: with a client and the run's id."""
 
-    target: str
-    """The folder for a path, or the file's name for a text, among the run's artifacts."""
-    path: Path | None
-    text: str | None
+    name: str
+    hand_on: "Callable[[MlflowClient, str], None]"
 
 
-class MlflowMirror:
+class MlflowTracker:
     """Repeats a run's log to MLflow in a thread. Everything that may block or fail happens in that thread."""
 
-    def __init__(
-        self, config: Config, run_dir: Path, run_id: str | None, parent: str | None, kept: list[Point], log: Log
-    ) -> None:
-        self.queue: SimpleQueue[Point | Artifact | RunStatus] = SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self.run_id = run_id
-        self.connected = threading.Event()
-        self._config = config
-        self._run_dir = run_dir
-        self._parent = parent
-        self._points = list(kept)
-        self._artifacts: list[Artifact] = []
+    def __init__(self, run: TrackedRun) -> None:
+        self.run_id = run.run_id
+        self._queue: SimpleQueue[Point | _Extra | RunStatus] = SimpleQueue()
+        self._connected = threading.Event()
+        self._config = run.config
+        self._uri = tracking_uri(run.config)
+        self._run_dir = run.run_dir
+        self._parent = run.parent_run_id
+        self._points = list(run.kept)
+        self._extras: list[_Extra] = []
         self._logged: set[tuple[str, int]] = set()
         self._client: MlflowClient | None = None
         self._monitor: SystemMetricsMonitor | None = None
-        self._log = log
+        self._log = run.log
         self._warned = False
         self._num_refused = 0
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def log(self, point: Point) -> None:
+        self._queue.put(point)
+
+    def keep(self, artifact: Artifact) -> None:
+        self._queue.put(self._extra(artifact))
+
+    def _extra(self, artifact: Artifact) -> _Extra:
+        return _Extra(str(artifact.path or artifact.target), partial(self._hand_on_artifact, artifact))
+
+    def show(self, rollouts: Sequence[RolloutRecord]) -> None:
+        for rollout in rollouts:
+            self._queue.put(_Extra("a rollout", partial(log_trace, self._uri, rollout)))
+
+    def use(self, datasets: Sequence[DatasetRecord]) -> None:
+        self._queue.put(_Extra("the datasets", partial(log_datasets, datasets)))
+
+    def keep_policy(self, folder: Path) -> None:
+        run_id = self.wait_for_run_id(FINISH_LIMIT_S)
+        try:
+            if run_id is None:
+                raise TimeoutError("it does not answer")
+            log_policy(self._uri, run_id, self._config, folder)
+        except Exception as error:  # noqa: BLE001  MLflow, transformers and their stores; a run that ended well stays so
+            self._log(f"MLflow at {self._uri} has no model of this run, the policy is in {folder}: {first_line(error)}")
+
+    def wait_for_run_id(self, timeout_s: float) -> str | None:
+        self._connected.wait(timeout_s)
+        return self.run_id
 
     def finish(self, status: RunStatus) -> None:
-        self.queue.put(status)
-        self.thread.join(FINISH_LIMIT_S)
-        left = sum(len(point.metrics) for point in self._points), len(self._artifacts)
-        if self.thread.is_alive() or any(left):
+        self._queue.put(status)
+        self._thread.join(FINISH_LIMIT_S)
+        left = sum(len(point.metrics) for point in self._points), len(self._extras)
+        if self._thread.is_alive() or any(left):
             self._log(
-                f"MLflow at {tracking_uri(self._config)} lacks {left[0]} points and {left[1]} artifacts of this run; "
+                f"MLflow at {self._uri} lacks {left[0]} points and {left[1]} artifacts of this run; "
                 f"all points are in {self._run_dir / METRICS_FILE}"
             )
         if self._num_refused > MAX_NAMED:
-            self._log(f"MLflow at {tracking_uri(self._config)} refused {self._num_refused} items of this run in all")
+            self._log(f"MLflow at {self._uri} refused {self._num_refused} items of this run in all")
 
     def _work(self) -> None:
         """Wait for work, send it to MLflow, and keep what could not be sent. Ends after a status, with a last try."""
@@ -96,22 +126,22 @@ class MlflowMirror:
         status: RunStatus | None = None
         self._try(status)
         while status is None:
-            idle = self._client is not None and not self._points and not self._artifacts
+            idle = self._client is not None and not (self._points or self._extras)
             status = self._collect(None if idle else RETRY_S)
             self._try(status)
 
     def _collect(self, timeout_s: float | None) -> RunStatus | None:
         """Wait for work, at most `timeout_s`, and take all that is there. Returns a status if one ends the log."""
         try:
-            work = self.queue.get(timeout=timeout_s)
+            work = self._queue.get(timeout=timeout_s)
             while True:
                 if isinstance(work, Point):
                     self._points.append(work)
-                elif isinstance(work, Artifact):
-                    self._artifacts.append(work)
+                elif isinstance(work, _Extra):
+                    self._extras.append(work)
                 else:
                     return work
-                work = self.queue.get_nowait()
+                work = self._queue.get_nowait()
         except Empty:
             return None
 
@@ -130,7 +160,7 @@ class MlflowMirror:
         except (MlflowException, SQLAlchemyError, OSError) as error:
             if not self._warned:
                 self._log(
-                    f"MLflow at {tracking_uri(self._config)} does not take this run's figures; training goes on and "
+                    f"MLflow at {self._uri} does not take this run's figures; training goes on and "
                     f"they are kept in {self._run_dir / METRICS_FILE}. The cause: {first_line(error)}"
                 )
             self._warned = True
@@ -139,7 +169,7 @@ class MlflowMirror:
         """Open the store, make the run or find it again, and ask which points it has."""
         from mlflow import MlflowClient
 
-        client = MlflowClient(tracking_uri=tracking_uri(self._config))
+        client = MlflowClient(tracking_uri=self._uri)
         if self.run_id is None:
             self.run_id = self._create_run(client)
             write_whole(self._run_dir / RUN_ID_FILE, self.run_id + "\n")
@@ -149,7 +179,7 @@ class MlflowMirror:
                 self._logged |= {(key, metric.step) for metric in client.get_metric_history(self.run_id, key)}
         if self._config.tracking.system_metrics:
             self._monitor = self._start_monitor(self.run_id)
-        self.connected.set()
+        self._connected.set()
         return client
 
     def _create_run(self, client: "MlflowClient") -> str:
@@ -163,13 +193,13 @@ class MlflowMirror:
         ).info.run_id
         params = [Param(key_of(name), value) for name, value in _flatten(config_to_dict(self._config)).items()]
         self._send(params, lambda some: client.log_batch(run_id, params=some, synchronous=True), MAX_PARAMS)
-        self._artifacts.insert(0, Artifact("config.yaml", None, config_to_yaml(self._config)))
+        self._extras.insert(0, self._extra(Artifact("config.yaml", None, config_to_yaml(self._config))))
         return run_id
 
     def _start_monitor(self, run_id: str) -> "SystemMetricsMonitor":
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri(self._config))
+        monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self._uri)
         monitor.start()
         return monitor
 
@@ -187,17 +217,17 @@ class MlflowMirror:
             taken, metrics = self._next_metrics()
             self._send(metrics, log_batch, MAX_METRICS)
             del self._points[:taken]
-        failed: list[Artifact] = []
+        failed: list[_Extra] = []
         error: Exception | None = None
-        for artifact in self._artifacts:
+        for extra in self._extras:
             try:
-                self._hand_on_artifact(client, run_id, artifact)
+                extra.hand_on(client, run_id)
             except (MlflowException, OSError) as caught:
                 if _is_refusal(caught):
-                    self._leave_out(str(artifact.path or artifact.target), caught)
+                    self._leave_out(extra.name, caught)
                 else:
-                    failed, error = [*failed, artifact], caught
-        self._artifacts = failed
+                    failed, error = [*failed, extra], caught
+        self._extras = failed
         if error is not None:
             raise error
 
@@ -236,11 +266,10 @@ class MlflowMirror:
         self._num_refused += 1
         if self._num_refused <= MAX_NAMED:
             self._log(
-                f"MLflow at {tracking_uri(self._config)} refuses {printable(name, 300)}, which is left out there: "
-                f"{first_line(error)}"
+                f"MLflow at {self._uri} refuses {printable(name, 300)}, which is left out there: {first_line(error)}"
             )
 
-    def _hand_on_artifact(self, client: "MlflowClient", run_id: str, artifact: Artifact) -> None:
+    def _hand_on_artifact(self, artifact: Artifact, client: "MlflowClient", run_id: str) -> None:
         if artifact.path is None:
             client.log_text(run_id, artifact.text or "", artifact.target)
         elif artifact.path.is_dir():
@@ -267,8 +296,50 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+    # The tracker has a thread of its own, and only what is sent in it can be tried again.
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
     for name in ("mlflow", "alembic"):  # in case somebody has imported them before
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def ui_command(config: Config) -> str:
+    """Return the command that shows the runs in a browser, reachable from this machine only."""
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri(config))} --host 127.0.0.1"
+
+
+def saved_run_id(run_dir: str | Path) -> str | None:
+    """Return the MLflow run that `run_dir` was logged to (None: there was none yet).
+
+    `RunLog.start(resume_run_id=…)` takes it.
+    """
+    path = Path(run_dir) / RUN_ID_FILE
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def run_status(config: Config, run_dir: Path) -> str | None:
+    """Return what MLflow says of the run: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED. None: it was never there."""
+    run_id = saved_run_id(run_dir)
+    if run_id is None:
+        return None
+    quiet_mlflow()
+    from mlflow import MlflowClient
+
+    return str(MlflowClient(tracking_uri(config)).get_run(run_id).info.status)
+
+
+def end_abandoned(config: Config, run_dir: Path) -> None:
+    """End the MLflow run of a process that was killed; it would stay RUNNING. Prints a line when that fails."""
+    run_id = saved_run_id(run_dir)
+    if run_id is None:
+        return
+    quiet_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        MlflowClient(tracking_uri(config)).set_terminated(run_id, status="FAILED")
+    except MlflowException as error:
+        print(f"MLflow run {run_id} could not be ended: {first_line(error)}")
 
 
 def experiment_id(client: "MlflowClient", config: Config) -> str:
