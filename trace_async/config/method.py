@@ -50,9 +50,9 @@ class BudgetConfig:
     prompts whose roots agree, at one price; no continuations) | package.module:Class of your own
     (trace_async.method.stage2.rule)."""
     continuations: Literal["always", "auto", "auto_seconds"] = "always"
-    """always | auto: continuations are bought only after turns where they beat new root rollouts by what was measured,
-    s > 2ρ/(1+ρ) (docs/METHOD.md); terminal and MLflow say what was decided and why | auto_seconds: s in seconds, not in
-    tokens."""
+    """always | auto: continuations are bought only after turns where, by what was measured, they teach more than new
+    root rollouts of the same tokens (docs/METHOD.md, section 4); terminal and MLflow say what was decided and why |
+    auto_seconds: of the same seconds."""
     stage2_rounds: Annotated[int, Field(ge=1)] = 1
     """The continuations of a prompt are spent in so many rounds, later ones also from prefixes of earlier ones
     (Tree-GRPO's L)."""

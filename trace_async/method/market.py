@@ -25,6 +25,7 @@ from trace_async.method.knapsack import FloatArray, IntArray
 from trace_async.method.posterior import Estimates
 from trace_async.method.registry import stage1_class, stage2_class
 from trace_async.method.settings import BudgetSettings
+from trace_async.method.stage2.payoff import DepthFigures, verdict
 from trace_async.trees.tree import ROOT, RolloutTree
 
 DECISIONS_LOG = "trace_async.decisions"
@@ -37,8 +38,6 @@ MIN_TREES = 8
 """Trees before there is a price."""
 ROUNDS = 8
 """Rounds of Stage 1 whose candidates make the price."""
-MIN_ANCHORS = 16
-"""Anchors with at least two continuations before a depth may be closed."""
 PROBE_EVERY = 8
 """Every so many prompts look at closed depths, too: else nobody would see that they pay again."""
 
@@ -56,38 +55,11 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class DepthFigures:
-    """What was measured at one depth; nan where nothing was."""
-
-    num_anchors: int
-    """Anchors with at least two continuations."""
-    rho: float
-    """Share of the outcome's variance that the prefix has decided."""
-    share_before: float
-    """s, share of a rollout's generated tokens that lie before the fork."""
-    share_before_s: float = math.nan
-    """The same in seconds: where tools are slow, a prefix is dearer than its tokens say."""
-
-    @property
-    def break_even(self) -> float:
-        """2ρ/(1+ρ): a second leaf beats a new root rollout only if s is above it."""
-        return 2 * self.rho / (1 + self.rho)
-
-    @property
-    def measured(self) -> bool:
-        """Whether enough was seen for a decision."""
-        return self.num_anchors >= MIN_ANCHORS and not math.isnan(self.rho)
-
-    def pays(self, *, in_seconds: bool = False) -> bool:
-        """True as long as too little was measured to say no."""
-        return not self.measured or not (self.share_before_s if in_seconds else self.share_before) <= self.break_even
-
-
-@dataclass(frozen=True, slots=True)
 class _Fork:
     """The continuations of one anchor. `within`, `between`: variance of their rewards, and of the prompt's roots'."""
 
     depth: int
+    num_roots: int
     tokens_before: int
     tokens: tuple[int, ...]
     expected_tokens: float
@@ -99,11 +71,16 @@ class _Fork:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What the market keeps of a finished tree. `budget`, `spent`: tokens that might be and were bought at a price."""
+    """What the market keeps of a finished tree. `budget`, `spent`: tokens that might be and were bought at a price.
+
+    Of its anchors: `contrast` [anchors, rollouts], what each further rollout was worth; `tokens`, `depths` [anchors].
+    """
 
     budget: float
     spent: int
-    anchors: tuple[Anchor, ...]
+    contrast: FloatArray
+    tokens: FloatArray
+    depths: IntArray
     forks: tuple[_Fork, ...]
 
 
@@ -223,11 +200,12 @@ class Market:
             rates += [one.rates.ravel() for one in self._rounds]
             tokens += [np.repeat(one.tokens, one.rates.shape[1]) for one in self._rounds]
         if self._stage2.at_price:
-            dearer, most = self.dearer(), self.settings.max_per_prefix or MAX_PER_PREFIX
-            for anchor in (anchor for seen in self.seen for anchor in seen.anchors):
-                cost = expected_tokens(anchor, dearer)
-                rates.append(marginal_contrast(anchor, most) / cost)
-                tokens.append(np.full(most, share * cost))
+            contrast = np.concatenate([seen.contrast for seen in self.seen])
+            expected = np.concatenate([seen.tokens for seen in self.seen])
+            depths = np.concatenate([seen.depths for seen in self.seen])
+            cost = expected_tokens(expected, depths, self.dearer())
+            rates.append((contrast / cost[:, None]).ravel())
+            tokens.append(np.repeat(share * cost, contrast.shape[1]))
         return np.concatenate(rates), np.concatenate(tokens)
 
     def figures(self) -> dict[int, DepthFigures]:
@@ -246,6 +224,8 @@ class Market:
                 _decided(pairs),
                 _share(before, sum(sum(fork.tokens) for fork in some)),
                 _share(before_s, sum(fork.seconds for fork in some)),
+                sum(fork.num_roots for fork in some) / len(some),
+                sum(len(fork.tokens) for fork in some) / len(some),
             )
         return found
 
@@ -255,7 +235,15 @@ class Market:
         spent = tree.num_generated_tokens - root_tokens
         # N continuations for every root rollout, and each counts as half a trajectory.
         budget = root_tokens * self.settings.continuations_per_root / 2
-        return _Seen(budget, spent, anchors, forks)
+        most = self.settings.max_per_prefix or MAX_PER_PREFIX
+        return _Seen(
+            budget=budget,
+            spent=spent,
+            contrast=np.array([marginal_contrast(anchor, most) for anchor in anchors]).reshape(-1, most),
+            tokens=np.array([anchor.expected_tokens for anchor in anchors], dtype=float),
+            depths=np.array([anchor.depth for anchor in anchors], dtype=np.int64),
+            forks=forks,
+        )
 
     def _decide(self) -> None:
         """Close the depths at which continuations do not pay; say so in words, and the first time also that they do."""
@@ -265,7 +253,7 @@ class Market:
         closed = frozenset(depth for depth, found in figures.items() if not found.pays(in_seconds=in_seconds))
         for depth in sorted((closed ^ self.closed) | (measured - self.decisions.keys())):
             again = depth in self.decisions
-            words = _verdict(depth in closed, figures.get(depth), again=again, in_seconds=in_seconds)
+            words = verdict(depth in closed, figures.get(depth), again=again, in_seconds=in_seconds)
             self.decisions[depth] = f"continuations after turn {depth} {words}"
             log.info("%s", self.decisions[depth])
         self.closed = closed
@@ -286,21 +274,6 @@ class Market:
         return found
 
 
-def _verdict(is_closed: bool, figures: DepthFigures | None, *, again: bool, in_seconds: bool) -> str:
-    if figures is None or not figures.measured:  # too little of it is left in the window
-        return "are tried again: too little was seen of them lately"
-    counted, s, other, s_other = "tokens", figures.share_before, "seconds", figures.share_before_s
-    if in_seconds:
-        counted, s, other, s_other = other, s_other, counted, s
-    beside = "" if math.isnan(s_other) else f" ({s_other:.2f} of its {other})"
-    decided = "do not pay" if is_closed else "pay again" if again else "pay"
-    return (
-        f"{decided}: s = {s:.2f} of a rollout's {counted}{beside}"
-        f" lie before the fork, and 2ρ/(1+ρ) = {figures.break_even:.2f} (ρ = {figures.rho:.2f}, "
-        f"{figures.num_anchors} anchors)"
-    )
-
-
 def _tokens(tree: RolloutTree, rollout: int) -> list[int]:
     """Generated tokens of each turn that the rollout itself wrote."""
     return [tree.nodes[node].num_generated for node in tree.fresh_nodes(rollout)]
@@ -311,11 +284,13 @@ def _forks(tree: RolloutTree) -> tuple[_Fork, ...]:
     for index, rollout in enumerate(tree.rollouts):
         if rollout.kind == "continuation":
             bought[rollout.anchor].append(index)
-    between = _variance([rollout.reward for rollout in tree.rollouts if rollout.from_stage1])
+    roots = [rollout.reward for rollout in tree.rollouts if rollout.from_stage1]
+    between = _variance(roots)
     expected = {anchor.node: anchor.expected_tokens for anchor in find_anchors(tree)}
     return tuple(
         _Fork(
             depth=tree.depths[anchor],
+            num_roots=len(roots),
             tokens_before=sum(tree.nodes[node].num_generated for node in tree.path(anchor)),
             tokens=tuple(sum(_tokens(tree, index)) for index in continuations),
             expected_tokens=expected[anchor],
@@ -384,7 +359,11 @@ def marginal_contrast(anchor: Anchor, count: int) -> np.ndarray:
     return np.asarray(all_alike[:-1] - all_alike[1:])
 
 
-def expected_tokens(anchor: Anchor, dearer: tuple[float, ...]) -> float:
-    """As the prompt's own rollouts went on, times how much dearer continuations of this depth were than that."""
-    seen = dearer[anchor.depth] if anchor.depth < len(dearer) else 0.0
-    return max(1.0, anchor.expected_tokens * (seen or 1.0))
+def expected_tokens(own: FloatArray, depths: IntArray, dearer: tuple[float, ...]) -> FloatArray:
+    """As the prompt's own rollouts went on, times how much dearer continuations of this depth were than that.
+
+    `own` and `depths` [anchors].
+    """
+    factors = np.ones(max(len(dearer), int(depths.max(initial=0)) + 1))
+    factors[: len(dearer)] = [factor or 1.0 for factor in dearer]
+    return np.maximum(1.0, own * factors[depths])

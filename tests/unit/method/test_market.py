@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scripts.studies.break_even import decided, make_process, measured_break_even, teaches
 from scripts.studies.price import shares
 from tests.unit.method.test_credit import make_tree
 from trace_async.config import BudgetConfig, ConfigError
 from trace_async.method.allocation import allocate_prefixes
 from trace_async.method.anchors import Anchor, prompt_anchor
-from trace_async.method.market import MIN_ANCHORS, PROBE_EVERY, DepthFigures, Market, Offer, marginal_contrast
+from trace_async.method.market import PROBE_EVERY, Market, Offer, marginal_contrast
 from trace_async.method.posterior import Estimates
 from trace_async.method.registry import stage1_rule, stage2_rule
+from trace_async.method.stage2.payoff import MIN_ANCHORS, DepthFigures, break_even
 from trace_async.trees.tree import Rollout
 
 RNG = np.random.default_rng(0)
@@ -70,7 +72,7 @@ def test_what_is_bought_at_a_price_is_the_most_that_its_tokens_can_buy(data, pri
 
 
 def test_over_a_run_price_comes_near_the_optimum_and_the_published_budget_does_not():
-    price, published = (shares(rule, num_prompts=300, per_root=2)[0] for rule in ("price", "contrast"))
+    price, published = (shares(rule, num_prompts=240, per_root=2)[0] for rule in ("price", "contrast"))
     assert price > 0.95
     assert published < 0.75
 
@@ -200,18 +202,55 @@ def test_figures_by_hand():
     market.observe(tree)
     found = market.figures()
     # Before the forks 4 + 4 + 2 tokens, after them 5 + 7 + 6. Variance ½ among two that differ, ½ among the roots.
+    # Three continuations of two anchors.
     seconds_share = found[1].share_before_s
     assert seconds_share == pytest.approx(0.75)
-    assert found == {1: DepthFigures(num_anchors=1, rho=0.0, share_before=10 / 28, share_before_s=seconds_share)}
+    assert found == {
+        1: DepthFigures(
+            num_anchors=1,
+            rho=0.0,
+            share_before=10 / 28,
+            share_before_s=seconds_share,
+            num_roots=2.0,
+            num_continuations=1.5,
+        )
+    }
     # The roots went on with 6 and 8 tokens, so 7 were expected of each continuation, 21 of three; they wrote 18.
     assert market.dearer() == (0.0, pytest.approx(18 / 21))
-    assert DepthFigures(99, 0.2, 0.33).break_even == pytest.approx(1 / 3)
-    assert not DepthFigures(99, 0.2, 0.33).pays()
-    assert DepthFigures(99, 0.2, 0.34).pays()
     assert DepthFigures(3, 0.9, 0.1).pays()  # too little was measured to say no
-    slow_tools = DepthFigures(99, 0.2, 0.2, 0.4)
+    slow_tools = DepthFigures(99, 0.2, 0.5, 0.9)
     assert (slow_tools.pays(), slow_tools.pays(in_seconds=True)) == (False, True)
     assert set(market.metrics()) == {"stage2/share_before/turn_1", "stage2/share_before_s/turn_1"}
+
+
+def test_the_break_even_by_hand():
+    """Nothing decided by the first half (ρ = 0, γ = 1), two roots with three continuations each.
+
+    Variance 1 of the roots' gradient and ½·4/(9·2) = 1/9 of the continuations': 4/(10/9) = 3.6, as sure as 4.6 roots,
+    for the cost of 2 + 6(1 − s). With all decided the continuations add nothing: as sure as two roots, for more.
+    """
+    assert break_even(0.0, 0.5, 2, 3) == pytest.approx(1 - 2.6 / 6)
+    assert break_even(1.0, 0.5, 2, 3) == 1.0
+    # γ = .8; 1.8²/(1 + .8·½·2/9) = 2.976 roots more than one. Two-stage sampling would have said 2·.2/1.2 = ⅓.
+    assert break_even(0.2, 0.5, 2, 3) == pytest.approx(1 - (1.8**2 / (1 + 0.8 / 9) - 1) / 6)
+    # As much of the policy's doing: of what all turns decide (.5) the prefix has .2.
+    assert break_even(0.2, 0.5, 2, 3, decided_by_all=0.5) == pytest.approx(1 - (1.6**2 / (1 + 0.8 / 9) - 1) / 6)
+    # A lone root has no root term: the continuations' own, (1 − ρ)·½·4/9 for γ².
+    assert break_even(0.0, 0.5, 1, 3) == pytest.approx(1 - (1 / (0.5 * 4 / 9)) / 3)
+
+
+@pytest.mark.parametrize(("weights", "depth"), [((3.0, 0.6, 0.6, 0.6, 0.6, 0.6), 2), ((0.6,) * 5 + (3.0,), 3)])
+def test_the_break_even_is_that_of_gradients_of_grown_trees(weights, depth):
+    """Decided early, continuations never pay; decided late, they pay from a third of the way on at the latest.
+
+    Two-stage sampling says .81 and .04.
+    """
+    process = make_process(weights, 0.5)
+    alone = [teaches(process, m, 400, seed=m) for m in (2, 5, 8)]
+    forked = teaches(process, 2, 400, seed=99, depth=depth, per_root=3)
+    rho, of_all = decided(process, depth), decided(process, 6)
+    said = break_even(rho, depth / 6, 2, 3, decided_by_all=of_all)
+    assert measured_break_even(forked, (2, 5, 8), alone, 2, 3) == pytest.approx(said, abs=0.2)
 
 
 def test_rho_of_graded_rewards_is_of_their_variance_and_not_of_v_times_one_minus_v():
@@ -292,7 +331,7 @@ def test_auto_stops_where_continuations_do_not_pay_says_why_and_looks_again(capl
         assert market.offer().closed_depths == frozenset()
         market.observe(decided_prompt(1.0))
     assert "after turn 1 do not pay: s = 0.50 of a rollout's tokens lie before the fork" in caplog.text
-    assert "2ρ/(1+ρ) = 1.00 (ρ = 1.00, 16 anchors)" in caplog.text
+    assert "they pay above 1.00 (ρ = 1.00, 2.0 roots, 2.0 continuations; 16 anchors)" in caplog.text
     offers = [market.offer() for _ in range(2 * PROBE_EVERY)]
     assert sum(offer.closed_depths == frozenset() for offer in offers) == 2
     closed = next(offer for offer in offers if offer.closed_depths)
@@ -313,7 +352,9 @@ def slow(tree, seconds):
 
 
 def test_auto_in_seconds_buys_where_a_prefix_is_dear_in_seconds_only(caplog):
-    """ρ = .5: every second prompt is decided by the prefix, so s must be above ⅔: .5 in tokens, .9 in seconds.
+    """ρ = .5: every second prompt is decided by the prefix. s is .5 in tokens and .9 in seconds; γ = .5, so
+
+    1.5²/(1 + .5·.5·3/8) = 2.057, as sure as 3.057 roots for the cost of 2 + 4(1 − s): s must be above .736.
 
     `auto` closes the depth, `auto_seconds` does not, and both say why.
     """
@@ -329,7 +370,7 @@ def test_auto_in_seconds_buys_where_a_prefix_is_dear_in_seconds_only(caplog):
         closed[how] = market.offer().closed_depths
         (words,) = market.decisions.values()
         assert caplog.messages == [words]
-        assert "2ρ/(1+ρ) = 0.67 (ρ = 0.50, 16 anchors)" in words
+        assert "they pay above 0.74 (ρ = 0.50, 2.0 roots, 2.0 continuations; 16 anchors)" in words
     assert closed == {"auto": frozenset([1]), "auto_seconds": frozenset()}
     assert words.startswith(
         "continuations after turn 1 pay: s = 0.90 of a rollout's seconds (0.50 of its tokens) lie before the fork"

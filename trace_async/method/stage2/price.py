@@ -25,11 +25,11 @@ class Price(Stage2Rule):
     def plan(self, anchors: Sequence[Anchor], budget: int, rng: np.random.Generator) -> IntArray:
         if self.offer.price is None:
             return self._without_price(anchors, budget)
-        counts = np.zeros(len(anchors), dtype=np.int64)
-        for index, anchor in enumerate(anchors):
-            contrast = marginal_contrast(anchor, self.settings.max_per_prefix or MAX_PER_PREFIX)
-            counts[index] = (contrast / expected_tokens(anchor, self.offer.dearer) > self.offer.price).sum()
-        return counts
+        most = self.settings.max_per_prefix or MAX_PER_PREFIX
+        contrast = np.array([marginal_contrast(anchor, most) for anchor in anchors])
+        own, depths = np.array([(a.expected_tokens, a.depth) for a in anchors]).T
+        cost = expected_tokens(own, depths.astype(np.int64), self.offer.dearer)
+        return np.asarray((contrast / cost[:, None] > self.offer.price).sum(axis=1), dtype=np.int64)
 
     def _without_price(self, anchors: Sequence[Anchor], budget: int) -> IntArray:
         counts = np.zeros(len(anchors), dtype=np.int64)
