@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from scripts import cli
-from scripts.commands.compare import Plan, keep, report_finished, run_cells, run_cells_on_cluster
+from scripts.commands.compare import keep, report_finished, run_cells, run_cells_on_cluster
 from scripts.comparison.plan import load_comparison, read_figures, write_figures
 from scripts.comparison.report import build_report, compared_budget, cut_curves
+from scripts.comparison.runs import Plan
 from tests.support.paths import CONFIGS, ROOT
 from trace_async.config import ConfigError
 
@@ -300,7 +301,8 @@ def test_a_broken_file_of_figures_is_named(make_plan: Callable[..., Plan]) -> No
 SCRIPT = """
 import sys
 from pathlib import Path
-from scripts.commands.compare import Plan, run_cells
+from scripts.commands.compare import run_cells
+from scripts.comparison.runs import Plan
 from scripts.comparison.plan import load_comparison
 folder = sys.argv[1]
 comparison = load_comparison(folder + "/compare.yaml", [f"output_dir={folder}", "seeds=[0]"])
