@@ -1,7 +1,7 @@
 """Take finished trees and make the policy one version newer, on one DeepSpeed rank.
 
-    trees ─ credit (advantage) ─ normalised (loss) ─ pieces ─ micro-batches, balanced over the ranks (packing)
-          └─ forward, loss, backward per micro-batch ─ one optimizer step per minibatch
+    trees ─ minibatches of packed micro-batches (batches.py) ─ forward, loss, backward for each micro-batch (loss.py)
+          ─ one optimizer step for each minibatch (deepspeed.py)
 
 Every rank is given the same trees and makes the same plan. So ranks exchange gradients and metrics, but never data.
 """
@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import transformers
 from torch import nn
 
 from trace_async.config import Config, LearnerConfig
+from trace_async.learner.batches import Minibatch, plan_update
 from trace_async.learner.deepspeed import (
     RankAddress,
     join_ranks,
@@ -32,10 +32,8 @@ from trace_async.learner.deepspeed import (
 from trace_async.learner.loss import LossMetrics, LossTerms, entry_logprobs, policy_loss
 from trace_async.learner.policy_tensors import add_lora, policy_buckets
 from trace_async.learner.probe import check_packed_rows
-from trace_async.method.aggregation import normalize_credits
-from trace_async.method.credit import NodeCredit, compute_credits
 from trace_async.packing.attention import AttentionKind, attention_for, hidden_states, prepare_model
-from trace_async.packing.layout import PackedBatch, Piece, pack, pieces_of, plan_micro_batches
+from trace_async.packing.layout import PackedBatch
 from trace_async.policy.device import resolve_device
 from trace_async.policy.load import load_model
 from trace_async.run.model_folder import logit_factor
@@ -86,15 +84,6 @@ class TokenLogprobs(nn.Module):
             chunk_tokens=self._chunk_tokens,
             with_entropy=self._entropy,
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Minibatch:
-    """What one optimizer step trains on, on this rank."""
-
-    batches: tuple[PackedBatch, ...]
-    num_pieces: int
-    """Pieces on all ranks together; 0 when nothing carries credit."""
 
 
 class Learner:
@@ -156,9 +145,9 @@ class Learner:
         # Dropout, where a model has it, follows from what a checkpoint holds, so that an update can be made again.
         draws = np.random.SeedSequence((self.config.seed, self.num_steps, self.rank))
         torch.manual_seed(int(draws.generate_state(1)[0]))
-        minibatches = self._plan_all(trees)
+        planned = plan_update(self.config, trees, rank=self.rank, num_ranks=self.world_size)
         # All ranks drop the same ones, since the number of pieces is the same everywhere.
-        minibatches = [minibatch for minibatch in minibatches if minibatch.num_pieces]
+        minibatches = [minibatch.to(self._device) for minibatch in planned if minibatch.num_pieces]
         if not minibatches:
             return {"updated": 0.0, "seconds": time.perf_counter() - started}
         before = self._fingerprint()
@@ -259,46 +248,9 @@ class Learner:
                 f"0..actors.max_staleness={self.config.actors.max_staleness}"
             )
 
-    def _plan_all(self, trees: Sequence[RolloutTree]) -> list[_Minibatch]:
-        loss = self.config.loss
-        credits = compute_credits(loss.advantage, trees, normalize_std=loss.normalize_std)
-        parts = _split(trees, self.config.learner.minibatches)
-        return [self._plan([trees[i] for i in part], [credits[i] for i in part]) for part in parts]
-
-    def _plan(self, trees: Sequence[RolloutTree], credits: Sequence[NodeCredit]) -> _Minibatch:
-        loss, learner = self.config.loss, self.config.learner
-        credits = normalize_credits(trees, credits, loss.aggregation, divisor_tokens=loss.divisor_tokens)
-        pieces = [
-            piece
-            for index, (tree, credit) in enumerate(zip(trees, credits, strict=True))
-            for piece in pieces_of(
-                index,
-                tree,
-                credit,
-                packing=learner.packing,
-                max_tokens=learner.max_tokens_per_micro_batch,
-                every_weight=bool(loss.kl_loss_coef or loss.entropy_coef),
-            )
-        ]
-        if not pieces:
-            return _Minibatch(batches=(), num_pieces=0)
-        ranks = plan_micro_batches(pieces, num_ranks=self.world_size, max_tokens=learner.max_tokens_per_micro_batch)
-        batches = [self._packed(trees, credits, part, pieces) for part in ranks[self.rank]]
-        return _Minibatch(batches=tuple(batches), num_pieces=len(pieces))
-
-    def _packed(
-        self, trees: Sequence[RolloutTree], credits: Sequence[NodeCredit], part: list[Piece], pieces: list[Piece]
-    ) -> PackedBatch:
-        """Pack a micro-batch and move it to the device."""
-        if part:
-            return pack(trees, credits, part).to(self._device)
-        # All ranks must pass through the model equally often, so an empty batch computes a small piece without credit.
-        smallest = min(pieces, key=lambda piece: piece.num_tokens)
-        return pack(trees, credits, [smallest]).without_credit().to(self._device)
-
     def _step(
         self,
-        minibatch: _Minibatch,
+        minibatch: Minibatch,
         proximal: list[torch.Tensor] | None,
         counters: list[LossMetrics],
         policy_version: int,
@@ -339,11 +291,11 @@ class Learner:
             log.error("update at version %d: a gradient is not finite; its step is left out", policy_version)
         return norm
 
-    def _no_grad(self, model: Any, minibatch: _Minibatch) -> list[torch.Tensor]:
+    def _no_grad(self, model: Any, minibatch: Minibatch) -> list[torch.Tensor]:
         with torch.no_grad():
             return [model(batch)[0].detach() for batch in minibatch.batches]
 
-    def _reference_logprobs(self, minibatch: _Minibatch) -> list[torch.Tensor] | None:
+    def _reference_logprobs(self, minibatch: Minibatch) -> list[torch.Tensor] | None:
         if self._reference is None:
             return None
         with torch.no_grad():
@@ -415,12 +367,3 @@ def schedule(config: LearnerConfig, step: int, total_steps: int) -> float:
     if config.lr_schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1.0
-
-
-def _split(trees: Sequence[RolloutTree], parts: int) -> list[list[int]]:
-    """Deal the trees out to minibatches, largest first, so that all have similar numbers of tokens.
-
-    Returns the indices of the trees per minibatch.
-    """
-    order = sorted(range(len(trees)), key=lambda i: (-trees[i].num_unique_tokens, i))
-    return [order[part::parts] for part in range(min(parts, len(trees)))]
