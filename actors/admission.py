@@ -31,7 +31,7 @@ from trace_async.run.rounds import NothingToLearnError, Rounds, RunLimits
 from trace_async.run.schedule import Arrival
 from trace_async.run.state import PendingPrompt, PlannedPrompt, RunState, SavedTrainer
 from trace_async.tracking.faults import FaultBook
-from trace_async.trees.tree import RolloutTree
+from trace_async.trees.tree import Fault, RolloutTree
 from trace_async.types import LossKind, PrefixQuery, Task
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,9 @@ class Admission:
         rule = stage1_rule(budget, number)
         # Once a pool, also where it is larger than the data or one pass over them ends in its midst.
         tasks = self.iterator.pool(budget.pool_size)
+        self._leave_out_refused(len(tasks))
+        if not tasks:
+            return []
         self._by_id |= {task.id: task for task in tasks}
         estimates = Estimates.unknown(len(tasks))
         if rule.needs_estimates:
@@ -148,6 +151,13 @@ class Admission:
             for task, count, success, strength in zip(tasks, counts, estimates.mean, estimates.strength, strict=True)
             if count
         ]
+
+    def _leave_out_refused(self, num_good: int) -> None:
+        """Count the candidates that turned out to be no tasks when they were drawn."""
+        refused, self.iterator.refused = self.iterator.refused, []
+        if refused:
+            self.faults.enter({f"tasks.{LossKind.ENV}": Fault(len(refused), refused[0])})
+            self.rounds.lose_candidates([LossKind.ENV] * len(refused), of=num_good + len(refused))
 
     async def _estimates(self, tasks: list[Task]) -> tuple[list[Task], Estimates]:
         """The candidates that can be asked about, and what is believed of them; the others are left out and counted."""
@@ -248,7 +258,7 @@ class Admission:
         """Go on from a snapshot, before `run`. ValueError when its tasks are not this run's."""
         self.iterator.load_state(saved.dataset)
         wanted = {p.task_id for p in saved.pending.values()} | {p.task_id for p in saved.planned}
-        self._by_id |= {task.id: task for task in self.tasks if task.id in wanted} if wanted else {}
+        self._by_id |= self.iterator.find(wanted)
         unknown = wanted - self._by_id.keys()
         if unknown:
             raise ValueError(f"the checkpoint has prompts of tasks that are not in the data any more: {min(unknown)} …")

@@ -1,6 +1,7 @@
 """Does an environment keep the contract of `trace_async/env.py`? Plays it in many ways, says in words what is wrong."""
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import os
@@ -110,7 +111,8 @@ class _Check:
             self._add("warning", "the rest was not tried: what hangs once would hold up the check for long")
         close = getattr(self._domain, "close", None)
         if close is not None:
-            await close()
+            with contextlib.suppress(_HangsError):  # nothing comes after it
+                await self._guarded(self._awaited("the domain's close", close), "the domain")
         return list(dict.fromkeys(self._findings))
 
     async def _check_plays(self, tasks: list[Task]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from trace_async.config import PolicyConfig
+from trace_async.config import ConfigError, PolicyConfig
 from trace_async.env import DemonstrationSource, Demonstrator, Domain
 from trace_async.policy.save import save_policy
 from trace_async.policy.small_tokenizer import build_tokenizer
@@ -77,6 +77,8 @@ def demonstrations(domain: Domain, renderer: Renderer, seed: int) -> Iterator[De
     rng = Random(f"demonstrations/{seed}")
     while True:
         chunk = tasks.take(_DEMOS_PER_CHUNK)
+        if not chunk:
+            raise ConfigError(f"no task can be demonstrated: {tasks.refused[0]}")
         yield from asyncio.run(_play_all(domain, renderer, [(task, domain.demonstrate(task, rng)) for task in chunk]))
 
 

@@ -1,7 +1,7 @@
 """Tasks in an endless, resumable order, and rows read from JSON files with errors that name file and line."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,7 +10,10 @@ from trace_async.types import Json, Task
 
 
 class TaskIterator:
-    """Endless passes over `tasks`, each in a new order that depends only on `seed` and the pass (epoch)."""
+    """Endless passes over `tasks`, each in a new order that depends only on `seed` and the pass (epoch).
+
+    A task that is made when it is asked for may turn out to be none: it is left out, and `refused` has the words.
+    """
 
     def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
         if not tasks:
@@ -21,17 +24,19 @@ class TaskIterator:
         self._position = 0
         self._held_back: list[int] = []
         self._order = self._shuffled()
+        self.refused: list[str] = []
+        """Why tasks that were drawn are left out; whoever reads it clears it."""
 
     def take(self, n: int) -> list[Task]:
         """The next `n` tasks; every task comes once per epoch."""
-        taken: list[Task] = []
-        while len(taken) < n:
+        drawn: list[int] = []
+        while len(drawn) < n:
             if self._position == len(self._order):
                 self._next_epoch([])
-            indices = self._order[self._position : self._position + n - len(taken)]
+            indices = self._order[self._position : self._position + n - len(drawn)]
             self._position += len(indices)
-            taken += [self._tasks[index] for index in indices]
-        return taken
+            drawn += indices
+        return self._made(drawn)
 
     def pool(self, n: int) -> list[Task]:
         """The next `n` tasks, none of them twice; all there are where there are fewer.
@@ -45,7 +50,27 @@ class TaskIterator:
             return self.take(n)
         self._next_epoch(ending)
         self._position = n - len(ending)
-        return [self._tasks[index] for index in (*ending, *self._order[: self._position])]
+        return self._made([*ending, *self._order[: self._position]])
+
+    def find(self, task_ids: Collection[str]) -> dict[str, Task]:
+        """The tasks with these ids, as far as they are in the data."""
+        wanted, found = set(task_ids), {}
+        for index in range(len(self._tasks) if wanted else 0):
+            for task in self._made([index]):
+                if task.id in wanted:
+                    found[task.id] = task
+            if len(found) == len(wanted):
+                break
+        return found
+
+    def _made(self, indices: Sequence[int]) -> list[Task]:
+        made: list[Task] = []
+        for index in indices:
+            try:
+                made.append(self._tasks[index])
+            except Exception as error:  # noqa: BLE001 - somebody else's code makes it now
+                self.refused.append(str(error))
+        return made
 
     def state(self) -> dict[str, Any]:
         """Where it stands; plain numbers, for a checkpoint."""

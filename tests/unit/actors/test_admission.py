@@ -24,12 +24,12 @@ def config(*overrides: str) -> Config:
 class Run:
     """An admission with its updates, as the trainer makes them."""
 
-    def __init__(self, prompts: FakePrompts, *overrides: str, now: float = 0.0) -> None:
+    def __init__(self, prompts: FakePrompts, *overrides: str, tasks: Sequence[Task] = TASKS, now: float = 0.0) -> None:
         self.prompts = prompts
         self.predictor = FakePredictor()
         self.now = now
         self.admission = Admission(
-            config(*overrides), TASKS, prompts, self.predictor, Path("logs"), now=lambda: self.now
+            config(*overrides), tasks, prompts, self.predictor, Path("logs"), now=lambda: self.now
         )
 
     async def updates(self) -> list[list[RolloutTree]]:
@@ -100,6 +100,40 @@ async def test_a_candidate_that_cannot_be_started_is_left_out_and_counted():
     assert run.prompts.grown["t7"] == 0
     assert run.admission.state.lost_candidates == {LossKind.ENV: 1}
     assert sum(run.admission.state.ledger.failed.values()) == 0
+
+
+class LazyTasks(Sequence[Task]):
+    """Tasks that are made when they are asked for; every so many cannot be."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index):
+        if index % self.every == 0:
+            raise ValueError(f"row {index} has no question")
+        return Task(id=f"{index}", domain="d", kind="k", data={})
+
+
+async def test_a_task_that_turns_out_to_be_none_when_it_is_drawn_is_left_out_and_counted(
+    caplog: pytest.LogCaptureFixture,
+):
+    run = Run(FakePrompts(), tasks=LazyTasks(every=3))
+    trees = [tree for update in await run.updates() for tree in update]
+    assert {int(tree.task.id) % 3 for tree in trees} == {1, 2}
+    state = run.admission.state
+    assert state.num_updates == 6
+    assert list(state.lost_candidates) == [LossKind.ENV]
+    assert run.admission.faults.read() == {"faults/tasks.env_error": state.lost_candidates[LossKind.ENV]}
+    assert "has no question (further ones of this kind" in caplog.text
+    assert run.admission.iterator.find(["4", "5", "gone"]).keys() == {"4", "5"}  # as a resumed run looks for them
+
+
+async def test_tasks_that_can_never_be_made_end_the_run_in_words():
+    with pytest.raises(NothingToLearnError, match=r"in 5 pools in a row none of 8 .*40 env_error"):
+        await Run(FakePrompts(), tasks=LazyTasks(every=1)).updates()
 
 
 async def test_data_of_which_nothing_can_be_started_end_the_run_in_words():
