@@ -1,6 +1,7 @@
 """Run one inference engine in a Ray actor of its own."""
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from trace_async.config import Config
-from trace_async.engine import EngineHealth, EngineTimeoutError, WeightSyncError
+from trace_async.engine import EngineError, EngineHealth, EngineTimeoutError, WeightSyncError
 from trace_async.engines import make_engine
 from trace_async.engines.work_clock import WorkClock
 from trace_async.types import Completion, SamplingParams
@@ -60,7 +61,8 @@ class GeneratorActor:
         """Return one sample.
 
         Raises EngineTimeoutError when the engine has not answered within `engine.request_timeout_s` of its own work.
-        Time in which new weights arrive does not count; weight updates have limits of their own.
+        Time in which new weights arrive does not count; weight updates have limits of their own. Raises EngineError
+        when the answer cannot be trained on (`checked`).
         """
         if self.num_requests == 0:
             self.busy_since = time.monotonic()
@@ -69,7 +71,7 @@ class GeneratorActor:
         answer = asyncio.ensure_future(self.engine.generate(prompt_ids, params))
         try:
             await self.clock.until_done(answer, self.request_timeout_s)
-            return answer.result()
+            return checked(answer.result())
         except TimeoutError:
             raise EngineTimeoutError(
                 f"no completion within engine.request_timeout_s={self.request_timeout_s}; "
@@ -138,6 +140,20 @@ class GeneratorActor:
     async def close(self) -> None:
         """Stop the engine and give back what it holds."""
         await self.engine.close()
+
+
+def checked(completion: Completion) -> Completion:
+    """The completion itself. Raises EngineError when one of its log-probabilities is no finite number.
+
+    Such an engine computes something broken. A tree with its tokens could neither be trained on nor written down.
+    """
+    for position, logprob in enumerate(completion.logprobs):
+        if not isinstance(logprob, int | float) or not math.isfinite(logprob):
+            raise EngineError(
+                f"the engine gives token {position} of {len(completion.token_ids)} that it sampled the log-probability "
+                f"{logprob}: its weights or its kernels are broken"
+            )
+    return completion
 
 
 def _own_copy(update: WeightUpdate) -> WeightUpdate:

@@ -47,7 +47,7 @@ def require_plain_decoder(content: Mapping[str, object], setting: str) -> None:
         )
     for name in _EXPERTS:
         number = content.get(name)
-        if isinstance(number, int) and number > 1:
+        if number not in (None, 0, 1):  # some list a number for each kind of input
             raise ConfigError(
                 f"{setting}: a mixture of experts ({name}={number}) is not supported: neither its memory nor its "
                 "router's balance is looked after; use a dense model"

@@ -1,6 +1,8 @@
 """One generator's limit on a request."""
 
 import asyncio
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +11,9 @@ import torch
 
 from actors.generator import GeneratorActor
 from trace_async.config import load_config
-from trace_async.engine import EngineTimeoutError, WeightSyncError
+from trace_async.engine import EngineError, EngineTimeoutError, WeightSyncError
 from trace_async.engines.fake import FakeEngine
-from trace_async.types import SamplingParams
+from trace_async.types import Completion, SamplingParams
 from trace_async.weight_delta import DeltaEncoder
 from trace_async.weights import WeightUpdate, host_bucket, pack_weights
 
@@ -81,6 +83,19 @@ async def test_an_engine_that_hangs_after_an_update_that_failed_is_found(actor: 
     held(actor).hold()
     with pytest.raises(EngineTimeoutError, match="1 requests are in flight"):
         await waiting
+    assert actor.num_requests == 0
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf, None])
+async def test_an_answer_without_a_finite_log_probability_is_the_engines_failure(actor: GeneratorActor, logprob: float):
+    class Broken(FakeEngine):
+        async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+            good = await super().generate(prompt_ids, params)
+            return replace(good, logprobs=(*good.logprobs[:-1], logprob))
+
+    actor.engine = Broken(lambda prompt, sample: [7, 8, 9])
+    with pytest.raises(EngineError, match=rf"gives token 2 of 3 that it sampled the log-probability {logprob}"):
+        await actor.generate((1,), PARAMS)
     assert actor.num_requests == 0
 
 

@@ -13,6 +13,7 @@ from trace_async.run.plan import shape_from_json
         ({"text_config": {"hidden_size": 8}}, "text_config"),
         ({"num_experts": 64}, r"mixture of experts \(num_experts=64\)"),
         ({"num_local_experts": 8}, r"num_local_experts=8"),
+        ({"moe_num_experts": [64, 64]}, r"moe_num_experts=\[64, 64\]"),
         ({"n_routed_experts": 256}, r"n_routed_experts=256"),
         ({"logits_scaling": 8.0}, r"scales its logits \(logits_scaling=8.0\)"),
         ({"logit_scale": 0.0625}, r"logit_scale=0.0625"),
