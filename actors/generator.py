@@ -42,6 +42,7 @@ class GeneratorActor:
             seed=config.seed * 1000 + index,
             log_dir=Path(log_dir),
         )
+        self.name = f"{config.name} generator-{index}"
         self.request_timeout_s = config.engine.request_timeout_s
         self.clock = WorkClock()
         self.takes_deltas = config.engine.weight_delta
@@ -52,6 +53,10 @@ class GeneratorActor:
         self.busy_s = 0.0
         self.busy_since = 0.0
         self.started = time.monotonic()
+
+    def __repr__(self) -> str:
+        """Under this name Ray's dashboard and logs show the actor."""
+        return self.name
 
     async def start(self) -> None:
         """Load the model. Must have ended before any other method is called."""

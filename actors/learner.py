@@ -43,6 +43,10 @@ class LearnerRank:
         self._encoder = DeltaEncoder() if config.engine.weight_delta and rank == 0 else None
         self._delta: WeightDelta | None = None
 
+    def __repr__(self) -> str:
+        """Under this name Ray's dashboard and logs show the actor."""
+        return f"{self._config.name} learner rank {self._rank}"
+
     def meeting_point(self) -> tuple[str, int]:
         """Return this node's address and a free port, at which the ranks meet."""
         with socket.socket() as probe:

@@ -31,6 +31,7 @@ class PredictorActor:
     """
 
     def __init__(self, config: Config, policy_path: str, checkpoints: str = "", *, learns: bool = True) -> None:
+        self.name = f"{config.name} predictor{'' if learns else ' replica'}"
         torch.set_num_threads(config.predictor.num_threads)
         device = str(resolve_device(config.predictor.device, name="predictor.device"))
         self.predictor: ValuePredictor | PolicyTrunkPredictor
@@ -49,6 +50,10 @@ class PredictorActor:
             self.predictor.load(str(newest / "predictor"))
         if not restarted or (learns and config.predictor.trunk == "own"):
             self.current.set()
+
+    def __repr__(self) -> str:
+        """Under this name Ray's dashboard and logs show the actor."""
+        return self.name
 
     async def ready(self) -> None:
         """Returns once the model is loaded."""

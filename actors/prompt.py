@@ -89,6 +89,10 @@ class PromptActor:
         # Of their own: Stage 1 goes on while every slot holds a prompt that grows.
         self.questions = asyncio.Semaphore(MAX_QUESTIONS)
 
+    def __repr__(self) -> str:
+        """Under this name Ray's dashboard and logs show the actor."""
+        return f"{self.config.name} prompts"
+
     async def announce(self, generators: Generators, loads_of_others: Mapping[str, int]) -> dict[str, int]:
         """Take over the generators and how many rollouts other PromptActors have on each; return one's own."""
         self.router.announce(generators.ready, loads_of_others)

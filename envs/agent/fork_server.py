@@ -29,7 +29,7 @@ _MOST_CHARS = 1_000_000
 
 def load(target: str) -> Callable[..., Any]:
     """The function that `package.module:function` names, also of a module in the working directory."""
-    sys.path.insert(0, os.getcwd())
+    sys.path[0] = os.getcwd()  # in place of this file's folder, whose modules would hide others of their names
     module, _, name = target.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return found

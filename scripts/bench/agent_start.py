@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from envs.agent.example import Follow
+from trace_async.types import Prompt
 
 AGENTS = Path("docs/agents").absolute()
 PYTHON = Path(".venvs/agents/bin/python").absolute()
@@ -35,10 +36,10 @@ async def measure(framework: str, way: str, num_rollouts: int) -> dict[str, floa
                 before = _children_s()
             started = time.perf_counter()
             env = domain.make_env(task)
-            await env.init()
+            prompt = await env.init()
             call = f'<tool_call> {{"name": "look", "arguments": {{"place": "{task.data["start"]}"}}}} </tool_call>'
             await env.step(call)
-            ended = await env.step(f"at {task.data['answer']}")
+            ended = await env.step(last_words(prompt, f"at {task.data['answer']}"))
             assert ended.reward == 1.0
             await env.close()
             clock.append(time.perf_counter() - started)
@@ -51,6 +52,15 @@ async def measure(framework: str, way: str, num_rollouts: int) -> dict[str, floa
         "clock_s": sum(clock[1:]) / num_rollouts,
         "cpu_s": spent_s / num_rollouts,
     }
+
+
+def last_words(prompt: Prompt, text: str) -> str:
+    """As the agent wants them: in words, or by the tool that it brings for them."""
+    for tool in prompt.tools:
+        function = tool.get("function")
+        if isinstance(function, dict) and function.get("name") == "final_answer":
+            return f'<tool_call> {{"name": "final_answer", "arguments": {{"answer": "{text}"}}}} </tool_call>'
+    return text
 
 
 def _children_s() -> float:

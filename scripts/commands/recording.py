@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from actors.gauges import Gauges
 from scripts.viewer.source import RunSource
 from trace_async.config import Config
 from trace_async.method.market import DECISIONS_LOG
@@ -41,6 +42,7 @@ class Recorder:
             first_update=first.num_updates if first else 0,
             tokens_before=first.generated_tokens if first else 0,
         )
+        self._gauges = Gauges(config.name)
         self._update = first.num_updates if first else 0
         self._decisions = _Decisions(self.on_decision)
         logging.getLogger(DECISIONS_LOG).addHandler(self._decisions)
@@ -49,6 +51,7 @@ class Recorder:
         self._update = step
         self._log.log(metrics, step)
         self.progress.update(step, metrics)
+        self._gauges.show(step, metrics)
         if trees and self.config.tracking.trees_per_artifact:
             path = trees_path(self.run_dir, step)
             write_trees(path, trees[: self.config.tracking.trees_per_artifact])

@@ -48,6 +48,12 @@ def says_much(task):
     return "x" * 300_000
 
 
+def imports_what_we_have_too():
+    from anthropic import NAME
+
+    return NAME
+
+
 def hangs(task):
     open("pid", "w").write(f"{os.getpid()}\\n")
     time.sleep(3600)
@@ -100,6 +106,12 @@ async def test_a_rollout_whose_process_dies_is_told_by_its_exit_code_and_the_nex
 @runs_with("says_much")
 async def test_a_long_result_arrives_whole(runner: ForkRunner):
     assert await (await runner.start({}, ACCESS)).result() == "x" * 300_000
+
+
+@runs_with("imports_what_we_have_too")
+async def test_our_own_modules_hide_none_of_the_agents(runner: ForkRunner, tmp_path: Path):
+    (tmp_path / "anthropic.py").write_text("NAME = 7\n")  # envs/agent has an anthropic.py too
+    assert await (await runner.start({}, ACCESS)).result() == 7
 
 
 @runs_with("hangs")
