@@ -78,7 +78,7 @@ class Schedule:
         try:
             write_trees(self._trees(record.update), trees)
             self._write(record)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # of a tree that cannot be written
             self._tell(error)
 
     def end(self, record: UpdateRecord, *, weights: str, predictor: str) -> None:
@@ -128,7 +128,7 @@ class Schedule:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self._record(record.update), json.dumps({"format": FORMAT, **asdict(record)}) + "\n")
 
-    def _tell(self, error: OSError) -> None:
+    def _tell(self, error: Exception) -> None:
         if not self._failed:
             log.warning("an update could not be kept for trace-async replay under %s: %s", self.folder, error)
         self._failed = True

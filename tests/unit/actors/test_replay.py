@@ -1,7 +1,9 @@
 """Updates made again from a run's schedule, with plain asyncio objects in the models' places."""
 
 import asyncio
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ import pytest
 from actors.replay import Replayed, replay
 from tests.support.fake_parts import FakeLearner, FakeParts, FakePredictor, FakePrompts
 from tests.unit.actors.test_trainer import Run
+from tests.unit.run.test_buffer import make_tree
 from trace_async.config import ConfigError
-from trace_async.run.schedule import Plan, Schedule, plan_replay
+from trace_async.run.schedule import Plan, Schedule, UpdateRecord, plan_replay
 from trace_async.types import LossKind
 
 
@@ -107,6 +110,15 @@ async def test_a_record_that_cannot_be_written_does_not_end_the_run(tmp_path: Pa
     parts = await trained(tmp_path)
     assert parts.learner.updates == 6
     assert caplog.text.count("could not be kept for trace-async replay") == 1
+
+
+async def test_a_tree_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    tree = make_tree("a", version=0, num_roots=1)
+    node = replace(tree.nodes[-1], value=math.nan)
+    record = UpdateRecord(update=1, policy_version=0, seed=0, arrivals=())
+    Schedule(tmp_path).begin(record, [replace(tree, nodes=(*tree.nodes[:-1], node))])
+    assert "could not be kept for trace-async replay" in caplog.text
+    assert Schedule(tmp_path).updates() == []
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 2}', '{"format": 1, "arrivals": [3]}'])
