@@ -26,14 +26,14 @@ MAX_COMMAND_CHARS = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorldSettings:
-    """`max_turns`: where a game ends. `reward`: `progress`, its score in [0, 1]; or `success`, 1 for a full score.
-
-    `max_observation_chars`: longer observations are cut.
-    """
+    """What both worlds let their user set."""
 
     max_turns: int = 50
+    """A game ends after so many turns."""
     reward: Reward = "progress"
+    """progress: the game's score in [0, 1] | success: 1 for a full score, else 0."""
     max_observation_chars: int = 2000
+    """Longer observations are cut."""
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_observation_chars"):

@@ -24,10 +24,11 @@ Game = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a simulator answers. `score`: in [0, 1], so far."""
+    """What a simulator answers."""
 
     text: str
     score: float
+    """In [0, 1], so far."""
     done: bool = False
 
 
@@ -79,11 +80,11 @@ class SimulatorPool(Generic[S]):
         self.threads = ThreadPoolExecutor(self.size, thread_name_prefix="simulator")
 
     def start(self, game: Game) -> Seen:
-        """Blocks; to be called in `threads`, as the next ones. The first sight of a game. Raises EnvError."""
+        """Return the first sight of a game. It blocks, so call it in `threads`, like the next two. Raises EnvError."""
         return self._with(Position(game), lambda seat: self._reset(seat, game))
 
     def step(self, position: Position, action: str) -> Seen:
-        """What `action` brings after `position`. Raises EnvError; ReplayDivergedError where it cannot be reached."""
+        """Return what `action` brings after `position`. Raises EnvError; ReplayDivergedError if that cannot be."""
 
         def step(seat: _Seat[S]) -> Seen:
             self._go_to(seat, position)
@@ -104,7 +105,7 @@ class SimulatorPool(Generic[S]):
         return self._with(position, ask)
 
     def ask(self, question: Callable[[S], T]) -> T:
-        """Whatever else a simulator can answer; it may leave the game that it plays."""
+        """Ask a simulator something else. For this it may leave the game that it plays."""
 
         def ask(seat: _Seat[S]) -> T:
             seat.position = None
@@ -113,14 +114,14 @@ class SimulatorPool(Generic[S]):
         return self._with(None, ask)
 
     def ask_for_tasks(self, question: Callable[[S], T]) -> T:
-        """As `ask`, to list tasks: what goes wrong then is a setting, or the machine. Raises ConfigError."""
+        """Ask while tasks are listed. What goes wrong then is a setting or the machine, so this raises ConfigError."""
         try:
             return self.ask(question)
         except EnvError as error:
             raise ConfigError(f"env: {error}") from error
 
     def close(self) -> None:
-        """Ends all simulators; they start again when they are needed."""
+        """End all simulators. They start again when they are needed."""
         with self._lock:
             seats, self._idle = self._idle, []
         for seat in seats:

@@ -40,16 +40,18 @@ _LOGPROB_CHUNK = 512
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What a cold start did. Losses are means per trained token of the held-out demonstrations, in nats."""
+    """What a cold start did. Losses are means over the trained tokens of the held-out demonstrations, in nats."""
 
     first_loss: float
+    """Before the first step."""
     best_loss: float
+    """Of the weights that were kept."""
     num_steps: int
     num_tokens: int
 
 
 def cold_start(domain: Domain | None, config: Config, *, log: Callable[[str], None] = print) -> Path:
-    """The directory of `policy.path` fine-tuned as `cold_start` says, made unless it is cached.
+    """Fine-tune `policy.path` as the section `cold_start` says, unless that is cached. Returns the new directory.
 
     Raises ConfigError when there is nothing to learn from or the model cannot be trained.
     """
@@ -73,7 +75,7 @@ def cold_start(domain: Domain | None, config: Config, *, log: Callable[[str], No
 
 
 def teach(path: Path, demos: Sequence[Demonstration], config: Config, log: Callable[[str], None]) -> tuple[Any, Lesson]:
-    """The fine-tuned model, adapters merged, at its best held-out loss; and what was done."""
+    """Train the model. Returns it at its best held-out loss, adapters merged, and what was done."""
     settings = config.cold_start
     heldout, taught = _split(demos, settings)
     model = load_model(path, dtype="float32", device=str(resolve_device(config.learner.device, name="learner.device")))
@@ -123,7 +125,7 @@ def _copies(trained: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
 
 
 def _choose_weights(model: Any, settings: ColdStartConfig) -> list[torch.nn.Parameter]:
-    """What is trained: LoRA adapters, the upper layers with the last norm, or everything."""
+    """Return what is trained: LoRA adapters, the upper layers with the last norm, or everything."""
     if settings.lora_rank:
         add_lora(model, settings.lora_rank, seed=settings.seed)
     elif settings.num_layers:
@@ -137,7 +139,7 @@ def _choose_weights(model: Any, settings: ColdStartConfig) -> list[torch.nn.Para
 
 
 def _merged(model: Any, path: Path, settings: ColdStartConfig) -> Any:
-    """A plain model again, with what adapters have learnt in its weights."""
+    """Return a plain model that has in its weights what the adapters have learnt."""
     if not settings.lora_rank:
         return model
     plain = load_model(path, dtype="float32")
@@ -147,7 +149,7 @@ def _merged(model: Any, path: Path, settings: ColdStartConfig) -> Any:
 
 
 def _loss(model: Any, row: Sequence[Demonstration]) -> torch.Tensor:
-    """Mean negative log-probability of the trained tokens of a packed row."""
+    """Return the mean negative log-probability of the trained tokens of a packed row."""
     layouts = [
         Layout(
             token_ids=demo.token_ids,
@@ -185,7 +187,7 @@ def _heldout_loss(model: Any, heldout: Sequence[Demonstration], settings: ColdSt
 def _split(
     demos: Sequence[Demonstration], settings: ColdStartConfig
 ) -> tuple[list[Demonstration], list[Demonstration]]:
-    """Held out and taught; equal demonstrations, such as of one task, stay on one side."""
+    """Return what is held out and what is taught. Equal demonstrations, such as those of one task, stay together."""
     order = list(demos)
     Random(f"cold start/{settings.seed}").shuffle(order)
     wanted = max(1, round(settings.heldout_share * len(order)))
@@ -206,7 +208,7 @@ def _rows(taught: Sequence[Demonstration], settings: ColdStartConfig) -> Iterato
 
 
 def _packed(demos: Sequence[Demonstration], max_tokens: int) -> Iterator[list[Demonstration]]:
-    """Rows of whole demonstrations, at least one each, of at most `max_tokens` tokens if that is possible."""
+    """Yield rows of whole demonstrations. A row has at most `max_tokens` tokens, unless one demonstration has more."""
     row: list[Demonstration] = []
     for demo in demos:
         if row and sum(len(d.token_ids) for d in row) + len(demo.token_ids) > max_tokens:
@@ -241,7 +243,7 @@ def _name(domain: Domain | None, settings: ColdStartConfig) -> str:
 
 
 def _fingerprint(path: Path, demos: Sequence[Demonstration], config: Config) -> str:
-    """Of the model's files by name, size and origin, the demonstrations as tokens, the settings and this recipe."""
+    """Hash the model's files (name, size, time of change), the demonstrations, the settings and this file's bytes."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(Path(__file__).read_bytes())
     settings: Mapping[str, object] = {

@@ -1,4 +1,7 @@
-"""A small word-level tokenizer for small policies, saved and loaded like any other Hugging Face tokenizer."""
+"""Build a word-level tokenizer for small policies. It is saved and loaded like any other Hugging Face tokenizer.
+
+A policy of half a million weights has no room for a vocabulary of 150,000 tokens, so it knows the domain's words only.
+"""
 
 import string
 from collections.abc import Sequence
@@ -22,12 +25,17 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer that knows the words of `vocabulary`; text comes back from its tokens exactly.
+    """Build a tokenizer that knows the words of `vocabulary`. Text comes back from its tokens exactly.
 
-    A word is a run of letters, digits and `_`, such a run as a tag `<word>`, `</word>` or in quotes `"word"`, or one
-    other character, together with the blank before it (the first word of a text counts as having one). A word that
-    also stands directly behind another, such as `name` in `{name}`, must be listed in that form too. Whatever is not
-    listed falls into single ASCII characters; other characters are unknown.
+    A word is one of these, together with the blank before it:
+
+    - a run of letters, digits and `_`;
+    - such a run as a tag (`<word>`, `</word>`) or in quotes (`"word"`);
+    - any other single character.
+
+    The first word of a text counts as having a blank before it. A word that also stands directly behind another one,
+    such as `name` in `{name}`, must be listed in that form too. What is not listed becomes single ASCII characters;
+    all other characters become the unknown token.
     """
     core = Tokenizer(models.WordPiece({}, unk_token=UNKNOWN, max_input_chars_per_word=200))
     core.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,8 +1,9 @@
-"""A small policy of one's own, since no weights can be downloaded: Qwen3 with a word-level tokenizer, taught by
-demonstrations that the domain generates, saved as a Hugging Face directory and cached.
+"""Make a small start policy where no weights can be downloaded: Qwen3 with a word-level tokenizer.
 
-Supervised training: every token of a demonstration's turns counts 1, all others (prompt, observations) count
-`_CONTEXT_WEIGHT`: a little of what is read helps to learn what is written.
+    demonstrations that the domain generates ─► supervised training ─► a Hugging Face directory, cached
+
+Every token of a demonstration's turns counts 1 in the loss. All others, of prompt and observations, count
+`_CONTEXT_WEIGHT`: to predict a little of what is read helps to learn what is to be written.
 """
 
 import asyncio
@@ -36,17 +37,20 @@ _HEAD_SIZE = 32
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """Tokens of a whole rollout; `weights[i]` is the loss weight of predicting `token_ids[i]` (float32)."""
+    """The tokens of a whole rollout."""
 
     token_ids: np.ndarray
+    """Integers [T]."""
     weights: np.ndarray
+    """float32 [T]: how much the prediction of each token counts in the loss."""
 
 
 def make_policy(domain: Domain, config: PolicyConfig, *, log: Callable[[str], None] = print) -> Path:
-    """The directory of the small policy for `domain`, built unless it is cached under `config.cache_dir`.
+    """Return the directory of the small policy for `domain`. It is built unless `config.cache_dir` has it.
 
-    Reproducible from `config.seed`. The cache key covers the settings, this recipe, the vocabulary and a sample of the
-    demonstrations. Raises ValueError when the domain cannot demonstrate. Not to be called inside an event loop.
+    The result follows from `config.seed`. The cache key covers the settings, the bytes of this file and of the
+    tokenizer's, the vocabulary and a sample of the demonstrations. Raises ValueError when the domain cannot
+    demonstrate. Must not be called inside an event loop.
     """
     if not isinstance(domain, Demonstrator):
         raise ValueError(
@@ -59,7 +63,8 @@ def make_policy(domain: Domain, config: PolicyConfig, *, log: Callable[[str], No
         log(f"policy: cached in {directory}")
         return directory
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two are hardly faster at this size, far slower on a busy machine, and round otherwise
+    # Two threads are hardly faster at this size and far slower on a busy machine. They also round in another way.
+    torch.set_num_threads(1)
     try:
         model = _train(domain, tokenizer, config, log)
     finally:
@@ -70,7 +75,7 @@ def make_policy(domain: Domain, config: PolicyConfig, *, log: Callable[[str], No
 
 
 def demonstrations(domain: Domain, renderer: Renderer, seed: int) -> Iterator[Demonstration]:
-    """Endless demonstrations of the train tasks, as tokens."""
+    """Yield demonstrations of the train tasks without end, as tokens."""
     assert isinstance(domain, Demonstrator)
     shown = domain.demonstration_tasks() if isinstance(domain, DemonstrationSource) else domain.tasks("train")
     tasks = TaskIterator(shown, seed=seed)
@@ -89,7 +94,7 @@ async def _play_all(
 
 
 async def _play(domain: Domain, renderer: Renderer, task: Task, turns: Sequence[str]) -> Demonstration:
-    """One demonstration: the domain's turns, with what the environment answers to them."""
+    """Play the domain's turns and record them with what the environment answers."""
     env = domain.make_env(task)
     try:
         tokens = list(renderer.render_prompt(await env.init()))
@@ -112,9 +117,10 @@ async def _play(domain: Domain, renderer: Renderer, task: Task, turns: Sequence[
 
 
 def batches(demos: Iterator[Demonstration], pad_id: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of about `_TOKENS_PER_STEP` tokens: `token_ids` [B, T] padded at the right, `weights` [B, T].
+    """Yield batches of about `_TOKENS_PER_STEP` tokens without end.
 
-    A chunk of demonstrations is sorted by length before it is cut, so that little is padding.
+    Each is `token_ids` [B, T], padded at the right, and `weights` [B, T]. A chunk of demonstrations is sorted by length
+    before it is cut into batches, so that little of them is padding.
     """
     rng = Random(f"batches/{seed}")
     while True:
@@ -135,7 +141,7 @@ def batches(demos: Iterator[Demonstration], pad_id: int, seed: int) -> Iterator[
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, config: PolicyConfig) -> Qwen3ForCausalLM:
-    """An untrained Qwen3 with heads of 32, tied embeddings and two query heads for each key head."""
+    """Build an untrained Qwen3 with heads of 32, tied embeddings and two query heads for each key head."""
     num_heads = config.hidden_size // _HEAD_SIZE
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -188,7 +194,7 @@ def _train(
 
 
 def _optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embeddings and norms.
+    """Use Muon (Jordan et al. 2024) for the layers' matrices, and AdamW for embeddings and norms.
 
     With AdamW alone the policy takes about four times as many steps until it can copy out of its context.
     """
@@ -201,13 +207,13 @@ def _optimizers(model: Qwen3ForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Up over the first twentieth, constant to the middle, then linearly down to a twentieth."""
+    """Rise over the first twentieth of the steps, stay constant to the middle, then fall linearly to a twentieth."""
     warmup = max(1, steps // 20)
     return min((step + 1) / warmup, 1.0, 0.05 + 0.95 * 2 * (1 - step / steps))
 
 
 def _loss(model: Qwen3ForCausalLM, token_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch of the weighted cross entropy; `token_ids`, `weights` [B, T]."""
+    """Return the weighted mean cross entropy of a batch. `token_ids` and `weights` are [B, T]."""
     logits = model(input_ids=token_ids[:, :-1], use_cache=False).logits
     targets, target_weights = token_ids[:, 1:], weights[:, 1:]
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
