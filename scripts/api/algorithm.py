@@ -192,7 +192,7 @@ class TraceAlgorithm:
         from trace_async.run.state import load_trainer
 
         first = load_trainer(checkpoint).state if checkpoint else None
-        self._recorder = Recorder(self.config, self.run_dir, resume=False, first=first)
+        self._recorder = Recorder(self.config, self.run_dir, self._policy_path, resume=False, first=first)
         if ray.is_initialized():  # a Tune trial and a notebook may have their own
             placed = place(self.config, ray.cluster_resources().get("GPU", 0.0))
         else:

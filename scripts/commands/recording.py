@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from actors.gauges import Gauges
-from scripts.viewer.source import RunSource
+from scripts.viewer.source import RunSource, decoder
 from trace_async.config import Config
 from trace_async.method.market import DECISIONS_LOG
 from trace_async.run.scaling import SIZES_FILE, Size
@@ -18,6 +18,7 @@ from trace_async.tracking.records import dataset_record, sample_rollouts
 from trace_async.tracking.run_log import RunLog
 from trace_async.tracking.tracker import RunStatus
 from trace_async.trees.io import tree_files, trees_path, write_trees
+from trace_async.trees.text import Decode
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Task
 
@@ -28,11 +29,15 @@ DECISIONS_FILE = "decisions.txt"
 
 
 class Recorder:
-    """What a trainer reports to. `first`: the state of the checkpoint that a resumed run goes on from."""
+    """What a trainer reports to. `policy_path`: the folder of the start policy. `first`: the state of the checkpoint
+    that a resumed run goes on from."""
 
-    def __init__(self, config: Config, run_dir: Path, *, resume: bool, first: RunState | None) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, policy_path: Path, *, resume: bool, first: RunState | None
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
+        self._policy_path = policy_path
         # A run that was killed before its first checkpoint starts anew, so none of its points stay.
         step = (first.num_updates if first else -1) if resume else None
         self._log = self._start_log(step)
@@ -58,7 +63,7 @@ class Recorder:
             self._log.log_artifact(path, "trees")
         if trees and self.config.tracking.traces_per_update:
             count, seed = self.config.tracking.traces_per_update, self.config.seed
-            self._log.log_rollouts(sample_rollouts(trees, count, self._source.decode, update=step, seed=seed))
+            self._log.log_rollouts(sample_rollouts(trees, count, self._decode, update=step, seed=seed))
 
     def on_tasks(self, train: Sequence[Task], heldout: Sequence[Task]) -> None:
         """What the run trains on, and what it is evaluated with."""
@@ -100,15 +105,15 @@ class Recorder:
             return
         page = self.run_dir / "trees.html"
         try:
-            write_whole(page, self._source.page())
+            write_whole(page, RunSource(self.run_dir).page())
         except (ValueError, OSError):  # a run that ended well, or of something else, does not fail of a page about it
             log.exception("the page of the run's trees could not be written")
             return
         self._log.log_artifact(page)
 
     @cached_property
-    def _source(self) -> RunSource:
-        return RunSource(self.run_dir)
+    def _decode(self) -> Decode:
+        return decoder(self._policy_path)
 
     def _start_log(self, step: int | None) -> RunLog:
         run_id = None if step is None else saved_run_id(self.run_dir)

@@ -99,7 +99,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None
     first = load_trainer(checkpoint).state if checkpoint else None
     print(f"Run {run_dir}; policy {policy_path}; starting Ray ...", flush=True)
-    recorder = Recorder(config, run_dir, resume=resume, first=first)
+    recorder = Recorder(config, run_dir, policy_path, resume=resume, first=first)
     status: RunStatus = "FAILED"
     try:
         with terminated_as_interrupted():

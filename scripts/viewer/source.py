@@ -107,12 +107,17 @@ class RunSource:
     @cached_property
     def decode(self) -> Decode:
         trained = self.run_dir / "policy"
-        tokenizer = load_tokenizer(trained if (trained / "config.json").is_file() else ensure_policy(self.config))
+        return decoder(trained if (trained / "config.json").is_file() else ensure_policy(self.config))
 
-        def decode(token_ids: Sequence[int]) -> str:
-            return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-        return decode
+def decoder(policy: Path) -> Decode:
+    """What shows tokens of the policy in the folder `policy` as text, control tokens included."""
+    tokenizer = load_tokenizer(policy)
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    return decode
 
 
 def read(path: Path) -> list[RolloutTree]:

@@ -7,9 +7,11 @@ import pytest
 from mlflow import MlflowClient
 
 from scripts.commands.recording import Recorder
+from tests.unit.tracking.test_trackers import Memory, make_tree
 from trace_async.config import load_config
 from trace_async.method.market import DECISIONS_LOG
 from trace_async.run.scaling import Size, keep_sizes
+from trace_async.tracking import tracker
 from trace_async.tracking.mlflow_tracker import saved_run_id, tracking_uri
 
 
@@ -18,7 +20,7 @@ def test_a_scaling_decision_is_said_with_its_reason_and_kept_in_mlflow(
 ) -> None:
     config = load_config(None, [f"output_dir={tmp_path}", "tracking.system_metrics=false"])
     run_dir = tmp_path / "run"
-    recorder = Recorder(config, run_dir, resume=False, first=None)
+    recorder = Recorder(config, run_dir, tmp_path, resume=False, first=None)
     size = Size(num_generators=3, reason="the learner waited 60% of the time", update=4)
     keep_sizes(run_dir, [size])
     recorder.on_resize(size)
@@ -39,7 +41,7 @@ def test_a_decision_of_a_rule_is_said_in_words_and_kept_in_mlflow(
 ) -> None:
     config = load_config(None, [f"output_dir={tmp_path}", "tracking.system_metrics=false"])
     run_dir = tmp_path / "run"
-    recorder = Recorder(config, run_dir, resume=False, first=None)
+    recorder = Recorder(config, run_dir, tmp_path, resume=False, first=None)
     logging.getLogger().setLevel(logging.INFO)  # as `trace-async train` sets it
     recorder.on_metrics(5, {"train/reward": 0.5}, [])
     for words in ("continuations after turn 1 pay", "continuations after turn 2 do not pay"):
@@ -53,3 +55,17 @@ def test_a_decision_of_a_rule_is_said_in_words_and_kept_in_mlflow(
     assert run_id is not None
     kept = MlflowClient(tracking_uri(config)).download_artifacts(run_id, "decisions.txt", str(tmp_path))
     assert Path(kept).read_text() == said
+
+
+async def test_rollouts_are_shown_from_inside_the_loop_of_a_run_whose_policy_was_built_for_it(
+    tmp_path: Path, tiny_policy_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Memory, "made", [])
+    monkeypatch.setitem(tracker.TRACKERS, "mlflow", "tests.unit.tracking.test_trackers:Memory")
+    config = load_config(None, [f"output_dir={tmp_path}", "policy.path=''", "env.name=envs.agent.example:Follow"])
+    recorder = Recorder(config, tmp_path / "run", tiny_policy_path, resume=False, first=None)
+    recorder.on_metrics(1, {"train/reward": 0.5}, [make_tree()])
+    (memory,) = Memory.made
+    (rollout,) = memory.rollouts
+    assert rollout.prompt == "<|im_start|> <|im_end|>"  # tokens 1 and 2
+    recorder.finish("KILLED")
