@@ -351,8 +351,17 @@ class TestVLLMByBroadcast(BroadcastConformance):
         harness.check_logprobs(prompt, (await harness.generate(prompt, max_new_tokens=10))[0])
 
 
+class RefusesTruncation(EngineConformance):
+    """vLLM's log-probabilities would be renormalised, so such requests are refused."""
+
+    async def test_top_k_and_top_p_cut_the_tail_and_leave_logprobs_as_they_are(self, harness):
+        for params in ({"top_k": 3}, {"top_p": 0.5}):
+            with pytest.raises(EngineRequestError, match="top_p=1"):
+                await harness.generate(harness.prompt(10), **params)
+
+
 @needs("vllm")
-class TestVLLM(ServerConformance):
+class TestVLLM(RefusesTruncation, ServerConformance):
     backend = "vllm"
     cache_granularity = 32
     long_answer = 470
@@ -362,9 +371,3 @@ class TestVLLM(ServerConformance):
             lines = (await response.text()).splitlines()
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting{")
         return int(sum(float(line.split()[-1]) for line in lines if line.startswith(names)))
-
-    async def test_top_k_and_top_p_cut_the_tail_and_leave_logprobs_as_they_are(self, harness):
-        """vLLM's log-probabilities would be renormalised, so such requests are refused."""
-        for params in ({"top_k": 3}, {"top_p": 0.5}):
-            with pytest.raises(EngineRequestError, match="top_p=1"):
-                await harness.generate(harness.prompt(10), **params)

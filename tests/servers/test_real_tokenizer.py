@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.conformance.real_tokenizer import WithRealTokenizer
-from tests.servers.test_engine_servers import needs
+from tests.servers.test_engine_servers import RefusesTruncation, needs
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ class TestSGLangWithRealTokenizer(WithRealTokenizer):
 
 
 @needs("vllm")
-class TestVLLMWithRealTokenizer(WithRealTokenizer):
+class TestVLLMWithRealTokenizer(RefusesTruncation, WithRealTokenizer):
     backend = "vllm"
     settings: ClassVar[dict[str, Any]] = {"request_timeout_s": 60.0}
     cache_granularity = 32

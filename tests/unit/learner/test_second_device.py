@@ -72,6 +72,9 @@ class OneRank:
     def get_global_grad_norm(self) -> float:
         return self.norm
 
+    def was_step_applied(self) -> bool:
+        return True
+
 
 LEARNING = ("loss.kl_loss_coef=0.1", "loss.correction=tis", "learner.minibatches=2", "loss.entropy_coef=0.01")
 
