@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from actors.generator_pool import GeneratorPool
-from actors.prompt import HeldOut
-from actors.prompt_group import PromptGroup
+from actors.generators.pool import GeneratorPool
+from actors.prompts.group import PromptGroup
+from actors.prompts.prompt import HeldOut
 from envs import load_domain
 from envs.tasks import heldout_sample, load_splits
 from trace_async.config import Config

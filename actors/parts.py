@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.calls import CallError
-from actors.generator_pool import GeneratorPool
+from actors.generators.pool import GeneratorPool
 from actors.learner import LearnerGroup
-from actors.predictor_group import PredictorGroup
-from actors.predictor_handle import Predictor
-from actors.prompt_group import PromptGroup
+from actors.predictors.group import PredictorGroup
+from actors.predictors.handle import Predictor
+from actors.prompts.group import PromptGroup
 from trace_async.config import Config
 
 log = logging.getLogger(__name__)

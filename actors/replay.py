@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from actors.learner import LearnerGroup
-from actors.predictor_handle import Predictor
+from actors.predictors.handle import Predictor
 from trace_async.config import Config
 from trace_async.run.schedule import Plan, Schedule, UpdateRecord
 from trace_async.trees.tree import RolloutTree

@@ -29,12 +29,12 @@ import ray
 from actors.admission import Admission
 from actors.calls import CallError
 from actors.evaluation import Evaluations, Moment
-from actors.generator import GeneratorStats
-from actors.generator_pool import GeneratorPool
+from actors.generators.generator import GeneratorStats
+from actors.generators.pool import GeneratorPool
+from actors.generators.scaling import Scaling
 from actors.learner import DeltaRef
 from actors.parts import Parts
-from actors.prompt_group import PromptGroup
-from actors.scaling import Scaling
+from actors.prompts.group import PromptGroup
 from envs import load_domain
 from envs.tasks import heldout_sample, load_splits
 from trace_async.config import Config

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.prompt import PromptActor
-from actors.router import GeneratorRouter, Generators, loads_of_others
+from actors.generators.router import GeneratorRouter, Generators, loads_of_others
+from actors.prompts.prompt import PromptActor
 from scripts.bench.virtual_time import run_in_virtual_time
 from trace_async.config import Config, load_config
 from trace_async.engines.simulated import LatencyModel, SimulatedEngine

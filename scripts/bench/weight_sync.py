@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.generator import GeneratorActor
+from actors.generators.generator import GeneratorActor
 from trace_async.config import ConfigError, EngineConfig, load_config
 from trace_async.engines import make_engine
 from trace_async.weight_delta import DeltaEncoder

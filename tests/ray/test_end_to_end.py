@@ -17,8 +17,8 @@ from ray.actor import ActorHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.calls import ActorLostError
-from actors.prompt import remote_prompt_actor
-from actors.prompt_group import PromptGroup
+from actors.prompts.group import PromptGroup
+from actors.prompts.prompt import remote_prompt_actor
 from actors.trainer import Trainer
 from envs import load_domain
 from tests.support.paths import ROOT
@@ -174,7 +174,7 @@ async def test_a_question_to_prompt_actors_that_die_is_asked_anew(tiny_policy_pa
             ray.kill(actor)
         return actor
 
-    monkeypatch.setattr("actors.prompt_group.remote_prompt_actor", make)
+    monkeypatch.setattr("actors.prompts.group.remote_prompt_actor", make)
     for count in (0, 1):
         num_dying = count
         ray.kill(group.actors[1])

@@ -10,9 +10,9 @@ import pytest
 import ray
 import torch
 
-from actors.generator_pool import GeneratorPool
+from actors.generators.pool import GeneratorPool
+from actors.generators.router import Generators
 from actors.learner import DeltaRef
-from actors.router import Generators
 from trace_async.config import Config, load_config
 from trace_async.engine import EngineError
 from trace_async.types import SamplingParams

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from actors.predictor_group import PredictorGroup
+from actors.predictors.group import PredictorGroup
 from tests.unit.predictor.test_policy_trunk import weights_of
 from tests.unit.predictor.test_predictor import policy, world  # noqa: F401
 from trace_async.config import Config, PredictorConfig
@@ -29,7 +29,7 @@ async def test_the_learning_one_and_a_replica_are_killed_and_answer_as_before(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("actors.predictor_group.WATCH_EVERY_S", 0.2)
+    monkeypatch.setattr("actors.predictors.group.WATCH_EVERY_S", 0.2)
     config = replace(Config(), predictor=PredictorConfig(trunk="policy", num_layers=1, num_replicas=1))
     group = PredictorGroup.start(config, policy, tmp_path / "checkpoints")
     try:

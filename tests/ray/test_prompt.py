@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.predictor_group import Answering
-from actors.prompt import HeldOut, PromptActor
-from actors.router import Generators
+from actors.generators.router import Generators
+from actors.predictors.group import Answering
+from actors.prompts.prompt import HeldOut, PromptActor
 from trace_async.config import load_config
 from trace_async.predictor.features import NUM_FEATURES
 from trace_async.predictor.head import StateHead

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors import scaling
+from actors.generators import scaling
 from actors.trainer import Trainer
 from tests.ray.test_survival import small_config
 from trace_async.run.scaling import kept_sizes, order

@@ -9,10 +9,10 @@ import numpy as np
 import xxhash
 
 from actors.calls import PromptLostError
-from actors.generator import GeneratorStats
+from actors.generators.generator import GeneratorStats
+from actors.generators.router import RouterStats
 from actors.learner import LearnerRankError
-from actors.prompt import HeldOut
-from actors.router import RouterStats
+from actors.prompts.prompt import HeldOut
 from tests.unit.run.test_buffer import make_tree
 from trace_async.method.posterior import Estimates
 from trace_async.run.state import PendingPrompt

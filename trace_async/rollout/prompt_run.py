@@ -5,7 +5,7 @@
 The tree grows in place (`TreeBuilder`); beside it stand the frozen environments, by the node after which they stood
 still. Nothing here waits for another prompt. A rollout whose environment breaks down is tried again from its anchor,
 then dropped and counted by kind; it never becomes a reward. What breaks down in an engine is tried again by the router,
-one request at a time (actors/router.py), and not here.
+one request at a time (actors/generators/router.py), and not here.
 """
 
 import asyncio

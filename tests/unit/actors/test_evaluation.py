@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.prompt import HeldOut
+from actors.prompts.prompt import HeldOut
 from actors.trainer import StopRequestedError
 from tests.support.fake_parts import FakeParts, FakePrompts
 from tests.unit.actors.test_trainer import Run

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.generator import GeneratorActor
+from actors.generators.generator import GeneratorActor
 from trace_async.config import load_config
 from trace_async.engine import EngineError, EngineTimeoutError, WeightSyncError
 from trace_async.engines.fake import FakeEngine

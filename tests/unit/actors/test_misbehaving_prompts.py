@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from actors.prompt import HeldOut, PromptActor
-from actors.router import Generators
+from actors.generators.router import Generators
+from actors.prompts.prompt import HeldOut, PromptActor
 from envs.tasks import load_splits
 from tests.ray.test_prompt import Generator, Predictor
 from tests.support.misbehaving import Misbehaving

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from actors.calls import CallTimeoutError
-from actors.predictor import PredictorActor
-from actors.predictor_group import PredictorGroup
+from actors.predictors.group import PredictorGroup
+from actors.predictors.predictor import PredictorActor
 from tests.unit.predictor.test_policy_trunk import ask, weights_of
 from tests.unit.predictor.test_predictor import policy, world  # noqa: F401
 from trace_async.config import Config, PredictorConfig
@@ -123,7 +123,7 @@ async def test_a_replica_that_was_started_anew_answers_only_when_it_is_up_to_dat
     policy: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("actors.predictor_group.WATCH_EVERY_S", 0.01)
+    monkeypatch.setattr("actors.predictors.group.WATCH_EVERY_S", 0.01)
     await group.train(lessons(group), 0)
     if config.predictor.trunk == "policy":
         (bucket,), manifest = weights_of(policy, scale=1.2, version=1)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from ray.exceptions import ActorDiedError
 
-from actors.router import LOAD_BOUND, GeneratorRouter, RouterStats, loads_of_others
+from actors.generators.router import LOAD_BOUND, GeneratorRouter, RouterStats, loads_of_others
 from trace_async.engine import EngineDeadError, EngineRequestError
 from trace_async.types import Completion, SamplingParams, VersionSpan
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from actors import scaling
-from actors.scaling import Scaling
+from actors.generators import scaling
+from actors.generators.scaling import Scaling
 from tests.support.fake_parts import FakePool
 from trace_async.config import Config, ConfigError, load_config
 from trace_async.run.scaling import kept_sizes, order

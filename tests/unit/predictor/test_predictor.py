@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.predictor import PredictorActor
+from actors.predictors.predictor import PredictorActor
 from trace_async.config import Config, PredictorConfig
 from trace_async.predictor.predictor import ValuePredictor
 from trace_async.predictor.targets import backed_up_targets

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.prompt import PromptActor
-from actors.router import Generators
+from actors.generators.router import Generators
+from actors.prompts.prompt import PromptActor
 from envs import BUILT_IN
 from envs.functions.domain import write_call
 from tests.support.paths import ROOT

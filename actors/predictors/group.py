@@ -23,7 +23,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from actors.calls import CallError, CallTimeoutError, ask
-from actors.predictor import remote_predictor
+from actors.predictors.predictor import remote_predictor
 from trace_async.config import Config
 from trace_async.method.posterior import Estimates
 from trace_async.trees.tree import RolloutTree

@@ -11,9 +11,9 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.calls import PromptLostError
-from actors.predictor_group import Answering
-from actors.predictor_handle import Predictor
-from actors.router import GeneratorRouter, Generators, RouterStats
+from actors.generators.router import GeneratorRouter, Generators, RouterStats
+from actors.predictors.group import Answering
+from actors.predictors.handle import Predictor
 from envs import load_domain
 from trace_async.config import Config
 from trace_async.env import EnvError

@@ -25,9 +25,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from actors.calls import CallError, CallTimeoutError, ask, ask_all
-from actors.generator import GeneratorStats, remote_generator
+from actors.generators.generator import GeneratorStats, remote_generator
+from actors.generators.router import Generators
 from actors.learner import DeltaRef
-from actors.router import Generators
 from trace_async.config import Config
 from trace_async.engine import EngineError, EngineTimeoutError
 

@@ -16,10 +16,10 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.calls import ActorLostError, CallError, CallTimeoutError, PromptLostError, ask, ask_all
-from actors.predictor_group import Answering
-from actors.predictor_handle import Predictor
-from actors.prompt import HeldOut, remote_prompt_actor
-from actors.router import Generators, RouterStats, loads_of_others
+from actors.generators.router import Generators, RouterStats, loads_of_others
+from actors.predictors.group import Answering
+from actors.predictors.handle import Predictor
+from actors.prompts.prompt import HeldOut, remote_prompt_actor
 from trace_async.config import Config
 from trace_async.run.state import PendingPrompt
 from trace_async.trees.tree import RolloutTree
