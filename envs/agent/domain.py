@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from envs.agent.check import check_replay
-from envs.agent.endpoint import HttpEndpoint
+from envs.agent.endpoint.server import HttpEndpoint
 from envs.agent.env import AgentEnv, AgentSettings, FirstRequests
-from envs.agent.fork_runner import ForkRunner
-from envs.agent.runner import CommandRunner, FunctionRunner, Runner
+from envs.agent.runners.fork_runner import ForkRunner
+from envs.agent.runners.runner import CommandRunner, FunctionRunner, Runner
 from envs.agent.session import Session
 from envs.agent.verifier import CommandVerifier, FunctionVerifier
 from envs.contract import Finding

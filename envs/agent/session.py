@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from envs.agent.conversation import Conversation, Place
 from envs.agent.messages import Answer, ChatMessage, ModelRequest
-from envs.agent.runner import Access, AgentFailed, Runner, Running
+from envs.agent.runners.runner import Access, AgentFailed, Runner, Running
 from trace_async.env import EnvTimeoutError, ReplayDivergedError
 from trace_async.types import Json, Message
 

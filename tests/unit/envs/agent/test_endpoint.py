@@ -9,9 +9,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from envs.agent.endpoint import HttpEndpoint
+from envs.agent.endpoint.server import HttpEndpoint
 from envs.agent.messages import Answer, Call, ModelRequest
-from envs.agent.runner import Access
+from envs.agent.runners.runner import Access
 from envs.agent.session import RolloutOverError
 from trace_async.config import ConfigError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from envs.agent.fork_runner import ForkRunner
-from envs.agent.runner import Access, AgentFailed
+from envs.agent.runners.fork_runner import ForkRunner
+from envs.agent.runners.runner import Access, AgentFailed
 from tests.unit.envs.agent.test_keeper import runs
 from trace_async.env import EnvError
 

@@ -10,7 +10,7 @@ from tests.support.paths import ROOT
 
 OWNER = """
 import asyncio
-from envs.agent.runner import Access, CommandRunner
+from envs.agent.runners.runner import Access, CommandRunner
 
 async def main():
     # A process that starts one of its own and then hangs; SIGTERM does not end it.

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from envs.agent.anthropic import read_anthropic, stream_anthropic, write_anthropic
+from envs.agent.endpoint.anthropic import read_anthropic, stream_anthropic, write_anthropic
+from envs.agent.endpoint.responses import read_responses, stream_responses, write_responses
 from envs.agent.messages import Answer, Call, ChatMessage, RequestError
-from envs.agent.responses import read_responses, stream_responses, write_responses
 
 ANSWER = Answer(
     number=1,

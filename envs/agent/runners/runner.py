@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from envs.agent.keeper import GRACE_S, Keeper
+from envs.agent.runners.keeper import GRACE_S, Keeper
 from trace_async.env import EnvError
 from trace_async.rollout.limit_clock import waits_for_room
 from trace_async.types import Json

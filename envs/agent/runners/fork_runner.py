@@ -8,8 +8,8 @@ import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from envs.agent.keeper import GRACE_S, Keeper
-from envs.agent.runner import Access, AgentFailed, access_variables
+from envs.agent.runners.keeper import GRACE_S, Keeper
+from envs.agent.runners.runner import Access, AgentFailed, access_variables
 from trace_async.env import EnvError
 from trace_async.rollout.limit_clock import waits_for_room
 from trace_async.types import Json

@@ -17,11 +17,11 @@ from typing import Any
 
 from aiohttp import web
 
-from envs.agent.anthropic import read_anthropic, stream_anthropic, write_anthropic
-from envs.agent.chat import read_chat, stream_chat, write_chat
+from envs.agent.endpoint.anthropic import read_anthropic, stream_anthropic, write_anthropic
+from envs.agent.endpoint.chat import read_chat, stream_chat, write_chat
+from envs.agent.endpoint.responses import read_responses, stream_responses, write_responses
 from envs.agent.messages import Answer, ModelRequest, RequestError
-from envs.agent.responses import read_responses, stream_responses, write_responses
-from envs.agent.runner import Access
+from envs.agent.runners.runner import Access
 from envs.agent.session import Receiver, RolloutOverError
 from trace_async.config import ConfigError
 from trace_async.env import EnvError

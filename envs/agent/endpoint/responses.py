@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from envs.agent.chat import ignored_sampling, in_words, positive, read_tool_choice
+from envs.agent.endpoint.chat import ignored_sampling, in_words, positive, read_tool_choice
 from envs.agent.messages import Answer, Call, ChatMessage, ModelRequest, RequestError, check_order
 from trace_async.types import Role, TurnLimits
 
