@@ -72,7 +72,7 @@ def changed(state: dict[str, torch.Tensor], version: int) -> WeightUpdate:
 async def time_updates(case: Case, folder: Path, state: dict[str, torch.Tensor], num: int, threads: int) -> float:
     """Median seconds of an update, the first one (which joins process groups and warms up) not counted."""
     config = EngineConfig(
-        backend=case.engine,  # type: ignore[arg-type]
+        backend=case.engine,
         weight_sync=case.path,  # type: ignore[arg-type]
         dtype=case.dtype,  # type: ignore[arg-type]
         kv_cache_tokens=4096,

@@ -5,6 +5,7 @@ To plug in an engine, subclass in its test file; pytest then runs all of it on o
     class TestSGLang(EngineConformance):
         backend = "sglang"
         settings: ClassVar = {...}             # further fields of EngineConfig
+        prefix_cache = True                    # False: it keeps no KV, and the tests of its cache are skipped
         cache_granularity = 1                  # tokens in a block of the prefix cache
         long_answer = 200                      # an answer that takes this engine about half a second or more
 
@@ -24,7 +25,6 @@ import torch
 from transformers import PreTrainedModel
 
 from trace_async.config import EngineConfig
-from trace_async.config.processes import EngineBackend
 from trace_async.engine import EngineRequestError, WeightSyncError
 from trace_async.engines import make_engine
 from trace_async.policy.load import load_model, load_tokenizer
@@ -107,8 +107,9 @@ class Harness:
 class EngineConformance:
     """The suite (see the top of the file)."""
 
-    backend: ClassVar[EngineBackend]
+    backend: ClassVar[str]
     settings: ClassVar[dict[str, Any]] = {}
+    prefix_cache: ClassVar[bool] = True
     cache_granularity: ClassVar[int] = 1
     long_answer: ClassVar[int] = 400
 
@@ -126,6 +127,10 @@ class EngineConformance:
         await engine.start()
         yield Harness(engine, tiny_policy_path, load_model(tiny_policy_path))
         await engine.close()
+
+    def needs_prefix_cache(self) -> None:
+        if not self.prefix_cache:
+            pytest.skip("this engine keeps no prefixes")
 
     # What is generated
 
@@ -223,6 +228,7 @@ class EngineConformance:
     # The prefix cache
 
     async def test_samples_of_one_cold_prompt_share_its_prefill(self, harness):
+        self.needs_prefix_cache()
         prompt = harness.prompt(150)
         completions = await harness.generate(prompt, n=4, max_new_tokens=8)
         cached = sorted(completion.cached_tokens for completion in completions)
@@ -232,6 +238,7 @@ class EngineConformance:
             harness.check_logprobs(prompt, completion)
 
     async def test_requests_that_arrive_together_share_a_cold_prompt(self, harness):
+        self.needs_prefix_cache()
         prompt = harness.prompt(150)
         answers = await asyncio.gather(*(harness.generate(prompt, max_new_tokens=8) for _ in range(8)))
         hits = [completion for (completion,) in answers if completion.cached_tokens >= 149 - self.cache_granularity]
@@ -240,6 +247,7 @@ class EngineConformance:
             harness.check_logprobs(prompt, completion)
 
     async def test_a_branch_inside_a_finished_answer_hits_the_cache(self, harness):
+        self.needs_prefix_cache()
         prompt = harness.prompt(40)
         (trunk,) = await harness.generate(prompt, max_new_tokens=100)
         branch = [*prompt, *trunk.token_ids[:57]]
@@ -253,6 +261,7 @@ class EngineConformance:
         harness.check_logprobs(next_turn, completion)
 
     async def test_health_counts_tokens(self, harness):
+        self.needs_prefix_cache()
         before = await harness.engine.health()
         await harness.generate(harness.prompt(60), n=3, max_new_tokens=5)
         after = await harness.engine.health()
@@ -295,6 +304,7 @@ class EngineConformance:
         pytest.fail(f"no update fell into an answer of {self.long_answer} tokens: {completions[0].version_spans}")
 
     async def test_no_stale_kv_is_served_after_an_update(self, harness):
+        self.needs_prefix_cache()
         prompt = harness.prompt(100)
         await harness.generate(prompt, max_new_tokens=30)
         await harness.update(harness.new_weights())

@@ -14,7 +14,6 @@ from tests.conformance.engine_conformance import LIMIT_S, EngineConformance, Har
 from tests.servers.test_engine_servers import needs
 from tests.unit.learner.test_learner import VERSION, assert_close, configure, learning, trees_of, weights_of
 from trace_async.config import ConfigError, EngineConfig, load_config
-from trace_async.config.processes import EngineBackend
 from trace_async.engines.servers.lora_adapter import start_adapter
 from trace_async.learner.policy_tensors import LORA_SCALE
 from trace_async.weights import WeightUpdate, pack_weights, unpack_weights
@@ -61,7 +60,7 @@ class LoraHarness(Harness):
 class TestAdaptersInVLLM:
     """What holds for merged weights holds for adapters, the log-probabilities to 1e-4 of the merged ones included."""
 
-    backend: ClassVar[EngineBackend] = "vllm"
+    backend: ClassVar[str] = "vllm"
     cache_granularity: ClassVar[int] = 32
     long_answer: ClassVar[int] = 470
     settings: ClassVar[dict[str, Any]] = {"lora_rank": RANK, "request_timeout_s": 60.0}

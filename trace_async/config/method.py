@@ -1,20 +1,13 @@
 """How the sampling budget is spent and what is learnt from it: TRACE, its baselines and the value predictor."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trace_async.config.section import require, section
+from trace_async.config.section import built_in_or_own, require, section
 from trace_async.config.task import Device
 from trace_async.method.combinations import budget_faults, loss_faults
 from trace_async.method.registry import AGGREGATION, CREDIT, OBJECTIVE, STAGE1, STAGE2
-
-
-def _rule(built_in: Mapping[str, str]) -> Any:
-    """What editors are told of a setting that names a rule: one of those built in, or one's own."""
-    own: dict[str, Any] = {"type": "string", "pattern": r"^[\w.]+:\w+$", "examples": ["package.module:Class"]}
-    return Field(json_schema_extra={"anyOf": [{"type": "string", "enum": [*built_in]}, own]})
 
 
 @section("budget")
@@ -39,12 +32,12 @@ class BudgetConfig:
     """Root rollouts of every prompt under stage1=uniform and its relatives (alias n, group size, num_generations)."""
     max_per_prefix: Annotated[int, Field(ge=1)] | None = None
     """The most continuations that one prefix gets. null: as many as the prompt has."""
-    stage1: Annotated[str, _rule(STAGE1)] = "beta"
+    stage1: Annotated[str, built_in_or_own(STAGE1)] = "beta"
     """How root rollouts are shared among prompts: uniform (every prompt the same) | point and beta (TRACE, from a point
     estimate or a posterior of the success rate) | price (beta, at one price per token for both stages) | thompson
     (MoPPS) | pcl | vip | dapo (dynamic sampling) | package.module:Class of your own
     (trace_async.method.stage1.rule)."""
-    stage2: Annotated[str, _rule(STAGE2)] = "contrast"
+    stage2: Annotated[str, built_in_or_own(STAGE2)] = "contrast"
     """Which prefixes are continued: none | random | contrast (TRACE) | contrast_per_token (its value per generated
     token) | contrast_value_only | price (one price for all prompts, their budget in tokens) | topup (further roots of
     prompts whose roots agree, at one price; no continuations) | package.module:Class of your own
@@ -161,13 +154,13 @@ class PredictorConfig:
 class LossConfig:
     """The policy-gradient loss. Clipping is on the ratio learner / generator at the sampling temperature."""
 
-    advantage: Annotated[str, _rule(CREDIT)] = "trace"
+    advantage: Annotated[str, built_in_or_own(CREDIT)] = "trace"
     """Credit of a token: trace | trace_fresh (its baseline without the rollout that passed) | tree_grpo | tree_rpo |
     treepo | grpo | gigpo (turns against turns from the same state) | package.module:Class of your own
     (trace_async.method.credit.rule). Alias adv_estimator."""
     normalize_std: bool = False
     """Divide a group's advantages by their standard deviation, as GRPO does (alias norm_adv_by_std_in_grpo)."""
-    objective: Annotated[str, _rule(OBJECTIVE)] = "ppo"
+    objective: Annotated[str, built_in_or_own(OBJECTIVE)] = "ppo"
     """ppo: a clipped token has no gradient | cispo: its weight is clipped and every token keeps its gradient
     (MiniMax-M1, arXiv 2506.13585; only `eps_clip_high` counts) | package.module:Class of your own
     (trace_async.method.objective.rule)."""
@@ -192,7 +185,7 @@ class LossConfig:
     importance weights)."""
     tis_cap: Annotated[float, Field(ge=1)] = 2.0
     """Where correction=tis truncates its weights (alias tis_imp_ratio_cap)."""
-    aggregation: Annotated[str, _rule(AGGREGATION)] = "prompt"
+    aggregation: Annotated[str, built_in_or_own(AGGREGATION)] = "prompt"
     """What the loss is divided by (alias loss_agg_mode): constant (`divisor_tokens` a prompt; alone unbiased) | token |
     sequence | prompt (a weighted mean over tokens, rollouts, prompts; biased towards short successes and long
     failures) | package.module:Class of your own (trace_async.method.aggregation)."""

@@ -1,14 +1,15 @@
 """The processes of a run: the learner's ranks, the generators' engines and the Ray actors around them."""
 
+import re
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trace_async.config.section import require, section
+from trace_async.config.section import OWN, built_in_or_own, require, section
 from trace_async.config.task import Device, Dtype
 
-EngineBackend = Literal["torch", "sglang", "vllm", "fake"]
+ENGINES = ("torch", "sglang", "vllm", "fake")
 
 
 @section("learner")
@@ -72,9 +73,9 @@ class LearnerConfig:
 class EngineConfig:
     """The inference engine of each generator (alias rollout engine). `torch` is embedded; the others are servers."""
 
-    backend: EngineBackend = "torch"
+    backend: Annotated[str, built_in_or_own(ENGINES)] = "torch"
     """torch (embedded, needs nothing else) | sglang | vllm (`bash scripts/setup_engines.sh` installs them) | fake (for
-    tests)."""
+    tests) | package.module:Class of your own (docs/own/engine.md)."""
     device: Device = "auto"
     """Where the engine computes. auto: on a GPU where there is one (docs/clusters.md has the rule)."""
     dtype: Dtype = "float32"
@@ -108,6 +109,12 @@ class EngineConfig:
     """CPU threads of the engine."""
 
     def __post_init__(self) -> None:
+        require(
+            self.backend in ENGINES or re.fullmatch(OWN, self.backend) is not None,
+            "engine.backend",
+            self.backend,
+            f"expected one of {' | '.join(ENGINES)}, or package.module:Class for one of your own",
+        )
         require(
             self.backend != "torch" or self.tensor_parallel_size == 1,
             "engine.tensor_parallel_size",

@@ -14,7 +14,7 @@ JSON schema for editors and docs/settings.md are all made from these two, so tha
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
@@ -22,6 +22,10 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
+
+
+OWN = r"^[\w.]+:\w+$"
+"""How a class of one's own is named: package.module:Class."""
 
 
 class ConfigError(ValueError):
@@ -89,6 +93,12 @@ def section(name: str) -> Callable[[type[T]], type[T]]:
         return made
 
     return decorate
+
+
+def built_in_or_own(built_in: Iterable[str]) -> Any:
+    """Return what editors are told of a setting that names one of those built in, or a class of one's own."""
+    own: dict[str, Any] = {"type": "string", "pattern": OWN, "examples": ["package.module:Class"]}
+    return Field(json_schema_extra={"anyOf": [{"type": "string", "enum": [*built_in]}, own]})
 
 
 def require(condition: bool, setting: str, found: object, rule: str) -> None:

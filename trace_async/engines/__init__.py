@@ -23,19 +23,23 @@ def make_engine(
 ) -> Engine:
     """Make the engine of `config.backend`. It is not started yet.
 
-    `max_context_tokens` limits prompt and answer together. `seed` is for requests that bring none. A server writes its
-    log into `log_dir`. Raises ConfigError for an unknown backend or a `policy_path` that is no model directory, and
+    `max_context_tokens` limits prompt and answer together. `seed` is of its sampling. A server writes its log into
+    `log_dir`. Raises ConfigError for a backend that there is not or a `policy_path` that is no model directory, and
     EngineError when the backend cannot be imported.
     """
-    if config.backend not in BACKENDS:
-        raise ConfigError(f"engine.backend={config.backend}: must be one of {', '.join(BACKENDS)}")
     if not config.url and not (policy_path / "config.json").is_file():
         raise ConfigError(f"policy.path={policy_path}: no Hugging Face model directory (it has no config.json)")
-    module_name, class_name = BACKENDS[config.backend].split(":")
+    module_name, _, class_name = BACKENDS.get(config.backend, config.backend).partition(":")
     try:
-        engine_class = getattr(importlib.import_module(module_name), class_name)
-    except ImportError as error:
-        raise EngineError(f"engine.backend={config.backend} cannot be imported: {error}") from error
+        module = importlib.import_module(module_name)
+    # It may be somebody else's module: whatever it raises while it is imported is for its author to read.
+    except Exception as error:
+        raise EngineError(
+            f"engine.backend={config.backend} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, class_name):
+        raise ConfigError(f"engine.backend={config.backend}: module {module_name} has no {class_name}")
+    engine_class = getattr(module, class_name)
     engine: Engine = engine_class(
         config, policy_path=policy_path, max_context_tokens=max_context_tokens, seed=seed, log_dir=log_dir
     )
