@@ -10,6 +10,6 @@ def local_ray() -> Iterator[None]:
     """Actors load this project from the working directory."""
     import ray
 
-    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

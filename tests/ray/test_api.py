@@ -72,7 +72,7 @@ def test_a_sweep_by_ray_tune_runs_two_trials_at_a_time(tmp_path: Path, tiny_poli
     from scripts.api.tune import trainable_of
 
     config = small(tmp_path, tiny_policy_path).training(num_updates=2)
-    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         results = tune.Tuner(
             trainable_of(config),

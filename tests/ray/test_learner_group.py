@@ -204,4 +204,4 @@ async def test_zero_3_loads_no_whole_policy_on_any_rank(tiny_policy_path):
         assert_close(tensors, wanted, 0.0)
     first, second = (peak for peak, _ in ranks)
     assert 0.5 <= second < 0.8  # half of it, and one module at a time
-    assert first - second <= 1.01  # rank 0 has the checkpoint's file mapped besides
+    assert 0.5 <= first - 1 < 0.8  # rank 0 has the checkpoint's file mapped besides
