@@ -17,8 +17,8 @@ outcome. `before` leads to what the policy saw. The two differ only at nodes of 
 and which say where the conversation goes on from.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -163,6 +163,13 @@ class RolloutTree:
                 raise ValueError(f"rollout {r}: its last node {rollout.leaf} has children")
             if rollout.round < 0:
                 raise ValueError(f"rollout {r}: round {rollout.round} must be ≥ 0")
+
+    def __reduce__(self) -> tuple[Callable[..., "RolloutTree"], tuple[object, ...]]:
+        """Pickle the nodes as arrays, and none of the cached properties."""
+        from trace_async.trees.packed import pack_nodes, unpack_tree
+
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("nodes", "rollouts")}
+        return unpack_tree, (pack_nodes(self.nodes), self.rollouts, others)
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
