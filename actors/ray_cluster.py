@@ -3,6 +3,7 @@
 This is a local Ray, or the cluster at `actors.ray_address`.
 """
 
+import asyncio
 import logging
 import math
 import os
@@ -10,11 +11,14 @@ import tempfile
 from collections.abc import Mapping
 
 import ray
+from ray.actor import ActorHandle
 
+from actors.calls import ask_all
 from trace_async.config import Config, ConfigError
 from trace_async.run.placement import place
 
 MAX_SOCKET_PATH = 107
+NODE_LIMIT_S = 10.0
 
 # Resource → (the settings that ask for it → how much they ask for).
 Asked = Mapping[str, Mapping[str, float]]
@@ -83,6 +87,27 @@ def _require_short_paths() -> None:
             f"Ray would make its sockets under {folder}, and their paths would be longer than {MAX_SOCKET_PATH} bytes: "
             "set the environment variable RAY_TMPDIR to a short path, such as /tmp"
         )
+
+
+async def on_draining_nodes(actors: Mapping[str, ActorHandle]) -> set[str]:
+    """Return the names of those on nodes that Ray is about to take away (autoscaler, spot notice, `ray drain-node`).
+
+    They still work, until the node's deadline; nothing new is placed there. One that does not answer is not named.
+    """
+    if not ray.is_initialized():
+        return set()
+    # Ray has no public call for it; its own libraries use this one.
+    draining = await asyncio.to_thread(ray._private.state.state.get_draining_nodes)
+    if not draining:
+        return set()
+    asked = [actor.__ray_call__.remote(_own_node) for actor in actors.values()]
+    nodes = await ask_all(asked, who=list(actors), limit_s=NODE_LIMIT_S)
+    return {name for name, node in zip(actors, nodes, strict=True) if isinstance(node, str) and node in draining}
+
+
+def _own_node(actor: object) -> str:
+    """Run in an actor: the id of its node."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def require_room(asked: Asked, there: Mapping[str, float], place: str) -> None:

@@ -1,7 +1,7 @@
 """Keep the generators of a run alive: start them, replace those that break, and scale their number.
 
         start ─► ready ─(died, hung, failed a weight update)─► gone ─► restarted ─► weights synced ─► ready
-                   └────(one too many)─► draining ─(its last request answered)─► closed
+                   └────(one too many, its node is drained)─► draining ─(its last request answered)─► closed
 
 A generator can be lent to an evaluation. It then keeps the weights that it has, gets no request of training, and takes
 the current weights when it is given back.
@@ -28,6 +28,7 @@ from actors.calls import CallError, CallTimeoutError, ask, ask_all
 from actors.generators.generator import GeneratorStats, remote_generator
 from actors.generators.router import Generators
 from actors.learner import DeltaRef
+from actors.ray_cluster import on_draining_nodes
 from trace_async.config import Config
 from trace_async.engine import EngineError, EngineTimeoutError
 
@@ -50,6 +51,7 @@ class GeneratorPool:
         self.announce = announce
         self.ready: dict[str, ActorHandle] = {}
         self.lent: dict[str, ActorHandle] = {}
+        self.doomed: set[str] = set()  # on nodes that are being drained: they leave once others have taken over
         self.target = config.actors.num_generators
         self.num_made = 0
         self.num_lost = 0
@@ -87,9 +89,10 @@ class GeneratorPool:
         self._refill()
 
     async def _shrink(self) -> None:
-        """Let the generators beyond `target` leave."""
+        """Let the generators beyond `target` leave, those on nodes that are being drained first."""
         stay = max(1, self.target - len(self.lent))
-        leaving = [(name, self.ready.pop(name)) for name in list(self.ready)[stay:]]
+        names = sorted(self.ready, key=lambda name: name in self.doomed)
+        leaving = [(name, self.ready.pop(name)) for name in names[stay:]]
         if leaving:
             await self._announce()
         for name, handle in leaving:
@@ -174,7 +177,7 @@ class GeneratorPool:
         return updated / max(1, len(handles))
 
     async def watch(self, every_s: float = WATCH_EVERY_S) -> None:
-        """Find generators that died or hang, and replace them, without end. `start` begins it."""
+        """Find generators that died, hang or are on a node that is being drained, and replace them, without end."""
         limit_s = self.config.engine.request_timeout_s
         while True:
             await asyncio.sleep(every_s)
@@ -187,6 +190,7 @@ class GeneratorPool:
                     await self._lose(name)
                 elif isinstance(answer, BaseException):
                     raise answer
+            self.doomed = await on_draining_nodes(self.ready | self.lent)
             await self._shrink()
             self._refill()
             # A router stops using a generator on which a request failed, until it is announced again. This one answers.
@@ -268,7 +272,8 @@ class GeneratorPool:
 
     def _refill(self) -> None:
         """Begin to start as many generators as are missing, counting those that are starting already."""
-        for _ in range(self.target - len(self.ready) - len(self.lent) - len(self.starting)):
+        there = (self.ready.keys() | self.lent.keys()) - self.doomed
+        for _ in range(self.target - len(there) - len(self.starting)):
             task = asyncio.create_task(self._replace())
             self.starting.add(task)
             task.add_done_callback(self.starting.discard)

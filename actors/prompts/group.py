@@ -6,6 +6,7 @@ A prompt whose actor died or hangs is grown again on the actor that takes its pl
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from actors.generators.router import Generators, RouterStats, loads_of_others
 from actors.predictors.group import Answering
 from actors.predictors.handle import Predictor
 from actors.prompts.prompt import HeldOut, remote_prompt_actor
+from actors.ray_cluster import on_draining_nodes
 from trace_async.config import Config
 from trace_async.run.state import PendingPrompt
 from trace_async.trees.tree import RolloutTree
@@ -45,13 +47,16 @@ class PromptGroup:
     """As the pool announced them last."""
     learnt: ray.ObjectRef | None = None
     """The heads that the predictor learnt last, with predictor.trunk=policy."""
-    loads: list[Mapping[str, int]] = field(default_factory=list)
-    """For every slot, the rollouts that its actor had on each generator when it answered last."""
+    loads: dict[ActorHandle, Mapping[str, int]] = field(default_factory=dict)
+    """For every actor that has answered, the rollouts that it had on each generator then."""
+    leaving: list[ActorHandle] = field(default_factory=list)
+    """On nodes that are being drained: others have their slots, and they finish the prompts that they have."""
+    under_way: Counter[ActorHandle] = field(default_factory=Counter)
+    """Calls that an actor has not answered."""
 
     def start(self) -> None:
         """Start `actors.num_prompt_actors` actors. Returns at once."""
         self.actors = [self._make() for _ in range(self.config.actors.num_prompt_actors)]
-        self.loads = [{} for _ in self.actors]
 
     def _make(self) -> ActorHandle:
         return remote_prompt_actor(self.config, str(self.policy_path), self.predictor)
@@ -63,19 +68,19 @@ class PromptGroup:
         announces again every few seconds.
         """
         self.generators = generators
-        others = loads_of_others(self.loads)
-        replies = [actor.announce.remote(generators, load) for actor, load in zip(self.actors, others, strict=True)]
-        for slot, answer in enumerate(await self._told("which generators are ready", replies)):
-            if isinstance(answer, dict):
-                self.loads[slot] = answer
+        actors, others = self._all(), self._loads_of_others()
+        replies = [actor.announce.remote(generators, load) for actor, load in zip(actors, others, strict=True)]
+        for actor, answer in zip(actors, await self._told("which generators are ready", replies), strict=True):
+            if isinstance(answer, dict) and actor in self._all():  # it may have been replaced meanwhile
+                self.loads[actor] = answer
 
     async def take_learnt(self, learnt: ray.ObjectRef) -> None:
         """Hand every actor what the predictor has learnt. One that is dead or hangs only causes a warning here."""
         self.learnt = learnt
-        await self._told("what the predictor has learnt", [actor.take_learnt.remote(learnt) for actor in self.actors])
+        await self._told("what the predictor has learnt", [actor.take_learnt.remote(learnt) for actor in self._all()])
 
     async def _told(self, what: str, replies: Sequence[Awaitable[Any]]) -> list[Any]:
-        """The actors' answers by slot, a CallError for each that gave none."""
+        """The actors' answers, a CallError for each that gave none; those with a slot first, then those that leave."""
         answers = await ask_all(replies, who=self._names(), limit_s=ANNOUNCE_LIMIT_S)
         for answer in answers:
             if isinstance(answer, CallError):
@@ -117,7 +122,7 @@ class PromptGroup:
 
     async def router_stats(self) -> RouterStats:
         """Return the totals of all actors that are alive, each since its own start."""
-        replies = [actor.router_stats.remote() for actor in self.actors]
+        replies = [actor.router_stats.remote() for actor in self._all()]
         answers = await ask_all(replies, who=self._names(), limit_s=ANNOUNCE_LIMIT_S)
         alive = [answer for answer in answers if isinstance(answer, RouterStats)]
         return RouterStats(sum(a.num_moved for a in alive), sum(a.num_retried for a in alive))
@@ -125,17 +130,30 @@ class PromptGroup:
     async def watch(self, every_s: float = WATCH_EVERY_S) -> None:
         """Replace every actor that does not answer for as long as a whole tree may take, without end.
 
-        What it was growing is grown anew, because its death ends the calls that wait for it.
+        What it was growing is grown anew, because its death ends the calls that wait for it. One whose node is being
+        drained only gets no new prompt.
         """
         while True:
             await asyncio.sleep(every_s)
             limit_s = self.config.actors.tree_timeout_s
-            actors = list(self.actors)
+            actors = self._all()
             answers = await ask_all([a.router_stats.remote() for a in actors], who=self._names(), limit_s=limit_s)
             for slot, (actor, answer) in enumerate(zip(actors, answers, strict=True)):
                 if isinstance(answer, CallTimeoutError):
                     log.error("%s: something in it blocks its loop; it is replaced", answer)
                     await self._replace(slot, actor)
+            await self._leave_draining_nodes()
+
+    async def _leave_draining_nodes(self) -> None:
+        slots = {str(slot): actor for slot, actor in enumerate(self.actors)}
+        for slot in sorted(await on_draining_nodes(slots)):
+            old = slots[slot]
+            if self.actors[int(slot)] is not old:
+                continue  # it died meanwhile and was replaced
+            log.warning("PromptActor %s is on a node that is being drained: another one takes its place", slot)
+            self.leaving.append(old)
+            await self._put_new(int(slot))
+            self._let_go(old)
 
     async def _on_all(self, method: str, tasks: Sequence[Task], *arguments: object) -> list[Any]:
         """Call `method` on every actor with its share of the tasks. Returns the answers in the order of the slots."""
@@ -154,6 +172,7 @@ class PromptGroup:
         retries_left = self.config.actors.max_rollout_retries
         while True:
             actor = self.actors[slot]
+            self.under_way[actor] += 1
             try:
                 return await call(actor, f"PromptActor {slot}")
             except ActorLostError as error:
@@ -162,27 +181,57 @@ class PromptGroup:
                 if not retries_left:
                     raise
                 retries_left -= 1
+            finally:
+                self.under_way[actor] -= 1
+                self._let_go(actor)
 
     async def _replace(self, slot: int, dead: ActorHandle) -> None:
         """Put a new actor into the slot, unless somebody else has done so already."""
         # Every call that waited for the dead actor comes here, and only the first one replaces it.
-        if self.actors[slot] is dead:
+        if dead in self.leaving:
+            self._end_leaving(dead)
+        elif slot < len(self.actors) and self.actors[slot] is dead:
             ray.kill(dead)  # an actor that could not be reached may still be alive
-            self.actors[slot] = self._make()
-            # The new one may be on a node that is dying too. Then the next call to it replaces it again.
-            with contextlib.suppress(CallError):
-                others = loads_of_others([*self.loads[:slot], {}, *self.loads[slot + 1 :]])[slot]
-                reply = self.actors[slot].announce.remote(self.generators, others)
-                self.loads[slot] = await ask(reply, who=f"PromptActor {slot}", limit_s=60)
-                if self.learnt is not None:
-                    await ask(self.actors[slot].take_learnt.remote(self.learnt), who=f"PromptActor {slot}", limit_s=60)
+            await self._put_new(slot)
+
+    async def _put_new(self, slot: int) -> None:
+        self.loads.pop(self.actors[slot], None)
+        new = self.actors[slot] = self._make()
+        # The new one may be on a node that is dying too. Then the next call to it replaces it again.
+        with contextlib.suppress(CallError):
+            reply = new.announce.remote(self.generators, self._loads_of_others()[slot])
+            self.loads[new] = await ask(reply, who=f"PromptActor {slot}", limit_s=60)
+            if self.learnt is not None:
+                await ask(new.take_learnt.remote(self.learnt), who=f"PromptActor {slot}", limit_s=60)
+
+    def _let_go(self, actor: ActorHandle) -> None:
+        """End an actor that is leaving once it has answered everything."""
+        if not self.under_way[actor]:
+            del self.under_way[actor]
+            if actor in self.leaving:
+                self._end_leaving(actor)
+
+    def _end_leaving(self, actor: ActorHandle) -> None:
+        self.leaving.remove(actor)
+        self.loads.pop(actor, None)
+        ray.kill(actor)
+
+    def _all(self) -> list[ActorHandle]:
+        """In the order of the slots, then those that leave."""
+        return [*self.actors, *self.leaving]
+
+    def _loads_of_others(self) -> list[dict[str, int]]:
+        """For every actor, in the order of `_all`, what all the others have on each generator."""
+        return loads_of_others([self.loads.get(actor, {}) for actor in self._all()])
 
     def _names(self) -> list[str]:
-        return [f"PromptActor {slot}" for slot in range(len(self.actors))]
+        return [f"PromptActor {slot}" for slot in range(len(self.actors))] + ["a PromptActor that leaves"] * len(
+            self.leaving
+        )
 
     def close(self) -> None:
         """Kill all actors. They hold nothing that must be given back."""
-        for actor in self.actors:
+        for actor in self._all():
             ray.kill(actor)
 
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -19,9 +21,14 @@ from ray.util import placement_group_table
 
 from actors.learner import LearnerGroup
 from actors.ray_cluster import asked_of_ray, require_room
-from tests.ray.test_end_to_end import command
+from tests.ray.test_end_to_end import SMALL, command
+from tests.support.paths import ROOT
 from tests.unit.learner.test_learner import configure
 from trace_async.config import ConfigError, load_config
+from trace_async.run.checkpoint import latest_checkpoint
+from trace_async.run.state import load_trainer
+from trace_async.tracking.log import read_metrics
+from trace_async.types import Point
 
 
 @contextmanager
@@ -129,3 +136,55 @@ def test_a_run_on_a_cluster_survives_the_loss_of_a_node(tmp_path):
         _, errors = too_much.communicate()
         assert too_much.returncode == 2
         assert f"the Ray cluster at {cluster.address} has 5 CPUs, and 17 are asked for: 2 by actors.num_gen" in errors
+
+
+def node_with(cluster: Cluster, actor: str) -> Any:
+    return next((node for node in list(cluster.worker_nodes) if hosts(node, actor)), None)
+
+
+@pytest.mark.timeout(600)
+def test_a_node_that_is_drained_under_load_is_left_and_no_rollout_is_lost(tiny_policy_path: Path, tmp_path: Path):
+    """The generator's node is drained, as before a spot machine is taken away, and then goes."""
+    settings = [*SMALL, "actors.generator_cpus=1", "actors.num_prompt_actors=2", "num_updates=500", "eval.num_tasks=8"]
+    settings += [f"policy.path={tiny_policy_path}", f"output_dir={tmp_path}", "name=drained"]
+    run_dir = tmp_path / "drained"
+    with cluster_of(2, 1) as cluster, (tmp_path / "terminal").open("w") as terminal:
+        run = subprocess.Popen(
+            command("train", f"actors.ray_address={cluster.address}", *settings),
+            cwd=ROOT,
+            stdout=terminal,
+            stderr=subprocess.STDOUT,
+        )
+
+        def until(happened: Callable[[], object]) -> None:
+            while not happened():
+                assert run.poll() is None, (tmp_path / "terminal").read_text()
+                time.sleep(0.5)
+
+        def updates() -> list[Point]:
+            return [point for point in read_metrics(run_dir) if "time/step_s" in point.metrics]
+
+        until(lambda: len(updates()) >= 3)
+        victim = node_with(cluster, "ray::GeneratorActor")
+        assert victim is not None, "with two CPUs taken by learner and predictor, the generator has the other node"
+        cluster.add_node(num_cpus=1)
+        drain = [f"--address={cluster.address}", f"--node-id={victim.node_id}", "--reason-message=spot notice"]
+        drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds=3600"]
+        ray_command = str(Path(sys.executable).with_name("ray"))
+        drained = subprocess.run([ray_command, "drain-node", *drain], capture_output=True, text=True, check=False)
+        assert drained.returncode == 0, drained.stderr
+        until(lambda: not hosts(victim, "ray::GeneratorActor") and not hosts(victim, "ray::PromptActor"))
+        assert node_with(cluster, "ray::GeneratorActor") not in (None, victim)
+        cluster.remove_node(victim, allow_graceful=True)
+        seen = len(updates())
+        until(lambda: len(updates()) >= seen + 3)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=200) == 130, (tmp_path / "terminal").read_text()
+    last = updates()[-1].metrics
+    assert last["generators/lost"] == 0
+    assert last["budget/failed_rollouts"] == 0
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    assert checkpoint is not None
+    saved = load_trainer(checkpoint)
+    assert saved.state.ledger.failed == {}
+    saved.check_ledger()
