@@ -111,6 +111,9 @@ class MlflowTracker:
     def finish(self, status: RunStatus) -> None:
         self._queue.put(status)
         self._thread.join(FINISH_LIMIT_S)
+        if self._thread.is_alive():  # it hangs in a request: what still waits in the queue is lacking, too
+            self._collect(0.0)
+            self._queue.put(status)
         left = sum(len(point.metrics) for point in self._points), len(self._extras)
         if self._thread.is_alive() or any(left):
             self._log(

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -243,6 +244,28 @@ def test_a_broken_server_warns_once_and_training_goes_on(broken_server: str, tmp
     assert len(said) == 2
     assert "training goes on" in said[0]
     assert "lacks 6 points and 0 artifacts" in said[1]
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """A tracking server that takes every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_server_that_never_answers_holds_nothing_up(
+    silent_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trace_async.tracking.mlflow_tracker.FINISH_LIMIT_S", 0.5)
+    said: list[str] = []
+    config = Config(output_dir=str(tmp_path), tracking=TrackingConfig(uri=silent_server, system_metrics=False))
+    tracker = RunLog.start(config, tmp_path / "run", log=said.append)
+    for step in range(100):
+        tracker.log({"a": 1.0, "b": 2.0}, step)
+    assert len(read_metrics(tmp_path / "run")) == 100
+    tracker.finish()
+    assert said[-1].startswith(f"MLflow at {silent_server} lacks 200 points and 0 artifacts of this run")
+    assert f"all points are in {tmp_path / 'run' / METRICS_FILE}" in said[-1]
 
 
 def test_what_a_store_missed_is_added_when_the_run_goes_on(store: Path, tmp_path: Path) -> None:
