@@ -303,6 +303,8 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
     for name in ("mlflow", "alembic"):  # in case somebody has imported them before
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It prints a whole traceback for what the mirror tells in a line, such as a disk without room for its database.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def ui_command(config: Config) -> str:
