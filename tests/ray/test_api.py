@@ -64,24 +64,20 @@ def test_what_is_wrong_is_said_before_anything_starts(tmp_path: Path, tiny_polic
         small(tmp_path, tiny_policy_path).environment("no_such").build()
 
 
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.timeout(300)
 def test_a_sweep_by_ray_tune_runs_two_trials_at_a_time(tmp_path: Path, tiny_policy_path: Path):
-    import ray
     from ray import tune
 
     from scripts.api.tune import trainable_of
 
     config = small(tmp_path, tiny_policy_path).training(num_updates=2)
-    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        results = tune.Tuner(
-            trainable_of(config),
-            param_space={"learner.learning_rate": tune.grid_search([1e-4, 1e-3])},
-            tune_config=tune.TuneConfig(max_concurrent_trials=2),
-            run_config=tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0),
-        ).fit()
-    finally:
-        ray.shutdown()
+    results = tune.Tuner(
+        trainable_of(config),
+        param_space={"learner.learning_rate": tune.grid_search([1e-4, 1e-3])},
+        tune_config=tune.TuneConfig(max_concurrent_trials=2),
+        run_config=tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0),
+    ).fit()
     assert not results.errors
     assert sorted(result.config["learner.learning_rate"] for result in results) == [1e-4, 1e-3]
     assert all(result.metrics["training_iteration"] == 2 for result in results)
