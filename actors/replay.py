@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from actors.learner import LearnerGroup
 from actors.predictors.handle import Predictor
 from trace_async.config import Config
@@ -37,7 +39,9 @@ class ReplayedLearner(Trained, Protocol):
 class ReplayedPredictor(Trained, Protocol):
     """See `Predictor`."""
 
-    async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]: ...
+    async def train(
+        self, trees: Sequence[RolloutTree], policy_version: int, taught: Mapping[str, np.ndarray] | None
+    ) -> dict[str, float]: ...
 
     async def checksum(self) -> str: ...
 
@@ -51,8 +55,8 @@ class Replayed:
     trees: Sequence[RolloutTree]
     weights: str
     """Checksum of the policy's weights now; empty where no weight changed."""
-    predictor: str | None
-    """Checksum of the predictor's weights now; None where it was not made again."""
+    predictor: str
+    """Checksum of the predictor's weights now."""
     figures: Mapping[str, float]
     """`learner/…` and `predictor/…`, as in the run."""
 
@@ -61,34 +65,32 @@ class Replayed:
         """What came out otherwise than in the run: `policy`, `predictor`. Of an update that did not end, nothing."""
         if not self.record.ended:
             return []
-        same = {"policy": self.weights == self.record.weights}
-        if self.predictor is not None:
-            same["predictor"] = self.predictor == self.record.predictor
+        same = {"policy": self.weights == self.record.weights, "predictor": self.predictor == self.record.predictor}
         return [name for name, is_same in same.items() if not is_same]
 
 
 async def replay(
-    plan: Plan, schedule: Schedule, learner: ReplayedLearner, predictor: ReplayedPredictor | None
+    plan: Plan, schedule: Schedule, learner: ReplayedLearner, predictor: ReplayedPredictor
 ) -> AsyncGenerator[Replayed]:
     """The updates of `plan`, one after another; both models are fresh, as at the beginning of the run."""
     if plan.checkpoint is not None:
         await learner.load(plan.checkpoint / "learner")
-        if predictor is not None:
-            await predictor.load(plan.checkpoint / "predictor")
+        await predictor.load(plan.checkpoint / "predictor")
     for number in plan.updates:
         record = schedule.read(number)
         trees = await asyncio.to_thread(schedule.read_trees, number)
+        taught = await asyncio.to_thread(schedule.read_taught, number)
         version = record.policy_version
         # At the same time, as in the run.
         learning = asyncio.create_task(learner.update(trees, version))
-        figures = await predictor.train(trees, version) if predictor is not None else {}
+        figures = await predictor.train(trees, version, taught)
         figures = {**await learning, **figures}
         changed = bool(figures["learner/updated"])
         yield Replayed(
             record=record,
             trees=trees,
             weights=await learner.checksum(await learner.weights(version + 1)) if changed else "",
-            predictor=await predictor.checksum() if predictor is not None else None,
+            predictor=await predictor.checksum(),
             figures=figures,
         )
 
@@ -96,18 +98,15 @@ async def replay(
 async def replay_run(config: Config, run_dir: Path, policy_path: Path, plan: Plan) -> AsyncGenerator[Replayed]:
     """`replay` with the run's own kind of processes; needs Ray to be started.
 
-    A predictor that reads the policy's states (`predictor.trunk=policy`) is left out: what it learns from are states
-    that the engines have computed, which no tree holds.
+    A predictor that reads the policy's states (`predictor.trunk=policy`) needs no weights of the policy here: what it
+    learns from are states that engines and its own trunk have read in the run, and the schedule holds them.
     """
     learner = LearnerGroup(config, policy_path)
-    predictor = None
-    if config.predictor.trunk == "own":
-        predictor = Predictor.start(config, policy_path, run_dir / "checkpoints")
+    predictor = Predictor.start(config, policy_path, run_dir / "checkpoints")
     try:
-        await asyncio.gather(learner.start(), *([predictor.ready()] if predictor is not None else []))
+        await asyncio.gather(learner.start(), predictor.ready())
         async for made in replay(plan, Schedule(run_dir), learner, predictor):
             yield made
     finally:
         await learner.close()
-        if predictor is not None:
-            predictor.close()
+        predictor.close()

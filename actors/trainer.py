@@ -310,8 +310,8 @@ class Trainer:
     async def _end_record(self, record: UpdateRecord, weights: Sequence[ray.ObjectRef] | None) -> None:
         if self.schedule.records:
             checksum = await self.parts.learner.checksum(weights) if weights is not None else ""
-            predictor = await self.parts.predictor.checksum()
-            await asyncio.to_thread(self.schedule.end, record, weights=checksum, predictor=predictor)
+            predictor, taught = await asyncio.gather(self.parts.predictor.checksum(), self.parts.predictor.taught())
+            await asyncio.to_thread(self.schedule.end, record, weights=checksum, predictor=predictor, taught=taught)
 
     async def _sync(self, weights: Sequence[ray.ObjectRef], version: int, delta: DeltaRef | None = None) -> None:
         """Generators and the predictor that reads the policy's states: nothing goes on with older weights."""

@@ -12,7 +12,7 @@ only steer where budget goes, so the few updates that the new one has not seen c
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,11 @@ class PredictorGroup:
     async def checksum(self) -> str:
         """Of what the learning one has learnt."""
         found: str = await self._ask(self.actor, self.actor.checksum.remote())
+        return found
+
+    async def taught(self) -> Mapping[str, np.ndarray] | None:
+        """See `PredictorActor.taught`."""
+        found: Mapping[str, np.ndarray] | None = await self._ask(self.actor, self.actor.taught.remote())
         return found
 
     async def save(self, folder: Path) -> None:

@@ -5,7 +5,7 @@ are made again: whoever asked waits a little longer. Values only steer where bud
 new one has not seen cost precision, not correctness.
 """
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,15 @@ class Predictor:
         """Beta posteriors of candidate prompts; see `ValuePredictor.estimate`."""
         return await self._ask(self.actor.estimate.remote(list(task_ids), list(queries)))
 
-    async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
-        return await self._ask(self.actor.train.remote(list(trees), policy_version))
+    async def train(
+        self, trees: Sequence[RolloutTree], policy_version: int, taught: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, float]:
+        """See `PredictorActor.train`."""
+        return await self._ask(self.actor.train.remote(list(trees), policy_version, taught))
+
+    async def taught(self) -> Mapping[str, np.ndarray] | None:
+        """See `PredictorActor.taught`."""
+        return await self._ask(self.actor.taught.remote())
 
     async def receive_weights(self, weights: Sequence[ray.ObjectRef]) -> int:
         """The version with which it reads from now on; see `PredictorActor.receive_weights`."""

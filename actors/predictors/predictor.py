@@ -1,7 +1,7 @@
 """PredictorActor: the value model behind Ray. Questions that wait together are answered by one forward."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from trace_async.config import Config
 from trace_async.method.posterior import Estimates
 from trace_async.policy.device import resolve_device
-from trace_async.predictor.policy_trunk import PolicyTrunkPredictor
+from trace_async.predictor.policy_trunk import PolicyTrunkPredictor, Rows
 from trace_async.predictor.predictor import ValuePredictor
 from trace_async.run.checkpoint import CheckpointStore
 from trace_async.trees.tree import RolloutTree
@@ -106,17 +106,28 @@ class PredictorActor:
     async def take_learnt(self, update: WeightUpdate) -> None:
         self.predictor.take_learnt(update)
 
-    async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+    async def train(
+        self, trees: Sequence[RolloutTree], policy_version: int, taught: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, float]:
         """Learn from the trees of one update. `predictor/…`: how good the values were before, the loss, and `busy_s`,
-        seconds of all its work since the last call."""
-        await self.current.wait()
+        seconds of all its work since the last call. `taught`: see there; the trees are then learnt again."""
+        if taught is None:
+            await self.current.wait()
         async with self.training:
-            metrics = self.predictor.observe(trees, policy_version)
+            if isinstance(self.predictor, PolicyTrunkPredictor):
+                rows = None if taught is None else Rows(**taught)
+                metrics = self.predictor.observe(trees, policy_version, rows)
+            else:
+                metrics = self.predictor.observe(trees, policy_version)
             for step in self.predictor.steps(trees):
                 await asyncio.sleep(0)
                 metrics["loss"] = step()
             metrics["busy_s"], self.predictor.busy_s = self.predictor.busy_s, 0.0
             return {f"predictor/{name}": value for name, value in metrics.items()}
+
+    async def taught(self) -> dict[str, np.ndarray] | None:
+        """With trunk=policy: what the last trees taught, states included (`Rows`). None: the trees alone say it."""
+        return self.predictor.taught.arrays() if isinstance(self.predictor, PolicyTrunkPredictor) else None
 
     async def receive_weights(self, *parts: WeightBucket | WeightManifest) -> int:
         """With trunk=policy: read with the policy's new weights from now on. `parts` as the learner sends them to the

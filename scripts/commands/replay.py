@@ -61,7 +61,7 @@ async def _replay(config: Config, run_dir: Path, policy_path: Path, plan: Plan) 
                 said += f"otherwise than in the run: {' and '.join(made.otherwise)}"
                 first_apart = first_apart or made.record.update
             else:
-                said += "as in the run" + ("" if made.predictor is not None else " (the predictor was left out)")
+                said += "as in the run"
             print(said, flush=True)
     assert made is not None, "a plan has at least one update"
     recorded = next((p.metrics for p in read_metrics(run_dir) if p.step == made.record.update), {})

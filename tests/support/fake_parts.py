@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,9 +89,19 @@ class FakePredictor:
         self.num_estimated += len(task_ids)
         return Estimates(np.ones(len(task_ids)), np.ones(len(task_ids)))
 
-    async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+    async def train(
+        self, trees: Sequence[RolloutTree], policy_version: int, taught: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, float]:
         self.learnt = digest(self.learnt, trees)
         return {}
+
+    async def taught(self) -> None:
+        return None
+
+    async def receive_weights(self, weights: Sequence[object]) -> int:
+        (version,) = weights
+        assert isinstance(version, int)
+        return version
 
     async def checksum(self) -> str:
         return self.learnt

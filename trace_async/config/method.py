@@ -82,13 +82,13 @@ class BudgetConfig:
 class PredictorConfig:
     """The value model that estimates V(H). It steers the allocation and never enters the policy's gradient.
 
-    With trunk=own it learns, after every update, on whole finished trees and then in cheap steps on prompts alone. With
-    trunk=policy only a small head learns, and `learning_rate` to `replay_trees` say nothing.
+    With trunk=policy only a small head learns, and `learning_rate` to `replay_trees` say nothing. With trunk=own it
+    learns, after every update, on whole finished trees and then in cheap steps on prompts alone.
     """
 
-    trunk: Literal["own", "policy"] = "own"
-    """own (the paper's: a model of its own) | policy (the policy's first layers, at the weights that are served, under
-    a small head that is refitted at every update)."""
+    trunk: Literal["own", "policy"] = "policy"
+    """policy (the policy's own hidden states, at the weights that are served, under a small head that is refitted at
+    every update) | own (the paper's: a model of its own)."""
     path: str = ""
     """A Hugging Face directory to start from (trunk=own). Empty: the first layers of the start policy itself."""
     num_layers: Annotated[int, Field(ge=0)] = 2
@@ -185,7 +185,7 @@ class LossConfig:
     importance weights)."""
     tis_cap: Annotated[float, Field(ge=1)] = 2.0
     """Where correction=tis truncates its weights (alias tis_imp_ratio_cap)."""
-    aggregation: Annotated[str, built_in_or_own(AGGREGATION)] = "prompt"
+    aggregation: Annotated[str, built_in_or_own(AGGREGATION)] = "constant"
     """What the loss is divided by (alias loss_agg_mode): constant (`divisor_tokens` a prompt; alone unbiased) | token |
     sequence | prompt (a weighted mean over tokens, rollouts, prompts; biased towards short successes and long
     failures) | package.module:Class of your own (trace_async.method.aggregation)."""

@@ -66,6 +66,10 @@ class Rows:
         pairs = ((getattr(self, name), getattr(more, name)) for name in _ROW_FIELDS)
         return Rows(*(np.concatenate(pair) for pair in pairs))
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its fields by name; `Rows(**arrays)` makes it again."""
+        return {name: getattr(self, name) for name in _ROW_FIELDS}
+
     def where(self, chosen: np.ndarray) -> "Rows":
         """The rows for which `chosen` [rows] is true."""
         return Rows(*(getattr(self, name)[chosen] for name in _ROW_FIELDS))
@@ -85,6 +89,8 @@ class PolicyTrunkPredictor:
         )
         self.heads = Heads.untrained(self.trunk.width)
         self.rows = Rows.none(len(self.heads.prefix.weights))
+        self.taught = self.rows
+        """What the last update's trees added to `rows`."""
         self.asked: dict[bytes, tuple[int, np.ndarray]] = {}
         self.estimator = SuccessEstimator(
             config.prior_strength, fit=config.fit_prior_strength, half_life=config.count_half_life
@@ -138,30 +144,35 @@ class PolicyTrunkPredictor:
 
     # ── learning ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def observe(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+    def observe(
+        self, trees: Sequence[RolloutTree], policy_version: int, taught: Rows | None = None
+    ) -> dict[str, float]:
         """Take in the finished trees of one update; returns how well the values did that were there before.
 
-        Prompts are judged by what the head says of them now, turns by what Stage 2 was told (`Node.value`).
+        Prompts are judged by what the head says of them now, turns by what Stage 2 was told (`Node.value`). `taught`:
+        what these trees taught when they were learnt before; nothing is read then.
         """
         started = time.monotonic()
         self.num_skipped += len([tree for tree in trees if tree.rollouts]) - len(learnable(trees))
         trees = learnable(trees)
         self.version = policy_version
-        nodes = [_taught_nodes(tree, prefixes=self._learns) for tree in trees]
-        metrics = self._keep_states(trees, nodes, policy_version)
-        num_read = self._read_unasked(trees, nodes)
+        metrics: dict[str, float] = {}
+        if taught is None:
+            nodes = [_taught_nodes(tree, prefixes=self._learns) for tree in trees]
+            metrics = self._keep_states(trees, nodes, policy_version)
+            metrics["rows_read_again"] = float(self._read_unasked(trees, nodes))
+            taught = self._rows(trees, nodes) if trees else Rows.none(self.rows.states.shape[1])
+        self.taught = taught
         if trees:
-            new = self._rows(trees, nodes)
-            prompts = np.cumsum([0, *(len(own) for own in nodes[:-1])])  # of each tree's nodes the prompt comes first
-            values = self.heads.prompt.values(new.states[prompts])
+            values = self.heads.prompt.values(taught.states[taught.is_prompt])
             self.estimator.observe(trees, values, policy_version)
-            rows = self.rows.and_more(new)
+            rows = self.rows.and_more(taught)
             self.rows = rows.where(rows.versions > policy_version - self.config.window_versions)
             metrics |= root_outcomes(trees, [_judged(t, v) for t, v in zip(trees, values, strict=True)]).metrics()
         oldest = policy_version - self.config.window_versions
         self.asked = {key: kept for key, kept in self.asked.items() if kept[0] >= oldest}
         self.busy_s += time.monotonic() - started
-        return metrics | {"rows_read_again": float(num_read)} | self._totals()
+        return metrics | self._totals()
 
     def _totals(self) -> dict[str, float]:
         """What is reported beside the quality of the values."""
@@ -284,7 +295,7 @@ class PolicyTrunkPredictor:
         """Heads, window, counts, into `directory` (made); the trunk is the policy's, which the learner saves."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        arrays = self.heads.tensors() | {f"rows/{name}": getattr(self.rows, name) for name in _ROW_FIELDS}
+        arrays = self.heads.tensors() | {f"rows/{name}": array for name, array in self.rows.arrays().items()}
         save_file(
             {name: np.ascontiguousarray(array) for name, array in arrays.items()}, directory / "heads.safetensors"
         )

@@ -2,6 +2,7 @@
 
     RUN/schedule/
       000012.trees.jsonl   the trees of update 12 in the order in which the learner was given them, every one
+      000012.taught.safetensors    with predictor.trunk=policy: what they taught the predictor, which no tree holds
       000012.json          the version and seed of the update; which prompts arrived since the one before it, when and
                            in which order; checksums of the weights that came out
 
@@ -12,10 +13,14 @@ the oldest of them are kept: an older one could not be made again.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from trace_async.config import ConfigError
 from trace_async.run.checkpoint import CheckpointStore, check
@@ -81,9 +86,13 @@ class Schedule:
         except (OSError, ValueError) as error:  # of a tree that cannot be written
             self._tell(error)
 
-    def end(self, record: UpdateRecord, *, weights: str, predictor: str) -> None:
-        """Keep the checksums of what came out of it."""
+    def end(
+        self, record: UpdateRecord, *, weights: str, predictor: str, taught: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        """Keep the checksums of what came out of it, and what its trees `taught` that they do not hold."""
         try:
+            if taught is not None:
+                write_whole(self._taught(record.update), save(dict(taught)))
             self._write(replace(record, weights=weights, predictor=predictor))
         except OSError as error:
             self._tell(error)
@@ -94,6 +103,7 @@ class Schedule:
             if number <= before or (after is not None and number > after):
                 self._record(number).unlink(missing_ok=True)
                 self._trees(number).unlink(missing_ok=True)
+                self._taught(number).unlink(missing_ok=True)
 
     def updates(self) -> list[int]:
         """The updates that are kept, in order."""
@@ -118,11 +128,22 @@ class Schedule:
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
 
+    def read_taught(self, number: int) -> dict[str, np.ndarray] | None:
+        """What the update's trees taught the predictor. None: nothing that they do not hold. Raises ConfigError."""
+        path = self._taught(number)
+        try:
+            return load_file(path) if path.is_file() else None
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: not what an update taught the predictor ({error})") from error
+
     def _record(self, number: int) -> Path:
         return self.folder / f"{number:06d}.json"
 
     def _trees(self, number: int) -> Path:
         return self.folder / f"{number:06d}.trees.jsonl"
+
+    def _taught(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.taught.safetensors"
 
     def _write(self, record: UpdateRecord) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

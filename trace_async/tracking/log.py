@@ -51,11 +51,11 @@ def write_metrics(run_dir: str | Path, points: Iterable[Point]) -> None:
     write_whole(Path(run_dir) / METRICS_FILE, "".join(map(point_line, points)))
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a resumed process, sees the whole old file or the whole new one."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

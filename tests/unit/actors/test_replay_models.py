@@ -1,9 +1,10 @@
 """Real updates made again in one process: the weights of learner and predictor come out to the bit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 
@@ -51,7 +52,10 @@ class OnePredictor:
     def __init__(self, config: Config, policy_path: Path) -> None:
         self.predictor = ValuePredictor(config.predictor, policy_path, seed=config.seed)
 
-    async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
+    async def train(
+        self, trees: Sequence[RolloutTree], policy_version: int, taught: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, float]:
+        assert taught is None  # its own trunk learns from the trees alone
         return {f"predictor/{name}": value for name, value in self.predictor.train(trees, policy_version).items()}
 
     async def checksum(self) -> str:

@@ -13,7 +13,7 @@ from trace_async.config import PredictorConfig
 from trace_async.engine import WeightSyncError
 from trace_async.predictor.features import history_features
 from trace_async.predictor.head import MARGIN, StateHead
-from trace_async.predictor.policy_trunk import PolicyTrunkPredictor
+from trace_async.predictor.policy_trunk import PolicyTrunkPredictor, Rows
 from trace_async.predictor.predictor import ValuePredictor
 from trace_async.types import HiddenState, PrefixQuery
 from trace_async.weights import WeightBucket, host_bucket, pack_weights
@@ -180,6 +180,20 @@ def test_what_was_asked_elsewhere_is_read_anew_and_gives_the_same_head(policy): 
     assert other.train(with_values, 0)["rows_read_again"] == sum(1 + len(tree.rollouts) for tree in trees)
     query = PrefixQuery(token_ids=(22, 9, 5, 30), positions=(4,), turn_logprobs=((-1.0,),))
     assert one.predict([query])[0] == pytest.approx(other.predict([query])[0], abs=1e-3)
+
+
+def test_learnt_again_from_what_they_taught_trees_give_the_same_heads_and_nothing_is_read(policy):  # noqa: F811
+    one, again = PolicyTrunkPredictor(CONFIG, policy), PolicyTrunkPredictor(CONFIG, policy)
+    again.trunk.read = None  # type: ignore[assignment]
+    for version in range(2):
+        trees = ask(one, world(np.random.default_rng(version), 40))
+        metrics = one.train(trees, version)
+        found = again.observe(trees, version, Rows(**one.taught.arrays()))
+        losses = [step() for step in again.steps(trees)]
+        assert again.learnt().manifest == one.learnt().manifest
+        assert losses == [metrics["loss"]]
+        assert found["brier/depth_0"] == metrics["brier/depth_0"]
+        one.trunk.version = version + 1
 
 
 def test_rows_are_stamped_with_the_version_they_were_read_under_and_dropped_when_old(policy):  # noqa: F811

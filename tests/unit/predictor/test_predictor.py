@@ -275,7 +275,7 @@ def test_trees_whose_rollouts_all_broke_down_teach_nothing(policy):
 
 async def test_actor_answers_while_it_trains_and_in_one_forward(policy):
     config = Config()
-    config = replace(config, predictor=replace(config.predictor, steps_per_update=6, trees_per_step=16))
+    config = replace(config, predictor=replace(config.predictor, trunk="own", steps_per_update=6, trees_per_step=16))
     actor = PredictorActor(config, str(policy))
     forwards = []
     predict = actor.predictor.predict
