@@ -32,10 +32,10 @@ class Parts:
         """Nothing runs yet but the predictor's process, which takes longest to start."""
         checkpoints = run_dir / "checkpoints"
         predictor: Predictor | PredictorGroup
-        if config.predictor.num_replicas or config.predictor.trunk == "policy":
+        if config.predictor.num_replicas or config.predictor_trunk == "policy":
             predictor = PredictorGroup.start(config, policy_path, checkpoints)
             prompts = PromptGroup(config, policy_path, predictor.answering)
-            if config.predictor.trunk == "policy":
+            if config.predictor_trunk == "policy":
                 predictor.share = prompts.take_learnt
         else:  # one actor that needs nothing from outside when Ray starts it anew
             predictor = Predictor.start(config, policy_path, checkpoints)

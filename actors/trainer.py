@@ -318,7 +318,7 @@ class Trainer:
         await asyncio.gather(self.pool.update_weights(weights, version, delta), self._sync_predictor(weights, version))
 
     async def _sync_predictor(self, weights: Sequence[ray.ObjectRef], version: int) -> None:
-        if self.config.predictor.trunk == "policy":
+        if self.config.predictor_trunk == "policy":
             serves = await self.parts.predictor.receive_weights(weights)
             assert serves == version, f"the predictor reads with version {serves}, not {version}"
 

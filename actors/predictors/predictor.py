@@ -35,7 +35,7 @@ class PredictorActor:
         torch.set_num_threads(config.predictor.num_threads)
         device = str(resolve_device(config.predictor.device, name="predictor.device"))
         self.predictor: ValuePredictor | PolicyTrunkPredictor
-        if config.predictor.trunk == "policy":
+        if config.predictor_trunk == "policy":
             self.predictor = PolicyTrunkPredictor(config.predictor, policy_path, device=device)
         else:
             self.predictor = ValuePredictor(config.predictor, policy_path, seed=config.seed, device=device)
@@ -48,7 +48,7 @@ class PredictorActor:
         newest = CheckpointStore(Path(checkpoints), keep=1).newest() if restarted and learns else None
         if newest is not None:
             self.predictor.load(str(newest / "predictor"))
-        if not restarted or (learns and config.predictor.trunk == "own"):
+        if not restarted or (learns and config.predictor_trunk == "own"):
             self.current.set()
 
     def __repr__(self) -> str:

@@ -37,12 +37,14 @@ class Process:
     """Turns with two actions. `chances[history]`: probability of action 0 after that history of actions.
 
     `success[history]`: V of a whole history. `length(history, reward)`: tokens that its last turn writes, of which the
-    first is the action and the others follow without choice; it may depend on how the rollout ends.
+    first is the action and the others follow without choice; it may depend on how the rollout ends. `says(history)`:
+    tokens of what is observed after it.
     """
 
     chances: dict[tuple[int, ...], float]
     success: dict[tuple[int, ...], float]
     length: Callable[[tuple[int, ...], float], int] = lambda history, reward: 1
+    says: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda history: ()
 
     @property
     def num_turns(self) -> int:
@@ -142,7 +144,7 @@ def _with_rollout(
             Node(
                 parent=parent,
                 rollout=len(tree.rollouts),
-                token_ids=(history[-1],) + (9,) * (n - 1),
+                token_ids=(history[-1],) + (9,) * (n - 1) + process.says(history),
                 num_generated=n,
                 logprobs=(0.0,) * n,
                 version_spans=(VersionSpan(0, 0),),

@@ -98,7 +98,7 @@ class TestAdaptersInVLLM:
 def test_the_learner_sends_the_adapter_whose_merged_weights_it_would_send(tiny_policy_path, stage):
     """Names and shapes are those that the engine expects, and W₀ + scale · B A is what is sent without it."""
     adapters, wanted = [], []
-    for engine in (["engine.backend=vllm", f"engine.lora_rank={RANK}", "predictor.trunk=own"], []):
+    for engine in (["engine.backend=vllm", f"engine.lora_rank={RANK}"], []):
         config = configure(f"learner.lora_rank={RANK}", f"learner.zero_stage={stage}", *engine)
         with learning(config, tiny_policy_path) as learner:
             learner.update(trees_of(0), VERSION)
@@ -127,7 +127,7 @@ def test_engines_that_take_no_adapters_say_so(backend):
     ],
 )
 def test_settings_that_do_not_fit_adapters_are_refused(overrides, message):
-    fitting = ["engine.backend=vllm", "engine.lora_rank=8", "learner.lora_rank=8", "predictor.trunk=own"]
+    fitting = ["engine.backend=vllm", "engine.lora_rank=8", "learner.lora_rank=8"]
     assert load_config(None, fitting).engine.lora_rank == 8
     with pytest.raises(ConfigError, match=message):
         load_config(None, [*fitting, *overrides])

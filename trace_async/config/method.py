@@ -86,9 +86,10 @@ class PredictorConfig:
     learns, after every update, on whole finished trees and then in cheap steps on prompts alone.
     """
 
-    trunk: Literal["own", "policy"] = "policy"
+    trunk: Literal["auto", "own", "policy"] = "auto"
     """policy (the policy's own hidden states, at the weights that are served, under a small head that is refitted at
-    every update) | own (the paper's: a model of its own)."""
+    every update) | own (the paper's: a model of its own) | auto (policy; own where `path` names a model, or where
+    engine.lora_rank sends adapters only)."""
     path: str = ""
     """A Hugging Face directory to start from (trunk=own). Empty: the first layers of the start policy itself."""
     num_layers: Annotated[int, Field(ge=0)] = 2
@@ -144,7 +145,7 @@ class PredictorConfig:
         return self.num_layers if self.prefix_layers is None else self.prefix_layers
 
     def __post_init__(self) -> None:
-        alone = self.trunk == "own" or not self.path
+        alone = self.trunk != "policy" or not self.path
         require(
             alone, "predictor.path", self.path, "trunk=policy reads the policy itself; leave it empty, or trunk=own"
         )

@@ -100,8 +100,7 @@ class EngineConfig:
     """Send a generator only what changed since the weights that it serves, checked against the whole. Fewer bytes
     between nodes (bfloat16 at a small learning rate); rank 0 and each generator keep a copy of the weights for it."""
     lora_rank: Annotated[int, Field(ge=0, le=512)] = 0
-    """0: merged weights are sent. learner.lora_rank: only the adapter is, and the server adds it (vllm; with
-    predictor.trunk=own, since the policy's states need whole weights)."""
+    """0: merged weights are sent. learner.lora_rank: only the adapter is, and the server adds it (vllm)."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """Seconds that starting an engine, loading weights into it or starting the predictor may take."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 120.0

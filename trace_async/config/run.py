@@ -106,9 +106,16 @@ class Config:
             f"0 (merged weights) or that of the learner, learner.lora_rank={self.learner.lora_rank}",
         )
         require(
-            self.predictor.trunk == "own" or not self.engine.lora_rank,
+            self.predictor.trunk != "policy" or not self.engine.lora_rank,
             "predictor.trunk",
             self.predictor.trunk,
             f"needs whole weights, and with engine.lora_rank={self.engine.lora_rank} only adapters are sent; set own, "
             "or engine.lora_rank=0",
         )
+
+    @property
+    def predictor_trunk(self) -> Literal["own", "policy"]:
+        """`predictor.trunk`, with auto decided."""
+        if self.predictor.trunk == "auto":
+            return "own" if self.predictor.path or self.engine.lora_rank else "policy"
+        return self.predictor.trunk

@@ -31,7 +31,7 @@ def rollout_limits(config: Config, stop_token_ids: tuple[int, ...]) -> RolloutLi
             top_k=sampling.top_k,
             max_new_tokens=sampling.max_turn_tokens,
             stop_token_ids=stop_token_ids,
-            read_layers=predictor.layers_of_prefixes if predictor.trunk == "policy" else None,
+            read_layers=predictor.layers_of_prefixes if config.predictor_trunk == "policy" else None,
             read_tokens=predictor.pooled_tokens,
         ),
         max_context_tokens=sampling.max_context_tokens,

@@ -289,7 +289,7 @@ def _predictor(config: Config, policy: ModelShape) -> ProcessPlan:
             f"predictor.path={predictor.path}: its vocabulary of {shape.vocab_size} does not hold the policy's "
             f"{policy.vocab_size} token ids; use a model of the policy's family"
         )
-    reads = predictor.trunk == "policy"
+    reads = config.predictor_trunk == "policy"
     layers = {predictor.num_layers, predictor.layers_of_prefixes} if reads else {predictor.num_layers}
     num_layers = shape.num_layers if predictor.path or 0 in layers else max(layers)
     shape = replace(shape, num_layers=min(num_layers, shape.num_layers), tied=True)

@@ -158,9 +158,22 @@ def test_a_section_made_in_python_is_checked_alike(make: Callable[[], object], m
 
 def test_a_predictor_on_the_policys_states_needs_whole_weights():
     adapters = ["engine.backend=vllm", "engine.weight_sync=disk", "engine.lora_rank=8", "learner.lora_rank=8"]
-    assert load_config(None, [*adapters, "predictor.trunk=own"]).engine.lora_rank == 8
     with pytest.raises(ConfigError, match=r"predictor\.trunk=policy: needs whole weights, .* set own"):
-        load_config(None, adapters)
+        load_config(None, [*adapters, "predictor.trunk=policy"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "policy"),
+        (["predictor.trunk=own"], "own"),
+        (["predictor.path=models/small"], "own"),
+        (["engine.backend=vllm", "engine.lora_rank=8", "learner.lora_rank=8"], "own"),
+        (["learner.lora_rank=8"], "policy"),  # merged weights are sent
+    ],
+)
+def test_the_predictor_reads_the_policys_states_wherever_it_can(overrides: list[str], expected: str):
+    assert load_config(None, overrides).predictor_trunk == expected
 
 
 def test_what_the_environment_brings_is_used_but_never_written_down(monkeypatch: pytest.MonkeyPatch):

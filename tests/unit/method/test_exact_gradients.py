@@ -1,5 +1,7 @@
 """What each advantage and each aggregation does on average, against the true gradient: every tree is enumerated."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -58,10 +60,24 @@ def unbiased(found, truth):
     return {name for name in AGGREGATIONS if turned_by(found[name], truth) < 1e-9}
 
 
-@pytest.mark.parametrize("advantage", ["trace", "trace_fresh", "grpo", "tree_grpo", "tree_rpo"])
+@pytest.mark.parametrize("advantage", ["trace", "trace_fresh", "grpo", "gigpo", "tree_grpo", "tree_rpo"])
 def test_of_two_root_rollouts_only_the_constant_divisor_is_unbiased(advantage):
     """Two rollouts that disagree always have the same mean and deviation, so dividing by it is only a factor."""
     assert unbiased(*expectations(PROCESS, advantage, 2)) == {"constant"}
+
+
+def test_whitening_over_tokens_is_biased_by_any_divisor():
+    assert unbiased(*expectations(PROCESS, "treepo", 2)) == set()
+
+
+def test_comparing_turns_of_one_state_weighs_states_by_how_often_rollouts_meet_there():
+    """Two rollouts compared give ½ of the true slope. The prompt's comparison is always of two; that of a state is of
+    two if the other came there as well: always at the first turn, then with .4 and with .6. So ½ + ½ · (1, .4, .6).
+    """
+    process = replace(PROCESS, says=lambda history: (7, *history))
+    found, truth = expectations(process, "gigpo", 2)
+    assert found[None] == pytest.approx(truth * [1.0, 0.7, 0.8])
+    assert unbiased(found, truth) == set()
 
 
 @pytest.mark.parametrize(
