@@ -288,8 +288,10 @@ class PartOfTheSuite:
     settings: ClassVar[dict[str, Any]]
     long_answer: ClassVar[int] = EngineConformance.long_answer
     cache_granularity: ClassVar[int] = EngineConformance.cache_granularity
+    prefix_cache: ClassVar[bool] = EngineConformance.prefix_cache
 
     harness = EngineConformance.harness
+    needs_prefix_cache = EngineConformance.needs_prefix_cache
     test_greedy = EngineConformance.test_greedy_equals_hugging_face
     test_in_flight = EngineConformance.test_an_update_in_flight_splits_the_answer_by_version
     test_no_stale_kv = EngineConformance.test_no_stale_kv_is_served_after_an_update

@@ -63,9 +63,11 @@ class TestAdaptersInVLLM:
     backend: ClassVar[str] = "vllm"
     cache_granularity: ClassVar[int] = 32
     long_answer: ClassVar[int] = 470
+    prefix_cache: ClassVar[bool] = EngineConformance.prefix_cache
     settings: ClassVar[dict[str, Any]] = {"lora_rank": RANK, "request_timeout_s": 60.0}
 
     plain_harness = EngineConformance.harness
+    needs_prefix_cache = EngineConformance.needs_prefix_cache
     test_greedy_before_any_update = EngineConformance.test_greedy_equals_hugging_face
     test_in_flight = EngineConformance.test_an_update_in_flight_splits_the_answer_by_version
     test_no_stale_kv = EngineConformance.test_no_stale_kv_is_served_after_an_update
