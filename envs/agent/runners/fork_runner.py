@@ -24,6 +24,8 @@ class ForkRunner:
     """
 
     def __init__(self, target: str, python: str, cwd: str, max_running: int) -> None:
+        if os.path.dirname(python):  # a path is from here, and the process would look for it from `cwd`
+            python = os.path.abspath(python)  # not resolved: a virtual environment is known by its link
         self._command = [python, str(Path(__file__).with_name("fork_server.py")), target]
         self._cwd = cwd or None
         self._slots = asyncio.Semaphore(max_running)

@@ -140,3 +140,21 @@ async def test_an_interpreter_that_is_not_there_is_told_in_words():
     with pytest.raises(EnvError, match=r"env.args.python=/nowhere/python cannot be started"):
         await runner.start({}, ACCESS)
     await runner.close()
+
+
+async def test_an_interpreter_named_from_here_is_found_though_the_agent_lies_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    agent, here = tmp_path / "agent", tmp_path / "here"
+    for folder in (agent, here):
+        folder.mkdir()
+    (agent / "program.py").write_text(PROGRAM, encoding="utf-8")
+    (here / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(here)
+    runner = ForkRunner("program:coroutine", "./python", str(agent), 2)
+    try:
+        running = await runner.start({"name": "a"}, ACCESS)
+        assert await running.result() == "a sk-1"
+        await running.stop()
+    finally:
+        await runner.close()
