@@ -9,6 +9,7 @@ import signal
 import sys
 
 from trace_async.config import ConfigError
+from trace_async.env import EnvError
 from trace_async.printable import printable
 
 COMMANDS = {
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if not _nobody_reads():
             raise
         return 128 + signal.SIGPIPE
-    except ConfigError as error:
+    except (ConfigError, EnvError) as error:  # an environment may break down before any run: demonstrations play it
         print(f"trace-async: {printable(str(error), 10_000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -30,6 +30,15 @@ def test_what_the_dry_run_refuses_is_refused_before_anything_starts(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_environment_that_breaks_down_while_it_shows_the_policy_is_told_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    agent = "env.args={agent: 'program:solve', python: /nowhere/python}"
+    names = ["env.name=envs.agent.example:Follow", agent, f"policy.cache_dir={tmp_path}"]
+    assert main(["make-policy", *names]) == 2
+    assert "trace-async: env.args.python=/nowhere/python cannot be started" in capsys.readouterr().err
+
+
 class NothingHeldOut:
     name = "nothing held out"
 
