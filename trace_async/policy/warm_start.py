@@ -28,6 +28,7 @@ from trace_async.types import Task
 
 _CONTEXT_WEIGHT = 0.1
 _TOKENS_PER_STEP = 3072
+_DEMOS_AT_A_TIME = 16
 _DEMOS_PER_CHUNK = 512
 _FINGERPRINT_DEMOS = 256
 _LEARNING_RATE = 4e-3
@@ -90,7 +91,14 @@ def demonstrations(domain: Domain, renderer: Renderer, seed: int) -> Iterator[De
 async def _play_all(
     domain: Domain, renderer: Renderer, shown: Sequence[tuple[Task, Sequence[str]]]
 ) -> list[Demonstration]:
-    return [await _play(domain, renderer, task, turns) for task, turns in shown]
+    """Play them in order, some at a time: an environment that is a program takes seconds, and little of a core."""
+    places = asyncio.Semaphore(_DEMOS_AT_A_TIME)
+
+    async def play(task: Task, turns: Sequence[str]) -> Demonstration:
+        async with places:
+            return await _play(domain, renderer, task, turns)
+
+    return await asyncio.gather(*(play(task, turns) for task, turns in shown))
 
 
 async def _play(domain: Domain, renderer: Renderer, task: Task, turns: Sequence[str]) -> Demonstration:
@@ -167,6 +175,7 @@ def _train(
     domain: Domain, tokenizer: PreTrainedTokenizerFast, config: PolicyConfig, log: Callable[[str], None]
 ) -> Qwen3ForCausalLM:
     steps = config.warm_start_steps
+    log(f"policy: {_DEMOS_PER_CHUNK} demonstrations of {domain.name} are played before the first of {steps} steps")
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     data = batches(demonstrations(domain, Renderer(tokenizer), config.seed), pad_id, config.seed)

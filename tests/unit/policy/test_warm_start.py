@@ -1,5 +1,6 @@
 """The small policy: what it is taught, that it learns, that it is cached whole and comes back the same."""
 
+import asyncio
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,6 +143,30 @@ def test_a_kill_midway_leaves_no_half_policy(tmp_path: Path, monkeypatch: pytest
     assert not list((tmp_path / "policies").iterdir())
     monkeypatch.undo()
     assert load_model(make_policy(Echo(), config, log=lambda line: None)).num_parameters() > 0
+
+
+def test_demonstrations_that_wait_are_played_some_at_a_time_and_come_in_their_order() -> None:
+    playing, most = 0, 0
+
+    class SlowEnv(EchoEnv):
+        async def step(self, action: str, *, truncated: bool = False) -> StepResult:
+            nonlocal playing, most
+            playing += 1
+            most = max(most, playing)
+            for _ in range(WORDS.index(self.word)):  # in turns of the loop: red ends first, white last
+                await asyncio.sleep(0)
+            playing -= 1
+            return await super().step(action)
+
+    class Slow(Echo):
+        def make_env(self, task: Task) -> EchoEnv:
+            return SlowEnv(str(task.data["word"]))
+
+    tokenizer = warm_start.build_tokenizer(Echo().vocabulary())
+    slow, plain = (demonstrations(domain, Renderer(tokenizer), seed=0) for domain in (Slow(), Echo()))
+    for _ in range(20):
+        assert next(slow).token_ids.tolist() == next(plain).token_ids.tolist()
+    assert most == 16
 
 
 def test_learning_rate_goes_up_stays_and_comes_down() -> None:
