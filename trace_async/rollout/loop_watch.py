@@ -79,5 +79,9 @@ class _Driven(Awaitable[T]):
             try:
                 value = yield waits_for
                 resume = inner.send
-            except (Exception, asyncio.CancelledError, GeneratorExit) as error:  # noqa: BLE001 - handed on as it is
+            except GeneratorExit:
+                # Nobody waits for it any more. What was collected with it may be closed already, which close() allows.
+                inner.close()
+                raise
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - handed on as it is
                 resume, value = inner.throw, error
