@@ -1,6 +1,6 @@
 """What a rollout costs that starts a process: as a command, and forked from an interpreter that has imported the agent.
 
-    python -m scripts.bench.agent_start openai_agents_sdk pydantic_ai_agent --rollouts 8
+    python -m scripts.bench.agents.start openai_agents_sdk pydantic_ai_agent --rollouts 8
 
 Agents are those of `docs/agents/`, in `.venvs/agents` (`scripts/setup_agents.sh`). Each rollout is played alone: it
 asks, is told to look once, asks again and is given its last words. Processor time is that of all its processes; that of

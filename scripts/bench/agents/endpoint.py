@@ -1,6 +1,6 @@
 """How much time a turn takes beside the engine: agents over the endpoint, with an engine that answers at once.
 
-    python -m scripts.bench.agent_endpoint --rollouts 500 --turns 8
+    python -m scripts.bench.agents.endpoint --rollouts 500 --turns 8
 
 Every rollout is an agent in plain HTTP that asks `--turns` times; its history grows by a tool's answer each turn. What
 is measured is everything but the engine: HTTP both ways, JSON, finding the place in the record, the agent's own work.
@@ -48,7 +48,7 @@ async def measure(num_rollouts: int, num_turns: int) -> dict[str, float]:
         path = Path(folder) / "tasks.jsonl"
         rows = [{"id": f"{number}", "turns": num_turns} for number in range(num_rollouts + 1)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        here = "scripts.bench.agent_endpoint"
+        here = "scripts.bench.agents.endpoint"
         domain = Agent(
             tasks=str(path), num_heldout=1, agent=f"{here}:asker", verifier=f"{here}:passed", max_turns=num_turns + 1
         )

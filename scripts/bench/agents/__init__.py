@@ -1,0 +1,1 @@
+"""What an agent costs beside its engine: its endpoint, its start."""
