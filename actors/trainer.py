@@ -19,7 +19,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -54,6 +54,7 @@ T = TypeVar("T")
 OnMetrics = Callable[[int, Mapping[str, float], Sequence[RolloutTree]], None]
 OnRollback = Callable[[int, BaseException], None]
 OnResize = Callable[[Size], None]
+OnPhase = Callable[[Collection[str]], None]
 
 
 class Pace(Protocol):
@@ -108,13 +109,14 @@ class Trainer:
         *,
         on_rollback: OnRollback = lambda step, error: None,
         on_resize: OnResize = lambda size: None,
+        on_phase: OnPhase = lambda names: None,
         make_parts: Callable[[Config, Path, Path], Parts] = Parts.make,
         pace: Pace | None = None,
     ) -> None:
         """`on_metrics`: update, figures, trees. `on_rollback`: the update to which the run went back (-1: its
         beginning), and why; figures of later ones come again. `on_resize`: how many generators there are from now on,
-        and why. `pace`: whoever gives one also evaluates at the
-        beginning and the end, and ends the run, which stays alive after its last update."""
+        and why. `on_phase`: the names of all that goes on, whenever something begins or ends. `pace`: whoever gives one
+        also evaluates at the beginning and the end, and ends the run, which stays alive after its last update."""
         self.config = config
         self.run_dir = run_dir
         self.policy_path = policy_path
@@ -130,7 +132,7 @@ class Trainer:
         self.faults = FaultBook()
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep)
         self.schedule = Schedule(run_dir, records=config.tracking.record_schedule)
-        self.doing = Phases(run_dir)
+        self.doing = Phases(run_dir, on_phase)
         self.clock = Clock(self.doing)
         self._stop = asyncio.Event()
         self._between_updates = asyncio.Event()

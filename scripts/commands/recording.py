@@ -46,6 +46,8 @@ class Recorder:
             token_budget=config.max_generated_tokens,
             first_update=first.num_updates if first else 0,
             tokens_before=first.generated_tokens if first else 0,
+            # With more generators one is lent to an evaluation, and training goes on beside it.
+            eval_every=config.eval.every_updates if config.actors.most_generators == 1 else 0,
         )
         self._gauges = Gauges(config.name)
         self._update = first.num_updates if first else 0

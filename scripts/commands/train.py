@@ -112,6 +112,7 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
                 recorder.on_metrics,
                 on_rollback=recorder.on_rollback,
                 on_resize=recorder.on_resize,
+                on_phase=recorder.progress.phase,
             )
             recorder.on_tasks(trainer.train_tasks, trainer.heldout_tasks)
             asyncio.run(run_until_stopped(trainer.run(checkpoint), trainer.stop))

@@ -12,7 +12,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,10 +120,14 @@ def at_work(run_dir: Path) -> Iterator[None]:
 
 
 class Phases:
-    """What a run is doing, under the names that its figures `time/…_s` have; several things may go on at a time."""
+    """What a run is doing, under the names that its figures `time/…_s` have; several things may go on at a time.
 
-    def __init__(self, run_dir: Path) -> None:
+    `on_change` takes the names of all that goes on, whenever something begins or ends.
+    """
+
+    def __init__(self, run_dir: Path, on_change: Callable[[Collection[str]], None] = lambda names: None) -> None:
         self._run_dir = run_dir
+        self._on_change = on_change
         self._since: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -140,6 +144,7 @@ class Phases:
     def _keep(self) -> None:
         with contextlib.suppress(OSError):
             write_whole(self._run_dir / PHASES_FILE, json.dumps(self._since))
+        self._on_change(tuple(self._since))
 
 
 def phases_of(run_dir: Path) -> dict[str, float]:

@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -40,6 +40,23 @@ PHASES = {
     "sync": "sync",
     "checkpoint": "checkpoint",
 }
+NOW = {
+    "start": "starting the actors",
+    "stage1": "choosing prompts",
+    "wait_for_trees": "waiting for trees",
+    "update": "updating the policy",
+    "predictor": "training the predictor",
+    "gather": "gathering the weights",
+    "sync": "sending the weights",
+    "checkpoint": "saving a checkpoint",
+    "eval": "evaluating",
+    "export": "exporting the policy",
+    "close": "closing the actors",
+}
+"""Phases of a run (`trace_async.run.session.Phases`) as they are shown while they go on."""
+ANNOUNCED = ("start", "eval", "export")
+"""Of these, what may take minutes without a line of its own: told when it begins, where there is no terminal."""
+REDRAW_S = 0.5
 RECENT = 10  # the time left is estimated from so many updates
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -48,7 +65,8 @@ class Progress:
     """Shows a run of `total_updates` updates.
 
     The run may end sooner, after `token_budget` generated tokens (0: no such limit). `tokens_before` are those that a
-    resumed run had generated before. `clock` gives seconds.
+    resumed run had generated before. `eval_every`: updates between the evaluations that training waits for (0: none
+    but the first and the last). `clock` gives seconds.
     """
 
     def __init__(
@@ -58,6 +76,7 @@ class Progress:
         token_budget: int = 0,
         first_update: int = 0,
         tokens_before: int = 0,
+        eval_every: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,6 +90,12 @@ class Progress:
         self._heldout: dict[str, list[float]] = {}
         self._rewards: deque[float] = deque(maxlen=24)
         self._durations: deque[float] = deque(maxlen=RECENT)
+        self._eval_every = eval_every
+        self._eval_s: float | None = None
+        self._evaluated = -1
+        self._now: tuple[str, ...] = ()
+        self._announced = ""
+        self._drawn_at = clock()
         self._recent_tokens: deque[float] = deque(maxlen=RECENT)
         self._last = self._started = clock()
         self._live = (
@@ -93,27 +118,48 @@ class Progress:
         """Print a line of its own, above the table."""
         self._console.print(Text(printable(text)), soft_wrap=True)
 
+    def phase(self, names: Collection[str]) -> None:
+        """Show that these phases go on now, and no others."""
+        self._now = tuple(names)
+        if self._live is not None:
+            if self._clock() - self._drawn_at >= REDRAW_S:
+                self._draw()
+            return
+        for name in self._now:
+            if name in ANNOUNCED and name != self._announced:
+                self._announced = name
+                left = self.seconds_left()
+                said = f"{NOW[name]} …" + ("" if left is None else f"  left {_duration(left)}")
+                self._console.print(Text(said), soft_wrap=True)
+
     def update(self, update_index: int, metrics: Mapping[str, float]) -> None:
         """Show that update number `update_index` (the first is 1) is done.
 
         If `metrics` holds only held-out figures, show that it was evaluated.
         """
         self._note_heldout(metrics)
-        now = self._clock()
+        if "time/eval_s" in metrics:
+            self._eval_s, self._evaluated = metrics["time/eval_s"], update_index
+        since, self._last = self._last, self._clock()
+        self._announced = ""
         if any(key.startswith("train/") for key in metrics):
-            self._note_update(update_index, metrics, now)
+            self._note_update(update_index, metrics, self._last - since)
             said = self.line()
         else:
             said = f"update {update_index}/{self._total}  held-out {self._show_heldout()}"
-        self._last = now
         if self._live is None:
             self._console.print(Text(said), soft_wrap=True)
         else:
-            self._live.update(self.table(), refresh=True)
+            self._draw()
 
-    def _note_update(self, update_index: int, metrics: Mapping[str, float], now: float) -> None:
+    def _draw(self) -> None:
+        assert self._live is not None
+        self._drawn_at = self._clock()
+        self._live.update(self.table(), refresh=True)
+
+    def _note_update(self, update_index: int, metrics: Mapping[str, float], seconds: float) -> None:
         # Measured by our own clock, the first update would include the start of the actors.
-        self._durations.append(metrics.get("time/step_s", now - self._last))
+        self._durations.append(metrics.get("time/step_s", seconds))
         self._update = update_index
         self._latest = metrics
         tokens = metrics.get("tokens/generated_total", self._tokens)
@@ -123,7 +169,8 @@ class Progress:
             self._rewards.append(metrics["train/reward"])
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds until the last update or the end of the token budget, whichever comes first.
+        """Estimate the seconds until the run ends: the updates, or the token budget where it ends first, and the
+        evaluations that training waits for, the last one included, each by what it took so far.
 
         Returns None before the first update.
         """
@@ -133,7 +180,20 @@ class Progress:
         tokens_per_update = statistics.mean(self._recent_tokens)
         if self._token_budget and tokens_per_update > 0:
             updates_left = min(updates_left, max(0.0, self._token_budget - self._tokens) / tokens_per_update)
-        return updates_left * statistics.mean(self._durations)
+        seconds = updates_left * statistics.mean(self._durations)
+        seconds += self._evaluations_left(self._update + updates_left) * (self._eval_s or 0.0)
+        return max(0.0, seconds - (self._clock() - self._last))
+
+    def _evaluations_left(self, last_update: float) -> int:
+        """Those between the newest update and the last one, and the one after it."""
+        every = self._eval_every
+        between = int(last_update // every - self._update // every) if every else 0
+        ends_with_one = bool(every) and last_update % every == 0 and between > 0
+        return between + int(not ends_with_one and self._evaluated < last_update)
+
+    def _share_done(self) -> float:
+        of_tokens = self._tokens / self._token_budget if self._token_budget else 0.0
+        return min(1.0, max(self._update / max(1, self._total), of_tokens))
 
     def line(self) -> str:
         """Describe the run in one line."""
@@ -151,16 +211,17 @@ class Progress:
     def table(self) -> Group:
         """Render the run as a table."""
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=self._total, completed=self._update, width=32)
-        left = f"{_duration(self._last - self._started)} so far, {_duration(self.seconds_left())} left"
+        bar = ProgressBar(total=1.0, completed=self._share_done(), width=32)
+        left = f"{_duration(self._clock() - self._started)} so far, {_duration(self.seconds_left())} left"
         head.add_row(Text(f"update {self._update}/{self._total}", style="bold"), bar, left)
+        now = Text(f"now: {', '.join(NOW.get(name, name) for name in self._now) or '–'}", style="dim")
         grid = Table.grid(padding=(0, 3))
         for style in ("dim", "", "dim", ""):
             grid.add_column(style=style)
         cells = self._cells()
         for i in range(0, len(cells), 2):
             grid.add_row(*cells[i], *(cells[i + 1] if i + 1 < len(cells) else ("", "")))
-        return Group(head, grid)
+        return Group(head, now, grid)
 
     def _cells(self) -> list[tuple[str, str]]:
         show = self._show

@@ -74,6 +74,46 @@ def test_the_token_budget_can_end_the_run_first() -> None:
     assert progress.seconds_left() == pytest.approx((30_000 - 18_000) / 6_000 * 4.0)
 
 
+def test_the_time_left_has_the_evaluations_that_training_waits_for() -> None:
+    progress, _, clock = plain(eval_every=10)
+    evaluated = {"heldout/success_t1.0": 0.25, "time/eval_s": 30.0}
+    progress.update(0, evaluated)
+    progress.update(1, METRICS)
+    # 39 updates of 4 s; evaluations after the 10th, 20th, 30th and 40th, which is the last.
+    assert progress.seconds_left() == pytest.approx(39 * 4.0 + 4 * 30.0)
+    clock.now += 3.0
+    assert progress.seconds_left() == pytest.approx(39 * 4.0 + 4 * 30.0 - 3.0)
+    progress.update(40, METRICS)
+    assert progress.seconds_left() == pytest.approx(30.0)
+    progress.update(40, evaluated)
+    assert progress.seconds_left() == pytest.approx(0.0)
+
+
+def test_an_evaluation_beside_training_takes_no_time_of_its_own_but_the_last_does() -> None:
+    progress, _, _ = plain()
+    progress.update(0, {"heldout/success_t1.0": 0.25, "time/eval_s": 30.0})
+    progress.update(1, METRICS)
+    assert progress.seconds_left() == pytest.approx(39 * 4.0 + 30.0)
+
+
+def test_without_a_terminal_what_takes_long_is_told_when_it_begins() -> None:
+    progress, out, clock = plain()
+    for names in (["start"], [], ["eval"], [], ["eval"], [], ["wait_for_trees"]):  # both temperatures: told once
+        progress.phase(names)
+    progress.update(0, {"heldout/success_t1.0": 0.25, "time/eval_s": 30.0})
+    progress.update(40, METRICS)
+    progress.phase(["eval"])
+    clock.now += 10.0
+    progress.phase(["export"])
+    told = [line for line in out.getvalue().splitlines() if not line.startswith("update")]
+    assert told == [
+        "starting the actors …",
+        "evaluating …",
+        "evaluating …  left 30s",
+        "exporting the policy …  left 20s",
+    ]
+
+
 def test_a_terminal_gets_a_table_that_is_redrawn() -> None:
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, force_terminal=True, width=140, height=40)
@@ -83,8 +123,18 @@ def test_a_terminal_gets_a_table_that_is_redrawn() -> None:
         progress.update(1, METRICS)
         progress.update(1, {"heldout/success_t1.0": 0.5})
         progress.message("a line above")
+        clock.now += 1.0
+        progress.phase(["eval", "wait_for_trees"])
     shown = out.getvalue()
-    for expected in ("0.250 → 0.500", "update 1/40", "waiting 75%  update 25%", "75% cached", "2500", "a line above"):
+    for expected in (
+        "0.250 → 0.500",
+        "update 1/40",
+        "waiting 75%  update 25%",
+        "75% cached",
+        "2500",
+        "a line above",
+        "now: evaluating, waiting for trees",
+    ):
         assert expected in shown
     assert "\x1b[" in shown
 
