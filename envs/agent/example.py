@@ -71,7 +71,8 @@ def make_task(rng: Random) -> dict[str, Json]:
 
 class Follow(Agent):
     """`num_train` tasks and `num_heldout` others from `seed`. `miscount_rate`: of the demonstrations, a hop too few or
-    too many. Whatever else `Agent` takes, such as `agent` and `command`."""
+    too many. `final_tool`: the tool whose call is the answer, where the agent's framework takes no words for one
+    (smolagents: `final_answer`). Whatever else `Agent` takes, such as `agent` and `command`."""
 
     name = "follow"
 
@@ -82,6 +83,7 @@ class Follow(Agent):
         num_heldout: int = 100,
         seed: int = 0,
         miscount_rate: float = 0.5,
+        final_tool: str = "",
         agent: str = "",
         command: Sequence[str] = (),
         **settings: Any,
@@ -89,6 +91,7 @@ class Follow(Agent):
         if not 0 <= miscount_rate <= 1:
             raise ConfigError(f"env.args.miscount_rate={miscount_rate}: between 0 and 1")
         self._miscount_rate = miscount_rate
+        self._final_tool = final_tool
         self._sizes = {"train": num_train, "heldout": num_heldout}
         self._seed = seed
         if not command:
@@ -114,12 +117,19 @@ class Follow(Agent):
             hops = max(1, hops + rng.choice([-1, 1]))
         place, turns = data["start"], []
         for _ in range(hops):
-            turns.append(f'<tool_call> {{"name": "look", "arguments": {{"place": "{place}"}}}} </tool_call>')
+            turns.append(_call("look", place=place))
             place = data["signs"][place]
-        return [*turns, f"at {place}"]
+        return [*turns, _call(self._final_tool, answer=place) if self._final_tool else f"at {place}"]
 
     def vocabulary(self) -> Sequence[str]:
         places = [form for number in range(NUM_PLACES) for form in (f" p{number}", f"p{number}", f' "p{number}"')]
         said = f"{INSTRUCTIONS} go signs from at nothing 1 2 3 4 look place ; [ cut ]"
-        call = '<tool_call> {"name": "look", "arguments": {"place": "p1"}} </tool_call>'
-        return [*places, *said.split(), call]
+        calls = [_call("look", place="p1")]
+        if self._final_tool:
+            calls.append(_call(self._final_tool, answer="p1"))
+        return [*places, *said.split(), *calls]
+
+
+def _call(name: str, **arguments: str) -> str:
+    """A tool call as the policy writes it."""
+    return f"<tool_call> {json.dumps({'name': name, 'arguments': arguments})} </tool_call>"

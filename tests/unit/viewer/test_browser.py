@@ -3,6 +3,8 @@
 import asyncio
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from scripts import cli
 from scripts.viewer.server import serve
 from scripts.viewer.source import RunSource
+from tests.support.paths import ROOT
 from tests.support.shown_run import HOSTILE, ShownRun
 from trace_async.trees.tree import Node, Rollout, RolloutTree
 from trace_async.types import Task
@@ -238,3 +241,12 @@ class served:
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(30)
+
+
+def test_pictures_for_the_documentation_are_made_by_a_script(shown: ShownRun, tmp_path: Path):
+    command = [sys.executable, "-m", "scripts.viewer.screenshots", str(shown.directory), str(tmp_path)]
+    subprocess.run([*command, "--only", "terminal,trees"], check=True, cwd=ROOT)
+    for name in ("terminal", "trees"):
+        picture = (tmp_path / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 5_000  # an empty page of this size takes less

@@ -4,11 +4,13 @@ import json
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 
 from envs.agent.domain import Agent
+from envs.agent.example import Follow
 from tests.support.paths import ROOT
 from tests.support.scripted_policy import TOKENIZER, ScriptedPolicy, call, grow_tree, says
 from trace_async.config import ConfigError
@@ -17,6 +19,7 @@ from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.guard import EnvLimits
 from trace_async.trees.tree import ROOT as PROMPT
 from trace_async.trees.tree import RolloutTree
+from trace_async.types import Json, Task
 
 AGENTS = "tests.support.agents"
 ROWS = [{"id": "ab", "keys": ["a", "b"], "answer": "3"}, {"id": "c", "keys": ["c"], "answer": "3"}]
@@ -159,3 +162,23 @@ def test_settings_that_cannot_be_are_refused_in_words(make_domain, tmp_path: Pat
     ):
         with pytest.raises(ConfigError, match=words):
             make_domain(**changes)
+
+
+@pytest.mark.parametrize(
+    ("final_tool", "last"),
+    [
+        ("", "at p4"),
+        ("final_answer", '<tool_call> {"name": "final_answer", "arguments": {"answer": "p4"}} </tool_call>'),
+    ],
+)
+def test_the_example_demonstrates_answers_in_the_form_that_the_framework_takes(final_tool: str, last: str):
+    signs: dict[str, Json] = {"p1": "p2", "p2": "p4"}
+    task = Task(id="t", domain="follow", kind="2-hops", data={"start": "p1", "hops": 2, "signs": signs, "answer": "p4"})
+    domain = Follow(final_tool=final_tool, miscount_rate=0.0)
+    turns = domain.demonstrate(task, Random(0))
+    assert turns == [
+        '<tool_call> {"name": "look", "arguments": {"place": "p1"}} </tool_call>',
+        '<tool_call> {"name": "look", "arguments": {"place": "p2"}} </tool_call>',
+        last,
+    ]
+    assert ("final_answer" in " ".join(domain.vocabulary())) == bool(final_tool)
