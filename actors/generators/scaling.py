@@ -42,7 +42,7 @@ def room_for(config: Config) -> int:
 
 
 def ask_for_nodes(config: Config, num_generators: int) -> None:
-    """Tell Ray's autoscaler what so many generators take; without one nothing happens."""
+    """Tell Ray's autoscaler what so many generators take; without one nothing happens. 0 takes the wish back."""
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=[_needs(config)] * num_generators)
@@ -70,6 +70,7 @@ class Scaling:
         self.sizes = kept_sizes(run_dir)
         self._on_change, self._room, self._ask_for_nodes = on_change, room, ask_for_nodes
         self._ordered: int | None = None
+        self._asked_for_nodes = False
         self._update = 0
 
     async def after_update(self, update: int, metrics: Mapping[str, float]) -> None:
@@ -87,14 +88,24 @@ class Scaling:
             await self._change(size)
 
     async def watch(self) -> None:
-        """For ever: carry out what is asked for."""
-        while True:
-            wanted = await asyncio.to_thread(ordered, self.run_dir)
-            if wanted is not None and wanted != self._ordered:
-                self._ordered = wanted
-                if wanted != self.pool.target:
+        """For ever: carry out what is asked for, at once as far as there is room, the rest when nodes have joined."""
+        try:
+            while True:
+                wanted = await asyncio.to_thread(ordered, self.run_dir)
+                if wanted is not None and self._due(wanted):
+                    self._ordered = wanted
                     await self._change(Size(num_generators=wanted, reason="asked for", update=self._update))
-            await asyncio.sleep(POLL_S)
+                await asyncio.sleep(POLL_S)
+        finally:
+            if self._asked_for_nodes:  # Ray keeps a wish beyond the end of whoever had it
+                self._ask_for_nodes(self.config, 0)
+
+    def _due(self, wanted: int) -> bool:
+        """Whether an order is new, or can be carried out further than it was."""
+        if wanted == self.pool.target:
+            self._ordered = wanted
+            return False
+        return wanted != self._ordered or wanted < self.pool.target or self._room(self.config) > 0
 
     async def _change(self, size: Size) -> None:
         more = size.num_generators - self.pool.target
@@ -102,6 +113,7 @@ class Scaling:
         if more > room:
             if self.config.actors.ray_address:
                 self._ask_for_nodes(self.config, size.num_generators)
+                self._asked_for_nodes = True
             reason = f"{size.reason}; {size.num_generators} wanted, Ray has room for {room} more"
             size = Size(num_generators=self.pool.target + max(0, room), reason=reason, update=size.update)
         if size.num_generators == self.pool.target:

@@ -130,7 +130,8 @@ def torment(args: argparse.Namespace, faults: Iterable[Fault]) -> Report:
     out = args.out.absolute()
     config, settings = run_settings(args)
     mark = f"{time.time_ns()}"
-    disk = Disk(out / "disk")
+    # A soak fills no disk, and an hour of figures and checkpoints takes more than the small one has.
+    disk = Disk(out / "disk", megabytes=4096 if args.soak else 192)
     run = Run(disk.folder, out / "terminals", settings, mark, args.limit)
     actors = config.actors
     expected = {"generator": actors.num_generators, "prompts": actors.num_prompt_actors}

@@ -15,7 +15,7 @@ BALLAST = "ballast"
 class Disk:
     """The folder that a run lies in. `close` moves what is on it to where it stays."""
 
-    def __init__(self, folder: Path, megabytes: int = 192) -> None:
+    def __init__(self, folder: Path, megabytes: int) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]

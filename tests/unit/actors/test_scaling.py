@@ -67,6 +67,38 @@ async def test_an_order_is_carried_out_and_switches_the_rule_off(tmp_path: Path,
     watching.cancel()
 
 
+async def test_an_order_is_carried_out_further_when_nodes_join_and_the_wish_ends_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scaling, "POLL_S", 0.01)
+    pool, asked, places = FakePool(), [], 2
+
+    async def until_target(number: int) -> None:
+        async with asyncio.timeout(60):
+            while pool.target != number:
+                await asyncio.sleep(0.01)
+
+    scaled = Scaling(
+        config("actors.ray_address=auto"),
+        pool,
+        tmp_path,
+        room=lambda _: places - pool.target,
+        ask_for_nodes=lambda _, number: asked.append(number),
+    )
+    watching = asyncio.create_task(scaled.watch())
+    order(tmp_path, 4)
+    await until_target(2)
+    await asyncio.sleep(0.1)
+    assert pool.target == 2
+    assert asked == [4]
+    places = 4  # two nodes have joined
+    await until_target(4)
+    assert [size.num_generators for size in kept_sizes(tmp_path)] == [2, 4]
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    assert asked == [4, 0]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
