@@ -7,11 +7,16 @@ import asyncio
 import logging
 import math
 import os
+import socket
 import tempfile
 from collections.abc import Mapping
 
 import ray
+
+# Ray has no public call for it; `ray start` and `ray job` use this one.
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from actors.calls import ask_all
 from trace_async.config import Config, ConfigError
@@ -19,6 +24,7 @@ from trace_async.run.placement import place
 
 MAX_SOCKET_PATH = 107
 NODE_LIMIT_S = 10.0
+CONNECT_LIMIT_S = 10.0
 
 # Resource → (the settings that ask for it → how much they ask for).
 Asked = Mapping[str, Mapping[str, float]]
@@ -50,7 +56,7 @@ def start_ray(config: Config, *, only_generators: bool = False) -> Config:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.actors.ray_address
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        join_cluster(address)
     else:
         _require_short_paths()
         ray.init(
@@ -69,6 +75,37 @@ def start_ray(config: Config, *, only_generators: bool = False) -> Config:
         ray.shutdown()
         raise
     return placed
+
+
+def join_cluster(address: str) -> None:
+    """Connect to a cluster that is up. Raises ConfigError when there is none that would have us.
+
+    `ray start` asks for a token where one lies in ~/.ray, as after any local run; `ray.init` shows it only when told.
+    A cluster without tokens does not mind one.
+    """
+    _require_listener(address)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RayError) as error:
+        raise ConfigError(
+            f"actors.ray_address={address}: {str(error).splitlines()[0]}. Is it a head of Ray {ray.__version__}, and, "
+            "if it asks for a token, does ~/.ray/auth_token (or RAY_AUTH_TOKEN) hold the cluster's?"
+        ) from error
+
+
+def _require_listener(address: str) -> None:
+    """Raise ConfigError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return  # "auto", "local", or a URL
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_LIMIT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"actors.ray_address={address}: no Ray cluster answers there ({error}); `ray start --head` starts one"
+        ) from error
 
 
 def _cpus_with_room_to_grow(config: Config, *, only_generators: bool) -> int:

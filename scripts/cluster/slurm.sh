@@ -27,7 +27,8 @@ fi
 # The run itself waits for nothing: it refuses at once what the cluster has no room for. So wait for all nodes here.
 until [ "$("$PWD/.venv/bin/python" -c "
 import ray
-ray.init('$address:$port', log_to_driver=False, logging_level='ERROR')
+from actors.ray_cluster import join_cluster
+join_cluster('$address:$port')
 print(sum(node['Alive'] for node in ray.nodes()))" 2>/dev/null || echo 0)" -ge "${#nodes[@]}" ]; do sleep 5; done
 
 .venv/bin/trace-async train --config "$config" "actors.ray_address=$address:$port" "$@" &

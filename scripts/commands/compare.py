@@ -137,6 +137,8 @@ def run_cells_on_cluster(plan: Plan, trainer: Sequence[str], address: str, *, cp
     import ray
     from ray import tune
 
+    from actors.ray_cluster import join_cluster
+
     plan = Plan(plan.comparison, plan.folder.absolute())
     cells = {cell.name: cell for cell in plan.cells() if plan.status(cell) != "done"}
     parent = _parent_run(plan) if cells else None
@@ -147,7 +149,7 @@ def run_cells_on_cluster(plan: Plan, trainer: Sequence[str], address: str, *, cp
         tune.report({"finished": float(fine)})
 
     if cells:
-        ray.init(address=address, log_to_driver=False)
+        join_cluster(address)
         try:
             tune.Tuner(
                 tune.with_resources(trial, {"cpu": cpus}),

@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -43,6 +46,58 @@ def cluster_of(*num_cpus: int) -> Iterator[Cluster]:
         yield made
     finally:
         made.shutdown()
+
+
+JOIN = """
+import sys, ray
+from actors.ray_cluster import start_ray
+from trace_async.config import ConfigError, load_config
+try:
+    start_ray(load_config(None, [f"actors.ray_address={sys.argv[1]}"]))
+except ConfigError as error:
+    sys.exit(str(error))
+print("joined", ray.cluster_resources()["CPU"])
+"""
+
+
+def join(address: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """A shell of its own, in which nobody has set how Ray asks for tokens."""
+    shell = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(home)}
+    command = [sys.executable, "-c", JOIN, address]
+    return subprocess.run(command, cwd=ROOT, env=shell, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.timeout(600)
+def test_a_cluster_that_asks_for_a_token_is_joined_with_it_and_refuses_others_in_words(tmp_path: Path):
+    """As `ray start --head` does once a local run has left a token in ~/.ray."""
+    homes = [tmp_path / "owner", tmp_path / "other"]
+    for letter, home in zip("ab", homes, strict=True):
+        (home / ".ray").mkdir(parents=True)
+        (home / ".ray" / "auth_token").write_text(64 * letter)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    nobody = join(address, homes[0])
+    assert nobody.returncode == 1
+    assert f"actors.ray_address={address}: no Ray cluster answers there" in nobody.stderr
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
+    start += [f"--port={address.rpartition(':')[2]}", "--include-dashboard=false", "--disable-usage-stats"]
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # sockets: short
+        shell = os.environ | {"HOME": str(homes[0]), "RAY_AUTH_MODE": "token"}
+        head = subprocess.Popen([*start, f"--temp-dir={folder}"], env=shell, stdout=subprocess.DEVNULL)
+        try:
+            joined = join(address, homes[0])
+            while joined.returncode and head.poll() is None:  # it is not up yet
+                time.sleep(1)
+                joined = join(address, homes[0])
+            assert "joined 4.0" in joined.stdout, joined.stderr
+            refused = join(address, homes[1])
+            assert refused.returncode == 1
+            assert f"actors.ray_address={address}: " in refused.stderr
+            assert "~/.ray/auth_token" in refused.stderr
+        finally:
+            head.terminate()
+            head.wait()
 
 
 def test_what_a_run_asks_for():
