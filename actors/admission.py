@@ -193,6 +193,7 @@ class Admission:
             )
         except PromptLostError as loss:
             self.rounds.lose(ticket, loss.kind)
+            self.market.lose()
             self._note_arrival(ticket, prompt, loss.kind)
         else:
             keep = self.rule.trains_on(tree)

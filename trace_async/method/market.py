@@ -109,9 +109,12 @@ class Market:
         self.num_offers = 0
         self._root_tokens: dict[str, float] = {}
         self._owed = 0.0  # tokens of budget not spent yet (negative: overspent)
+        # With Stage 1 at a price, what Stage 2 of each prompt under way may cost; None: it was planned without a price.
+        self._credits: deque[float | None] = deque()
 
     def observe(self, tree: RolloutTree, *, root_strength: float | None = None) -> None:
         """Take in a finished tree. `root_strength`: pseudo rollouts behind the V of its prompt."""
+        credit = self._take_credit()
         if not tree.rollouts:
             return
         expected, mean = self.root_tokens([tree.task.id]), _mean_root_tokens(tree)
@@ -123,16 +126,30 @@ class Market:
             anchors.append(prompt)
         seen = self._look_at(tree, tuple(anchors))
         self.seen.append(seen)
-        if self._stage2.at_price:
-            self._owed -= seen.spent
+        # What Stage 2 may cost is owed only now that it is spent: what is under way would make the price fall.
         if not self._stage1.at_price:
-            self._owed += seen.budget
+            self._owed += seen.budget - (seen.spent if self._stage2.at_price else 0.0)
+        elif self._stage2.at_price and credit is not None:
+            self._owed += credit - seen.spent
         if self.settings.continuations != "always":
             self._decide()
 
+    def lose(self) -> None:
+        """A prompt under way ended without a tree."""
+        self._take_credit()
+
+    def _take_credit(self) -> float | None:
+        """That of the prompt planned first; which of those under way it was does not matter for the sum."""
+        return self._credits.popleft() if self._credits else None
+
     def observe_round(self, estimates: Estimates, counts: IntArray) -> None:
         """Take in a round of Stage 1: what its candidates had to offer, and the roots that each of them got."""
-        if self._stage1.at_price and estimates.tokens is not None:
+        if not self._stage1.at_price:
+            return
+        num_prompts = int((counts > 0).sum())
+        if estimates.tokens is None:
+            self._credits.extend([None] * num_prompts)
+        else:
             rates = root_rates(
                 estimates.mean,
                 estimates.tokens,
@@ -140,9 +157,13 @@ class Market:
                 strength=estimates.strength,
             )
             own = self.settings.continuations_per_root / 2 if self._stage2.at_price else 0.0
-            budget = self.settings.root_rollouts * (1 + own) * float(estimates.tokens.mean())
-            self._rounds.append(_Round(rates, estimates.tokens, budget, int((counts > 0).sum())))
-            self._owed += budget - float(counts @ estimates.tokens)
+            of_roots = self.settings.root_rollouts * float(estimates.tokens.mean())
+            self._rounds.append(_Round(rates, estimates.tokens, (1 + own) * of_roots, num_prompts))
+            self._owed += of_roots - float(counts @ estimates.tokens)
+            if num_prompts:
+                self._credits.extend([own * of_roots / num_prompts] * num_prompts)
+            else:
+                self._owed += own * of_roots
 
     def offer(self) -> Offer:
         """For the next prompt."""
@@ -176,18 +197,20 @@ class Market:
     def price(self) -> float | None:
         """λ at which the window's prompts would have spent their budget, and what is still owed, in tokens.
 
-        What is owed is settled within a window, as far as between a tenth and three times the budget does it. None: too
-        little was seen, or nothing is bought at a price.
+        What is owed is settled within a full window, as far as between a tenth and three times the budget does it.
+        None: too little was seen, or nothing is bought at a price.
         """
-        if len(self.seen) < MIN_TREES:
+        window: deque[_Round] | deque[_Seen] = self._rounds if self._stage1.at_price else self.seen
+        if len(self.seen) < MIN_TREES or not window:
             return None
         rates, tokens = self._supply()
-        budget = sum(one.budget for one in (self._rounds if self._stage1.at_price else self.seen))
         if not rates.size:
             return None
         order = np.argsort(-rates, kind="stable")
         spent = np.cumsum(tokens[order])
-        aim = budget + float(np.clip(self._owed, -0.9 * budget, 2 * budget))
+        budget = sum(one.budget for one in window)
+        owed = self._owed * len(window) / (window.maxlen or 1)
+        aim = budget + float(np.clip(owed, -0.9 * budget, 2 * budget))
         bought = int(np.searchsorted(spent, aim, side="right"))
         return float(rates[order[min(bought, len(order) - 1)]])
 

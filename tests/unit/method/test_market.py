@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -271,43 +272,61 @@ def estimates(success, strength, tokens, price):
     return Estimates(success * strength, (1 - success) * strength, np.full(len(success), tokens), price)
 
 
-@pytest.mark.parametrize("stage2", ["none", "topup", "price"])
-def test_one_price_for_both_stages_keeps_the_tokens_of_a_round(stage2):
-    """Rounds of 48 candidates, M = 24 roots of 20 tokens: 480 tokens a round, with N = 2 twice as many.
+def one_prompt(config, market, value, count):
+    """A prompt's tree as its rules grow it; certain of V, as with any number of pseudo rollouts."""
+    rewards = (RNG.random(count) < value).astype(float).tolist()
+    prompt = prompt_anchor(rewards, value=value, strength=50.0, expected_tokens=20)
+    rule = stage2_rule(config, market.offer())
+    turns = [anchor(value, reward, tokens=30) for reward in rewards] if rule.forks else []
+    anchors = [prompt, *turns] if prompt and rule.buys_roots else turns
+    bought = rule.spend(anchors, 2 * count, RNG) if anchors else np.zeros(0, dtype=int)
+    roots = int(bought[0]) if prompt and rule.buys_roots else 0
+    return further_roots(grown([value] * count, rewards, bought[len(bought) - len(turns) :]), roots, value)
 
-    Pools are rich and poor in turn. No prompt gets one root, and the better pool gets more.
+
+def spending(stage2, num_rounds, *, late=0, share_open=lambda number: 0.3):
+    """Tokens of each round of 48 candidates, M = 24 roots of 20 tokens. Trees end `late` rounds after their planning.
+
+    `share_open`: of a round's candidates, those that may go either way.
     """
     config = BudgetConfig(
         stage1="price", stage2=stage2, root_rollouts=24, pool_size=48, max_rollouts=6, explore_share=0
     )
-    market, spent, by_kind = Market(config), [], {True: [], False: []}
-    for number in range(120):
-        rich = number % 2 == 0
-        # Certain of V, as with any number of pseudo rollouts; in every second pool a tenth as many are open.
-        success = np.where(RNG.random(48) < (0.5 if rich else 0.05), RNG.uniform(0.3, 0.7, 48), 0.02)
+    market, under_way = Market(config), deque()
+    for number in range(num_rounds):
+        success = np.where(RNG.random(48) < share_open(number), RNG.uniform(0.3, 0.7, 48), 0.02)
         beliefs = estimates(success, 50.0, 20.0, market.price())
+        if number <= late:
+            beliefs = replace(beliefs, tokens=None)  # no tree has ended, so nobody knows what a root costs
         counts = stage1_rule(config).plan(beliefs, 24, RNG)
-        market.observe_round(beliefs, counts)
-        tokens = 0
-        for index in np.flatnonzero(counts):
-            value = float(success[index])
-            rewards = (RNG.random(counts[index]) < value).astype(float).tolist()
-            prompt = prompt_anchor(rewards, value=value, strength=50.0, expected_tokens=20)
-            rule = stage2_rule(config, market.offer())
-            turns = [anchor(value, reward, tokens=30) for reward in rewards] if rule.forks else []
-            anchors = [prompt, *turns] if prompt and rule.buys_roots else turns
-            bought = rule.spend(anchors, 2 * len(rewards), RNG) if anchors else np.zeros(0, dtype=int)
-            roots = int(bought[0]) if prompt and rule.buys_roots else 0
-            tree = grown([value] * len(rewards), rewards, bought[len(bought) - len(turns) :])
-            tree = further_roots(tree, roots, value)
-            tokens += tree.num_generated_tokens
-            market.observe(tree, root_strength=50.0)
         assert not (counts == 1).any()
-        if number >= 40:
-            spent.append(tokens)
-            by_kind[rich].append(tokens)
-    assert np.mean(spent) == pytest.approx(480 if stage2 == "none" else 960, rel=0.15)
-    assert np.mean(by_kind[True]) > 1.5 * np.mean(by_kind[False])
+        market.observe_round(beliefs, counts)
+        trees = [one_prompt(config, market, float(success[i]), counts[i]) for i in np.flatnonzero(counts)]
+        under_way.append(trees)
+        if len(under_way) > late:
+            for tree in under_way.popleft():
+                market.observe(tree, root_strength=50.0)
+        yield sum(tree.num_generated_tokens for tree in trees)
+
+
+@pytest.mark.parametrize("stage2", ["none", "topup", "price"])
+def test_one_price_for_both_stages_keeps_the_tokens_of_a_round(stage2):
+    """480 tokens a round, with N = 2 twice as many. Pools are rich and poor in turn, and the better pool gets more."""
+    rich_and_poor = list(spending(stage2, 120, share_open=lambda number: 0.05 if number % 2 else 0.5))[40:]
+    assert np.mean(rich_and_poor) == pytest.approx(480 if stage2 == "none" else 960, rel=0.15)
+    assert np.mean(rich_and_poor[::2]) > 1.5 * np.mean(rich_and_poor[1::2])
+
+
+@pytest.mark.parametrize("late", [0, 1, 3])
+@pytest.mark.parametrize("stage2", ["none", "topup", "price"])
+def test_a_price_neither_begins_with_a_spree_nor_starves_when_trees_end_late(stage2, late):
+    """A whole run once spent five updates' worth in its second one, and next to nothing in the twenty after it."""
+    budget = 480 if stage2 == "none" else 960
+    priced = list(spending(stage2, 90, late=late))[late + 1 :]
+    assert max(priced) < 3.5 * budget
+    eights = [np.mean(priced[start : start + 8]) for start in range(0, 80, 8)]
+    assert min(eights) > 0.4 * budget
+    assert np.mean(priced[20:]) == pytest.approx(budget, rel=0.2)
 
 
 def decided_prompt(reward):
