@@ -11,7 +11,7 @@ from trace_async.config import Config
 from trace_async.method.market import DECISIONS_LOG
 from trace_async.run.scaling import SIZES_FILE, Size
 from trace_async.run.state import RunState
-from trace_async.tracking.log import write_whole
+from trace_async.tracking.log import read_metrics, write_whole
 from trace_async.tracking.mlflow_tracker import saved_run_id
 from trace_async.tracking.progress import Progress
 from trace_async.tracking.records import dataset_record, sample_rollouts
@@ -28,12 +28,36 @@ log = logging.getLogger(__name__)
 DECISIONS_FILE = "decisions.txt"
 
 
+def progress_of(config: Config, run_dir: Path, first: RunState | None) -> Progress:
+    """The display of a run that begins, or of one that goes on from `first`, with what its updates took until then."""
+    progress = Progress(
+        config.num_updates,
+        token_budget=config.max_generated_tokens,
+        first_update=first.num_updates if first else 0,
+        tokens_before=first.generated_tokens if first else 0,
+        # With more generators one is lent to an evaluation, and training goes on beside it.
+        eval_every=config.eval.every_updates if config.actors.most_generators == 1 else 0,
+    )
+    if first is not None:
+        for point in read_metrics(run_dir):
+            if point.step <= first.num_updates:
+                progress.recall(point.step, point.metrics)
+    return progress
+
+
 class Recorder:
     """What a trainer reports to. `policy_path`: the folder of the start policy. `first`: the state of the checkpoint
-    that a resumed run goes on from."""
+    that a resumed run goes on from. `progress`: the display, where one is shown already."""
 
     def __init__(
-        self, config: Config, run_dir: Path, policy_path: Path, *, resume: bool, first: RunState | None
+        self,
+        config: Config,
+        run_dir: Path,
+        policy_path: Path,
+        *,
+        resume: bool,
+        first: RunState | None,
+        progress: Progress | None = None,
     ) -> None:
         self.config = config
         self.run_dir = run_dir
@@ -41,14 +65,7 @@ class Recorder:
         # A run that was killed before its first checkpoint starts anew, so none of its points stay.
         step = (first.num_updates if first else -1) if resume else None
         self._log = self._start_log(step)
-        self.progress = Progress(
-            config.num_updates,
-            token_budget=config.max_generated_tokens,
-            first_update=first.num_updates if first else 0,
-            tokens_before=first.generated_tokens if first else 0,
-            # With more generators one is lent to an evaluation, and training goes on beside it.
-            eval_every=config.eval.every_updates if config.actors.most_generators == 1 else 0,
-        )
+        self.progress = progress or progress_of(config, run_dir, first)
         self._gauges = Gauges(config.name)
         self._update = first.num_updates if first else 0
         self._decisions = _Decisions(self.on_decision)

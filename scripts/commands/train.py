@@ -2,12 +2,14 @@
 
 import argparse
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scripts.commands.stopping import run_until_stopped, terminated_as_interrupted
 from scripts.commands.witness import witnessed
@@ -27,6 +29,10 @@ from trace_async.run.session import (
     resume_command,
 )
 from trace_async.tracking.log import write_whole
+
+if TYPE_CHECKING:
+    from scripts.commands.recording import Recorder
+    from trace_async.tracking.progress import Progress
 
 log = logging.getLogger("trace_async")
 
@@ -50,16 +56,12 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join([plan, f"run directory    {wanted if resume else free_name(wanted)}"]))
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from trace_async.policy.report import describe_policy
-
     _report_abandoned(Path(config.output_dir))
     try:
         run_dir = _claim(config, wanted, resume=resume)
         with at_work(run_dir), witnessed(run_dir):
             _log_to_file(run_dir / "logs" / "trainer.log")
-            policy_path = ensure_policy(config)
-            print("\n".join(describe_policy(policy_path, config)))
-            return _train(config, run_dir, policy_path, resume=resume)
+            return _train(config, run_dir, resume=resume)
     except (RunFolderError, CheckpointError, OSError) as error:
         print(f"trace-async: {printable(in_words(error, wanted), 10_000)}", file=sys.stderr)
         return 2
@@ -86,36 +88,27 @@ def _report_abandoned(output_dir: Path) -> None:
         (run_dir / SESSION_FILE).unlink(missing_ok=True)
 
 
-def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) -> int:
+def _train(config: Config, run_dir: Path, *, resume: bool) -> int:
     import ray
 
-    from actors.ray_cluster import start_ray
-    from actors.trainer import StopRequestedError, Trainer
-    from scripts.commands.recording import Recorder
+    from actors.trainer import StopRequestedError
+    from scripts.commands.recording import Recorder, progress_of
     from trace_async.run.checkpoint import latest_checkpoint
     from trace_async.run.state import load_trainer
     from trace_async.tracking.tracker import RunStatus
 
     checkpoint = latest_checkpoint(run_dir / "checkpoints") if resume else None
     first = load_trainer(checkpoint).state if checkpoint else None
-    print(f"Run {run_dir}; policy {policy_path}; starting Ray ...", flush=True)
-    recorder = Recorder(config, run_dir, policy_path, resume=resume, first=first)
+    with contextlib.ExitStack() as making:
+        progress = making.enter_context(progress_of(config, run_dir, first))
+        policy_path = _start_policy(config, progress)
+        progress.message(f"Run {run_dir}; policy {policy_path}; starting Ray ...")
+        recorder = Recorder(config, run_dir, policy_path, resume=resume, first=first, progress=progress)
+        shown = making.pop_all()
     status: RunStatus = "FAILED"
     try:
-        with terminated_as_interrupted():
-            placed = start_ray(config)
-        with recorder.progress:
-            trainer = Trainer(
-                placed,
-                run_dir,
-                policy_path,
-                recorder.on_metrics,
-                on_rollback=recorder.on_rollback,
-                on_resize=recorder.on_resize,
-                on_phase=recorder.progress.phase,
-            )
-            recorder.on_tasks(trainer.train_tasks, trainer.heldout_tasks)
-            asyncio.run(run_until_stopped(trainer.run(checkpoint), trainer.stop))
+        with shown:  # what is said about the end comes below it
+            _work(config, run_dir, policy_path, recorder, checkpoint)
         status = "FINISHED"
     except (KeyboardInterrupt, StopRequestedError) as stop:
         status = "KILLED"
@@ -137,6 +130,38 @@ def _train(config: Config, run_dir: Path, policy_path: Path, *, resume: bool) ->
         ray.shutdown()
     _print_end(config, run_dir)
     return 0
+
+
+def _start_policy(config: Config, progress: "Progress") -> Path:
+    from trace_async.policy.report import describe_policy
+
+    if not config.policy.path:
+        progress.phase(["policy"])
+    policy_path = ensure_policy(config, log=progress.step)
+    for line in describe_policy(policy_path, config):
+        progress.message(line)
+    return policy_path
+
+
+def _work(config: Config, run_dir: Path, policy_path: Path, recorder: "Recorder", checkpoint: Path | None) -> None:
+    """Start Ray and run the trainer to its end."""
+    from actors.ray_cluster import start_ray
+    from actors.trainer import Trainer
+
+    recorder.progress.phase(["start"])
+    with terminated_as_interrupted():
+        placed = start_ray(config)
+    trainer = Trainer(
+        placed,
+        run_dir,
+        policy_path,
+        recorder.on_metrics,
+        on_rollback=recorder.on_rollback,
+        on_resize=recorder.on_resize,
+        on_phase=recorder.progress.phase,
+    )
+    recorder.on_tasks(trainer.train_tasks, trainer.heldout_tasks)
+    asyncio.run(run_until_stopped(trainer.run(checkpoint), trainer.stop))
 
 
 def expected_errors() -> tuple[type[BaseException], ...]:

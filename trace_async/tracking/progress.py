@@ -1,4 +1,7 @@
-"""Show a run while it trains: a live table in a terminal, one short line per update anywhere else.
+"""Show a run from its start policy to its end: a live table in a terminal, one short line per update anywhere else.
+
+One bar covers the whole run: start policy, start of the actors, first evaluation, updates, last evaluation. It fills by
+time, and the time left is worked out from what updates and evaluations of this run took; it is ? until both were seen.
 
 These metrics are shown; a missing one shows as –. Shares and probabilities are in 0..1. A figure is of the latest
 update unless it is called a total. Held-out figures stay until newer ones come:
@@ -41,6 +44,7 @@ PHASES = {
     "checkpoint": "checkpoint",
 }
 NOW = {
+    "policy": "making the start policy",
     "start": "starting the actors",
     "stage1": "choosing prompts",
     "wait_for_trees": "waiting for trees",
@@ -54,7 +58,7 @@ NOW = {
     "close": "closing the actors",
 }
 """Phases of a run (`trace_async.run.session.Phases`) as they are shown while they go on."""
-ANNOUNCED = ("start", "eval", "export")
+ANNOUNCED = ("policy", "start", "eval", "export")
 """Of these, what may take minutes without a line of its own: told when it begins, where there is no terminal."""
 REDRAW_S = 0.5
 RECENT = 10  # the time left is estimated from so many updates
@@ -95,6 +99,7 @@ class Progress:
         self._evaluated = -1
         self._now: tuple[str, ...] = ()
         self._announced = ""
+        self._said = ""
         self._drawn_at = clock()
         self._recent_tokens: deque[float] = deque(maxlen=RECENT)
         self._last = self._started = clock()
@@ -114,13 +119,26 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
+    def recall(self, update_index: int, metrics: Mapping[str, float]) -> None:
+        """Take the figures of an update or evaluation of an earlier session of the run, and show nothing."""
+        self._note(update_index, metrics, 0.0)
+
     def message(self, text: str) -> None:
         """Print a line of its own, above the table."""
         self._console.print(Text(printable(text)), soft_wrap=True)
 
+    def step(self, text: str) -> None:
+        """Say how far the phase that goes on has come: beside its name in the table, elsewhere as a line."""
+        if self._live is None:
+            self.message(text)
+        else:
+            self._said = printable(text)
+            self._draw()
+
     def phase(self, names: Collection[str]) -> None:
         """Show that these phases go on now, and no others."""
         self._now = tuple(names)
+        self._said = ""
         if self._live is not None:
             if self._clock() - self._drawn_at >= REDRAW_S:
                 self._draw()
@@ -128,8 +146,7 @@ class Progress:
         for name in self._now:
             if name in ANNOUNCED and name != self._announced:
                 self._announced = name
-                left = self.seconds_left()
-                said = f"{NOW[name]} …" + ("" if left is None else f"  left {_duration(left)}")
+                said = f"{self._name(name)} …  left {_duration(self.seconds_left())}"
                 self._console.print(Text(said), soft_wrap=True)
 
     def update(self, update_index: int, metrics: Mapping[str, float]) -> None:
@@ -137,13 +154,9 @@ class Progress:
 
         If `metrics` holds only held-out figures, show that it was evaluated.
         """
-        self._note_heldout(metrics)
-        if "time/eval_s" in metrics:
-            self._eval_s, self._evaluated = metrics["time/eval_s"], update_index
         since, self._last = self._last, self._clock()
         self._announced = ""
-        if any(key.startswith("train/") for key in metrics):
-            self._note_update(update_index, metrics, self._last - since)
+        if self._note(update_index, metrics, self._last - since):
             said = self.line()
         else:
             said = f"update {update_index}/{self._total}  held-out {self._show_heldout()}"
@@ -156,6 +169,16 @@ class Progress:
         assert self._live is not None
         self._drawn_at = self._clock()
         self._live.update(self.table(), refresh=True)
+
+    def _note(self, update_index: int, metrics: Mapping[str, float], seconds: float) -> bool:
+        """Whether it was an update, not an evaluation alone. `seconds`: what it took, where `metrics` does not say."""
+        self._note_heldout(metrics)
+        if "time/eval_s" in metrics:
+            self._eval_s, self._evaluated = metrics["time/eval_s"], update_index
+        if not any(key.startswith("train/") for key in metrics):
+            return False
+        self._note_update(update_index, metrics, seconds)
+        return True
 
     def _note_update(self, update_index: int, metrics: Mapping[str, float], seconds: float) -> None:
         # Measured by our own clock, the first update would include the start of the actors.
@@ -170,9 +193,11 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """Estimate the seconds until the run ends: the updates, or the token budget where it ends first, and the
-        evaluations that training waits for, the last one included, each by what it took so far.
+        evaluations that training waits for, the last one included, each by what it took so far. What is under way
+        counts what is left of its usual time. Starting, saving and closing count nothing: they take seconds.
 
-        Returns None before the first update.
+        Returns None while it is not known: before the first update and the first evaluation, and when the last thing
+        to be done takes longer than it usually does.
         """
         if not self._durations:
             return None
@@ -180,9 +205,17 @@ class Progress:
         tokens_per_update = statistics.mean(self._recent_tokens)
         if self._token_budget and tokens_per_update > 0:
             updates_left = min(updates_left, max(0.0, self._token_budget - self._tokens) / tokens_per_update)
-        seconds = updates_left * statistics.mean(self._durations)
-        seconds += self._evaluations_left(self._update + updates_left) * (self._eval_s or 0.0)
-        return max(0.0, seconds - (self._clock() - self._last))
+        evaluations_left = self._evaluations_left(self._update + updates_left)
+        if evaluations_left and self._eval_s is None:
+            return None
+        step_s, eval_s = statistics.mean(self._durations), self._eval_s or 0.0
+        seconds = updates_left * step_s + evaluations_left * eval_s
+        evaluates = evaluations_left > 0 and (updates_left == 0 or (self._eval_every > 0 and "eval" in self._now))
+        under_way_s = eval_s if evaluates else min(1.0, updates_left) * step_s
+        taken_s = self._clock() - self._last
+        if seconds > 0 and seconds <= under_way_s < taken_s:
+            return None
+        return seconds - min(taken_s, under_way_s)
 
     def _evaluations_left(self, last_update: float) -> int:
         """Those between the newest update and the last one, and the one after it."""
@@ -191,9 +224,16 @@ class Progress:
         ends_with_one = bool(every) and last_update % every == 0 and between > 0
         return between + int(not ends_with_one and self._evaluated < last_update)
 
-    def _share_done(self) -> float:
-        of_tokens = self._tokens / self._token_budget if self._token_budget else 0.0
-        return min(1.0, max(self._update / max(1, self._total), of_tokens))
+    def _name(self, phase: str) -> str:
+        """The phase in words; of evaluations, which one it is."""
+        if phase == "eval" and self._evaluated < 0 and self._update == 0:
+            return "first evaluation"
+        if phase == "eval" and self._update > 0 and self._updates_are_done():
+            return "last evaluation"
+        return NOW.get(phase, phase)
+
+    def _updates_are_done(self) -> bool:
+        return self._update >= self._total or 0 < self._token_budget <= self._tokens
 
     def line(self) -> str:
         """Describe the run in one line."""
@@ -211,10 +251,14 @@ class Progress:
     def table(self) -> Group:
         """Render the run as a table."""
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=1.0, completed=self._share_done(), width=32)
-        left = f"{_duration(self._clock() - self._started)} so far, {_duration(self.seconds_left())} left"
+        so_far_s, left_s = self._clock() - self._started, self.seconds_left()
+        total_s = None if left_s is None else so_far_s + left_s
+        # Without a total it moves to and fro.
+        bar = ProgressBar(total=total_s, completed=so_far_s, width=32, animation_time=so_far_s)
+        left = f"{_duration(so_far_s)} so far, {_duration(left_s)} left"
         head.add_row(Text(f"update {self._update}/{self._total}", style="bold"), bar, left)
-        now = Text(f"now: {', '.join(NOW.get(name, name) for name in self._now) or '–'}", style="dim")
+        doing = ", ".join(self._name(name) for name in self._now) or "–"
+        now = Text(f"now: {doing}" + (f" ({self._said})" if self._said else ""), style="dim")
         grid = Table.grid(padding=(0, 3))
         for style in ("dim", "", "dim", ""):
             grid.add_column(style=style)
@@ -292,7 +336,7 @@ def _thousands(count: float | None) -> str:
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
-        return "–"
+        return "?"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

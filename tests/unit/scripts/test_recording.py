@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from scripts.commands.recording import Recorder
+from scripts.commands.recording import Recorder, progress_of
 from tests.unit.tracking.test_trackers import Memory, make_tree
 from trace_async.config import load_config
 from trace_async.method.market import DECISIONS_LOG
 from trace_async.run.scaling import Size, keep_sizes
+from trace_async.run.state import RunState
 from trace_async.tracking import tracker
+from trace_async.tracking.log import Point, point_line
 from trace_async.tracking.mlflow_tracker import saved_run_id, tracking_uri
 
 
@@ -69,3 +71,13 @@ async def test_rollouts_are_shown_from_inside_the_loop_of_a_run_whose_policy_was
     (rollout,) = memory.rollouts
     assert rollout.prompt == "<|im_start|> <|im_end|>"  # tokens 1 and 2
     recorder.finish("KILLED")
+
+
+def test_the_time_left_of_a_resumed_run_comes_from_what_it_kept_up_to_its_checkpoint(tmp_path: Path) -> None:
+    config = load_config(None, [f"output_dir={tmp_path}", "num_updates=10"])
+    kept = [(0, {"time/eval_s": 30_000.0}), (1, {"train/reward": 0.5, "time/step_s": 4_000.0})]
+    lost = [(2, {"train/reward": 0.5, "time/step_s": 400_000.0})]
+    (tmp_path / "metrics.jsonl").write_text("".join(point_line(Point(i, 0.0, m)) for i, m in kept + lost))
+    left = progress_of(config, tmp_path, RunState(num_updates=1)).seconds_left()
+    assert left == pytest.approx(9 * 4_000.0 + 30_000.0, abs=600)  # the test itself takes a while
+    assert progress_of(config, tmp_path, None).seconds_left() is None  # a run that begins anew has measured nothing
