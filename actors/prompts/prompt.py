@@ -211,6 +211,9 @@ async def _at_once(tasks: Sequence[Task], call: Callable[[Task], Awaitable[T]], 
 
 def remote_prompt_actor(config: Config, policy_path: str, predictor: Predictor | Answering | None) -> ActorHandle:
     actor = ray.remote(PromptActor).options(
-        num_cpus=0, max_concurrency=8192, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}
+        num_cpus=0,
+        max_concurrency=8192,
+        enable_task_events=False,  # see remote_generator
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
     )
     return actor.remote(config, policy_path, predictor)

@@ -95,7 +95,10 @@ def play(args: argparse.Namespace, run: Run, chaos: Chaos, faults: Iterable[Faul
     run.start()
     run.wait("the first update", run.num_updates)
     if args.soak:
-        run.wait("the end of the soak", lambda: time.monotonic() - began > 60 * args.minutes, every_s=1.0)
+        soak_s = 60 * args.minutes
+        run.wait(
+            "the end of the soak", lambda: time.monotonic() - began > soak_s, every_s=1.0, limit_s=soak_s + run.limit_s
+        )
         return
     for fault in faults:
         if args.minutes and time.monotonic() - began > 60 * args.minutes:

@@ -90,12 +90,15 @@ class Run:
         """What the present driver is doing."""
         return {name: since for name, since in phases_of(self.run_dir).items() if since >= self.started_at}
 
-    def wait(self, what: str, happened: Callable[[], object], every_s: float = 0.2) -> None:
-        """Until `happened`, or until the driver has ended. Raises LimitError."""
-        deadline = time.monotonic() + self.limit_s
+    def wait(
+        self, what: str, happened: Callable[[], object], every_s: float = 0.2, *, limit_s: float | None = None
+    ) -> None:
+        """Until `happened`, or until the driver has ended. Raises LimitError. `limit_s`: None for that of the run."""
+        limit_s = self.limit_s if limit_s is None else limit_s
+        deadline = time.monotonic() + limit_s
         while self.driver.poll() is None and not happened():
             if time.monotonic() > deadline:
-                raise LimitError(f"not within {self.limit_s:g} s: {what}")
+                raise LimitError(f"not within {limit_s:g} s: {what}")
             time.sleep(every_s)
 
     def kill_driver(self) -> None:
