@@ -14,6 +14,7 @@ of update 17.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +26,7 @@ from typing import Protocol
 from actors.generators.pool import GeneratorPool
 from actors.prompts.group import PromptGroup
 from actors.prompts.prompt import HeldOut
-from envs import load_domain
-from envs.tasks import heldout_sample, load_splits
+from envs.tasks import heldout_tasks
 from trace_async.config import Config
 from trace_async.tracking.faults import FaultBook
 from trace_async.tracking.heldout import heldout_figures
@@ -75,7 +75,7 @@ class Evaluations:
     def __init__(
         self,
         config: Config,
-        tasks: Sequence[Task],
+        tasks: Mapping[str, Sequence[Task]],
         prompts: Players,
         pool: Lender,
         faults: FaultBook,
@@ -84,8 +84,8 @@ class Evaluations:
         report: Callable[[int, Mapping[str, float]], None],
         doing: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """`tasks`: those held out. `report`: takes the update and the figures of each evaluation that has ended.
-        `doing`: notes what goes on within it (`Phases.during`)."""
+        """`tasks`: those held out, by set (`envs.tasks.heldout_tasks`). `report`: takes the update and the figures of
+        each evaluation that has ended. `doing`: notes what goes on within it (`Phases.during`)."""
         self.config = config
         self.tasks = tasks
         self.prompts = prompts
@@ -161,15 +161,16 @@ class Evaluations:
         started = time.monotonic()
         figures: dict[str, float] = {}
         tokens = 0
-        for temperature in self.config.eval.temperatures:
+        for set_name, temperature in itertools.product(self.tasks, self.config.eval.temperatures):
             with self.doing("eval"):
-                trees = await self._trees(moment, temperature, share)
+                trees = await self._trees(moment, set_name, temperature, share)
             for tree in trees:
                 self.faults.enter(tree.faults)
             tokens += sum(tree.num_generated_tokens for tree in trees)
-            figures |= heldout_figures(trees, temperature, self._num_samples(temperature))
+            found = heldout_figures(trees, temperature, self._num_samples(temperature))
+            figures |= {_name_in(set_name, name): value for name, value in found.items()}
             if self.config.eval.keep_trees:
-                path = heldout_path(self.run_dir, moment.num_updates, temperature)
+                path = heldout_path(self.run_dir, moment.num_updates, temperature, set_name)
                 await asyncio.to_thread(write_trees, path, trees)
         return figures | {
             "tokens/eval": float(tokens),
@@ -181,14 +182,21 @@ class Evaluations:
     def _num_samples(self, temperature: float) -> int:
         return self.config.eval.samples_per_task if temperature > 0 else 1
 
-    async def _trees(self, moment: Moment, temperature: float, share: float) -> Sequence[RolloutTree]:
+    async def _trees(self, moment: Moment, set_name: str, temperature: float, share: float) -> Sequence[RolloutTree]:
         wanted = HeldOut(
             temperature=temperature,
             num_samples=self._num_samples(temperature),
             policy_version=moment.policy_version,
             tasks_at_once=max(1, int(share * self.config.actors.prompts_per_actor)),
+            set_name=set_name,
         )
-        return [_only_of(moment.policy_version, tree) for tree in await self.prompts.evaluate(self.tasks, wanted)]
+        trees = await self.prompts.evaluate(self.tasks[set_name], wanted)
+        return [_only_of(moment.policy_version, tree) for tree in trees]
+
+
+def _name_in(set_name: str, name: str) -> str:
+    """`heldout/success_t1.0` of the set `hotpot` → `eval/hotpot/success_t1.0`; the run's own set keeps its names."""
+    return f"eval/{set_name}/{name.removeprefix('heldout/')}" if set_name else name
 
 
 def _only_of(policy_version: int, tree: RolloutTree) -> RolloutTree:
@@ -203,8 +211,7 @@ def _only_of(policy_version: int, tree: RolloutTree) -> RolloutTree:
 
 async def evaluate_policy(config: Config, policy_path: Path, log_dir: Path) -> dict[str, float]:
     """Held-out success of the policy in `policy_path`; needs Ray to be started."""
-    domain = load_domain(config.env)
-    tasks = heldout_sample(domain, load_splits(domain).heldout, config.eval.num_tasks)
+    tasks = heldout_tasks(config)
     prompts = PromptGroup(config, policy_path, predictor=None)
     pool = GeneratorPool(config, policy_path, log_dir, prompts.announce)
     prompts.start()

@@ -36,7 +36,7 @@ from actors.learner import DeltaRef
 from actors.parts import Parts
 from actors.prompts.group import PromptGroup
 from envs import load_domain
-from envs.tasks import heldout_sample, load_splits
+from envs.tasks import heldout_tasks, load_splits
 from trace_async.config import Config
 from trace_async.run.checkpoint import CheckpointStore, latest_checkpoint
 from trace_async.run.rounds import NothingToLearnError
@@ -47,6 +47,7 @@ from trace_async.run.state import RunState, load_trainer, save_trainer
 from trace_async.tracking.faults import FaultBook
 from trace_async.tracking.metrics import tree_metrics
 from trace_async.trees.tree import RolloutTree
+from trace_async.types import Task
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -125,10 +126,8 @@ class Trainer:
         self.on_resize = on_resize
         self.make_parts = make_parts
         self.pace = pace
-        domain = load_domain(config.env)
-        splits = load_splits(domain)
-        self.train_tasks = splits.train
-        self.heldout_tasks = heldout_sample(domain, splits.heldout, config.eval.num_tasks)
+        self.train_tasks = load_splits(load_domain(config.env)).train
+        self.evaluated_tasks = heldout_tasks(config)
         self.faults = FaultBook()
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep)
         self.schedule = Schedule(run_dir, records=config.tracking.record_schedule)
@@ -152,7 +151,7 @@ class Trainer:
         self.scaling = Scaling(self.config, self.parts.pool, self.run_dir, on_change=self.on_resize)
         self.evaluations = Evaluations(
             self.config,
-            self.heldout_tasks,
+            self.evaluated_tasks,
             self.parts.prompts,
             self.parts.pool,
             self.faults,
@@ -169,6 +168,11 @@ class Trainer:
     @property
     def state(self) -> RunState:
         return self.admission.state
+
+    @property
+    def heldout_tasks(self) -> Sequence[Task]:
+        """Those of the run's own environment."""
+        return self.evaluated_tasks[""]
 
     @property
     def pool(self) -> GeneratorPool:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import TypeVar, overload
 
-from envs import describe
-from trace_async.config import ConfigError
+from envs import describe, load_domain
+from trace_async.config import Config, ConfigError
 from trace_async.env import Domain, EnvValueError
 from trace_async.printable import one_line
 from trace_async.rollout.values import checked_task
@@ -53,6 +53,21 @@ def heldout_sample(domain: Domain, tasks: Sequence[Task], count: int) -> list[Ta
     if count >= len(tasks) or getattr(domain, "in_random_order", False):
         return list(tasks[:count])
     return [tasks[index] for index in sorted(Random(f"heldout of {len(tasks)}").sample(range(len(tasks)), count))]
+
+
+def heldout_tasks(config: Config) -> dict[str, list[Task]]:
+    """What an evaluation plays: the run's own held-out tasks ("") and those of each of `eval.sets`.
+
+    Raises ConfigError naming the set whose environment will not do.
+    """
+    found: dict[str, list[Task]] = {}
+    for set_name in ("", *config.eval.sets):
+        try:
+            domain = load_domain(config.env_of(set_name))
+            found[set_name] = heldout_sample(domain, load_splits(domain).heldout, config.eval.num_tasks_of(set_name))
+        except ConfigError as error:
+            raise ConfigError(f"eval.sets.{set_name}: {error}" if set_name else str(error)) from error
+    return found
 
 
 class CheckedTasks(Sequence[Task]):

@@ -23,6 +23,7 @@ from trace_async.policy.load import load_renderer
 from trace_async.predictor.heads import Heads
 from trace_async.rollout.expansion import Expansion
 from trace_async.rollout.grower import Grower, make_grower
+from trace_async.rollout.guard import EnvGuard, make_guard
 from trace_async.run.state import PendingPrompt
 from trace_async.trees.tree import RolloutTree
 from trace_async.types import Completion, LossKind, PrefixQuery, SamplingParams, Task
@@ -47,6 +48,8 @@ class HeldOut:
     """The version that the generators for evaluation serve; every tree is stamped with it."""
     tasks_at_once: int
     """Tasks that one PromptActor plays at a time."""
+    set_name: str = ""
+    """Of which of `eval.sets` the tasks are; empty: of the run's own environment."""
 
 
 class PromptActor:
@@ -76,18 +79,21 @@ class PromptActor:
             self._generate,
             playing=lambda task: self.router.playing(task.id),
         )
-        self.evaluator = Grower(
-            self.grower.guard,
-            self.renderer,
-            self._generate_held_out,
-            self.grower.limits,
-            playing=lambda task: self.evaluation_router.playing(task.id),
-        )
+        self.evaluators = {"": self._evaluator(self.grower.guard)}
         # A call that never returns is seen from a thread beside the loop; PromptGroup replaces an actor that hangs.
         self.grower.guard.watch.patrol(config.env.step_timeout_s, _say_held)
         self.slots = asyncio.Semaphore(config.actors.prompts_per_actor)
         # Of their own: Stage 1 goes on while every slot holds a prompt that grows.
         self.questions = asyncio.Semaphore(MAX_QUESTIONS)
+
+    def _evaluator(self, guard: EnvGuard) -> Grower:
+        return Grower(
+            guard,
+            self.renderer,
+            self._generate_held_out,
+            self.grower.limits,
+            playing=lambda task: self.evaluation_router.playing(task.id),
+        )
 
     def __repr__(self) -> str:
         """Under this name Ray's dashboard and logs show the actor."""
@@ -151,10 +157,14 @@ class PromptActor:
 
     async def evaluate(self, tasks: Sequence[Task], wanted: HeldOut) -> list[RolloutTree]:
         """One tree per task, of root rollouts that nobody trains on. They take no slot of a prompt that does grow."""
+        if wanted.set_name not in self.evaluators:
+            env = self.config.env_of(wanted.set_name)
+            self.evaluators[wanted.set_name] = self._evaluator(make_guard(env, load_domain(env)))
+        evaluator = self.evaluators[wanted.set_name]
 
         async def play(task: Task) -> RolloutTree:
             with self.evaluation_router.hosting(task.id):
-                return await self.evaluator.grow(
+                return await evaluator.grow(
                     task, wanted.num_samples, policy_version=wanted.policy_version, temperature=wanted.temperature
                 )
 

@@ -215,7 +215,7 @@ def _config_and_run_dir(args: argparse.Namespace) -> tuple[Config, Path]:
 def check_run(config: Config) -> str:
     """The plan of a run in words; model, data and environment are checked. ConfigError when one will not do."""
     from envs import load_domain
-    from envs.tasks import load_splits
+    from envs.tasks import heldout_tasks, load_splits
     from trace_async.run.plan import plan_run
 
     lines = [str(plan_run(config))]
@@ -223,6 +223,8 @@ def check_run(config: Config) -> str:
     splits = load_splits(domain)
     lines += [f"train            {len(splits.train)} tasks of {domain.name}", *splits.notes]
     lines.append(f"heldout          {len(splits.heldout)} tasks of {domain.name}")
+    for set_name, tasks in list(heldout_tasks(config).items())[1:]:
+        lines.append(f"                 {len(tasks)} tasks of {config.env_of(set_name).name} as eval.sets.{set_name}")
     if len(splits.train) < config.budget.pool_size:
         lines.append(
             f"                 fewer than budget.pool_size={config.budget.pool_size}: a pool holds each of them once"

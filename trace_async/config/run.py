@@ -1,7 +1,10 @@
 """A whole run, and what is kept of it: evaluations, figures and checkpoints."""
 
+import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -28,6 +31,31 @@ class EvalConfig:
     """Keep every held-out rollout for the viewer, in `trees/heldout_*.jsonl` of the run."""
     temperatures: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (1.0, 0.0)
     """Sampling temperatures, one evaluation each. 0: greedy."""
+    sets: dict[str, Any] = field(default_factory=dict)
+    """Further held-out sets that are played with each evaluation, by names of yours, each with `name` and `args` of an
+    environment and `num_tasks`: {hotpot: {name: qa_files, args: {…}, num_tasks: 200}}. What is left out is as in `env`
+    and `eval.num_tasks`. The figures of a set are `eval/SET/success_t1.0` and so on."""
+
+    def __post_init__(self) -> None:
+        for name, wanted in self.sets.items():
+            where = f"eval.sets.{name}"
+            require(
+                re.fullmatch(r"[A-Za-z0-9][\w-]*", name) is not None,
+                "eval.sets",
+                name,
+                "names of letters, digits, - and _",
+            )
+            require(isinstance(wanted, Mapping), where, wanted, "{name: environment, args: {…}, num_tasks: N}")
+            unknown = set(wanted) - {"name", "args", "num_tasks"}
+            require(not unknown, where, ", ".join(sorted(map(str, unknown))), "only name, args and num_tasks")
+            count = wanted.get("num_tasks", 1)
+            whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+            require(whole, f"{where}.num_tasks", count, "a whole number from 1 on")
+            require(isinstance(wanted.get("args", {}), Mapping), f"{where}.args", wanted.get("args"), "a mapping")
+
+    def num_tasks_of(self, set_name: str) -> int:
+        """Held-out tasks of a set of `sets`, or of the run's own environment ("")."""
+        return int(self.sets[set_name].get("num_tasks", self.num_tasks)) if set_name else self.num_tasks
 
 
 @section("tracking")
@@ -112,6 +140,15 @@ class Config:
             f"needs whole weights, and with engine.lora_rank={self.engine.lora_rank} only adapters are sent; set own, "
             "or engine.lora_rank=0",
         )
+
+    def env_of(self, set_name: str) -> EnvConfig:
+        """The environment of a set of `eval.sets`, or the run's own ("")."""
+        if not set_name:
+            return self.env
+        wanted = self.eval.sets[set_name]
+        name = str(wanted.get("name", self.env.name))
+        own = self.env.args if name == self.env.name else {}
+        return dataclasses.replace(self.env, name=name, args=dict(wanted.get("args", own)))
 
     @property
     def predictor_trunk(self) -> Literal["own", "policy"]:

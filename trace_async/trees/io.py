@@ -33,9 +33,13 @@ def tree_files(run_dir: str | Path) -> list[Path]:
     return sorted((Path(run_dir) / "trees").glob("update_*.jsonl"))
 
 
-def heldout_path(run_dir: str | Path, update: int, temperature: float) -> Path:
-    """Return the file in which a run keeps the held-out rollouts of an evaluation after update `update`."""
-    return Path(run_dir) / "trees" / f"heldout_{update:06d}_t{float(temperature)}.jsonl"
+def heldout_path(run_dir: str | Path, update: int, temperature: float, set_name: str = "") -> Path:
+    """Return the file in which a run keeps the held-out rollouts of an evaluation after update `update`.
+
+    `set_name`: of which of `eval.sets` they are.
+    """
+    of_set = f"_{set_name}" if set_name else ""
+    return Path(run_dir) / "trees" / f"heldout_{update:06d}_t{float(temperature)}{of_set}.jsonl"
 
 
 def heldout_files(run_dir: str | Path) -> list[Path]:

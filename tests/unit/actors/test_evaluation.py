@@ -140,3 +140,18 @@ async def test_a_run_that_is_stopped_during_an_evaluation_beside_it_evaluates_af
     again = Run(tmp_path, FakeParts(num_generators=2), overrides=EVERY_TWO)
     await again.trainer.run(stopped.value.checkpoint)
     assert again.evaluations == [4, 6]
+
+
+async def test_further_sets_are_played_with_each_evaluation_under_names_of_their_own(tmp_path: Path):
+    sets = "eval.sets={numbers: {name: envs.example:GuessNumber, num_tasks: 3}, more: {num_tasks: 2}}"
+    prompts = Gated()
+    run = Run(tmp_path, FakeParts(prompts=prompts), overrides=[sets, "eval.temperatures=[0.0]", "eval.num_tasks=5"])
+    await run.trainer.run()
+    assert [wanted.set_name for wanted in prompts.wanted] == ["", "numbers", "more"] * 2  # at the start and at the end
+    step, figures = run.points[0]
+    assert step == 0
+    assert figures["heldout/num_tasks_t0.0"] == 5
+    assert figures["eval/numbers/num_tasks_t0.0"] == 3
+    assert figures["eval/more/num_tasks_t0.0"] == 2
+    assert 0 <= figures["eval/numbers/success_t0.0"] <= 1
+    assert len([*read_trees(tmp_path / "trees" / "heldout_000000_t0.0_numbers.jsonl")]) == 3
