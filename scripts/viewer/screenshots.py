@@ -41,7 +41,7 @@ def browser_page() -> Iterator[Any]:
         raise ConfigError("no Chromium on this machine: apt-get install chromium")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=list(FLAGS))
-        yield browser.new_page(viewport={"width": 1400, "height": 850})
+        yield browser.new_page(viewport={"width": 1300, "height": 760})
         browser.close()
 
 
@@ -116,9 +116,10 @@ def terminal(run: Path, target: Path) -> None:
 def trees(run: Path, target: Path) -> None:
     from scripts.viewer.source import RunSource
 
+    shown = RunSource(run).page()  # before Playwright's loop begins: it may have to look for the start policy
     with tempfile.TemporaryDirectory() as folder, browser_page() as page:
         file = Path(folder) / "trees.html"
-        file.write_text(RunSource(run).page(), encoding="utf-8")
+        file.write_text(shown, encoding="utf-8")
         shoot(page, file.as_uri(), target, wait_for=".row")
 
 
@@ -132,7 +133,7 @@ def mlflow(run: Path, target: Path) -> None:
     with served(command, url), browser_page() as page:
         address = f"{url}/#/experiments/{_experiment(config, run_id)}/runs/{run_id}/model-metrics"
         charts = "input[placeholder='Search metric charts']"
-        shoot(page, address, target, wait_for=charts, settle_s=15.0, search="heldout/success")
+        shoot(page, address, target, wait_for=charts, settle_s=15.0, search="train/")
 
 
 def _experiment(config: Config, run_id: str) -> str:
@@ -144,25 +145,22 @@ def _experiment(config: Config, run_id: str) -> str:
 def ray(run: Path, target: Path) -> None:
     """The actors' page, while a short run of the same config works on a cluster of its own."""
     port, dashboard = free_port(), free_port()
-    start = [str(BIN / "ray"), "start", "--head", f"--port={port}", "--num-cpus=8", "--disable-usage-stats"]
-    start += ["--include-dashboard=true", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
-    subprocess.run(start, check=True, stdout=subprocess.DEVNULL)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            settings = [f"output_dir={folder}", "name=quickstart", f"actors.ray_address=127.0.0.1:{port}"]
-            settings += ["num_updates=1000", "eval.num_tasks=8", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
-            command = [sys.executable, "-m", "scripts.cli", "train", "--config", str(run / "config.yaml"), *settings]
-            training = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            try:
-                made = Path(folder) / "quickstart"
-                until(lambda: sum(p.step > 0 for p in read_metrics(made)) >= 3, "no update was made")
-                with browser_page() as page:
-                    shoot(page, f"http://127.0.0.1:{dashboard}/#/actors", target, wait_for="table", settle_s=10.0)
-            finally:
-                training.terminate()
-                training.wait()
-    finally:
-        subprocess.run([str(BIN / "ray"), "stop", "--force"], check=False, stdout=subprocess.DEVNULL)
+    head = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=8", "--disable-usage-stats"]
+    head += ["--include-dashboard=true", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    # Ended by its own process: `ray stop` would end every other cluster of this machine too.
+    with served(head, f"http://127.0.0.1:{dashboard}"), tempfile.TemporaryDirectory() as folder:
+        settings = [f"output_dir={folder}", "name=quickstart", f"actors.ray_address=127.0.0.1:{port}"]
+        settings += ["num_updates=1000", "eval.num_tasks=8", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+        command = [sys.executable, "-m", "scripts.cli", "train", "--config", str(run / "config.yaml"), *settings]
+        training = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            made = Path(folder) / "quickstart"
+            until(lambda: sum(p.step > 0 for p in read_metrics(made)) >= 3, "no update was made")
+            with browser_page() as page:
+                shoot(page, f"http://127.0.0.1:{dashboard}/#/actors", target, wait_for="table", settle_s=10.0)
+        finally:
+            training.terminate()
+            training.wait()
 
 
 PICTURES: dict[str, Callable[[Path, Path], None]] = {"terminal": terminal, "trees": trees, "mlflow": mlflow, "ray": ray}
@@ -174,8 +172,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default=",".join(PICTURES))
     args = parser.parse_args()
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in PICTURES]:
+        parser.error(f"--only {','.join(unknown)}: there are {', '.join(PICTURES)}")
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name in args.only.split(","):
+    for name in names:
         PICTURES[name](args.run, args.folder / f"{name}.png")
         print(args.folder / f"{name}.png")
 

@@ -60,6 +60,8 @@ NOW = {
 """Phases of a run (`trace_async.run.session.Phases`) as they are shown while they go on."""
 ANNOUNCED = ("policy", "start", "eval", "export")
 """Of these, what may take minutes without a line of its own: told when it begins, where there is no terminal."""
+BEFORE_ANY = ("policy", "start")
+"""What comes before the first update or evaluation of a session, and takes seconds or minutes: nobody knows which."""
 REDRAW_S = 0.5
 RECENT = 10  # the time left is estimated from so many updates
 BARS = "▁▂▃▄▅▆▇█"
@@ -137,6 +139,8 @@ class Progress:
 
     def phase(self, names: Collection[str]) -> None:
         """Show that these phases go on now, and no others."""
+        if any(name in BEFORE_ANY for name in self._now):
+            self._last = self._clock()  # what comes next begins now
         self._now = tuple(names)
         self._said = ""
         if self._live is not None:
@@ -194,12 +198,12 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Estimate the seconds until the run ends: the updates, or the token budget where it ends first, and the
         evaluations that training waits for, the last one included, each by what it took so far. What is under way
-        counts what is left of its usual time. Starting, saving and closing count nothing: they take seconds.
+        counts what is left of its usual time. Saving and closing count nothing: they take seconds.
 
-        Returns None while it is not known: before the first update and the first evaluation, and when the last thing
-        to be done takes longer than it usually does.
+        Returns None while it is not known: before the first update and the first evaluation, while the actors start,
+        and when the last thing to be done takes longer than it usually does.
         """
-        if not self._durations:
+        if not self._durations or any(name in BEFORE_ANY for name in self._now):
             return None
         updates_left = float(max(0, self._total - self._update))
         tokens_per_update = statistics.mean(self._recent_tokens)

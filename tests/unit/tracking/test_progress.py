@@ -79,6 +79,7 @@ def test_nothing_is_foretold_before_an_update_and_an_evaluation_were_seen() -> N
     progress, _, clock = plain()
     progress.phase(["policy"])
     assert progress.seconds_left() is None
+    progress.phase(["eval"])
     progress.update(0, {"heldout/success_t1.0": 0.25, "time/eval_s": 30.0})
     assert progress.seconds_left() is None
     clock.now += 50.0
@@ -106,11 +107,16 @@ def test_what_takes_longer_than_usual_takes_nothing_from_what_follows() -> None:
 
 
 def test_a_resumed_run_knows_the_time_left_from_its_earlier_session() -> None:
-    progress, out, _ = plain(first_update=2, tokens_before=12_000)
+    progress, out, clock = plain(first_update=2, tokens_before=12_000)
     for step, metrics in ((0, {"heldout/success_t1.0": 0.25, "time/eval_s": 30.0}), (1, METRICS), (2, METRICS)):
         progress.recall(step, metrics)
-    assert progress.seconds_left() == pytest.approx(38 * 4.0 + 30.0)
     assert out.getvalue() == ""
+    progress.phase(["start"])
+    clock.now += 100.0
+    assert progress.seconds_left() is None  # how long the actors take is not known
+    progress.phase(["stage1"])
+    clock.now += 1.0
+    assert progress.seconds_left() == pytest.approx(38 * 4.0 + 30.0 - 1.0)
 
 
 def test_the_time_left_has_the_evaluations_that_training_waits_for() -> None:
@@ -169,6 +175,7 @@ def test_the_bar_of_a_terminal_fills_by_the_time_of_the_whole_run() -> None:
         progress.step("step 50/\x1b[2J400, 70 s left")
         assert "now: making the start policy (step 50/\\x1b[2J400, 70 s left)" in out.getvalue()
         assert "20s so far, ? left" in out.getvalue()
+        progress.phase(["eval"])
         clock.now += 8.0
         progress.update(0, {"heldout/success_t1.0": 0.25, "time/eval_s": 8.0})
         clock.now += 4.0
