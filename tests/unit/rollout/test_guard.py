@@ -1,11 +1,15 @@
 """Whatever an environment does costs a rollout, in words, and never the run: each way on its own."""
 
 import asyncio
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,6 +290,39 @@ async def test_a_stretch_that_never_ends_is_seen_from_outside():
 
     await watch.drive("the tool", blocks())
     assert seen == ["the tool"]
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="this kernel does not say who waits")
+async def test_waiting_for_a_core_is_not_held_against_the_environment():
+    """Four threads of work want one core: the stretch lasts about four times as long as what it computes."""
+    told: list[float] = []
+    watch = LoopWatch(lambda where, seconds: told.append(seconds), slow_s=0.1)
+    computed_s = 0.4
+
+    async def computes() -> None:
+        began = time.thread_time()
+        while time.thread_time() - began < computed_s:
+            pass
+
+    before = os.sched_getaffinity(0)
+    core = {min(before)}
+    spin = [sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {core})\nprint(flush=True)\nwhile True: pass"]
+    others = [subprocess.Popen(spin, stdout=subprocess.PIPE) for _ in range(3)]  # noqa: ASYNC220 - nothing else waits
+    try:
+        for other in others:
+            assert other.stdout is not None
+            other.stdout.readline()
+        os.sched_setaffinity(0, core)  # of this thread alone
+        began = time.monotonic()
+        await watch.drive("the tool", computes())
+        lasted_s = time.monotonic() - began
+    finally:
+        os.sched_setaffinity(0, before)
+        for other in others:
+            other.kill()
+            other.communicate()
+    assert lasted_s > 1.5 * computed_s
+    assert told == [pytest.approx(computed_s, abs=0.2)]
 
 
 # ── Stage 1 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
