@@ -9,6 +9,7 @@ updates of the quickstart are started for it, and ended. Needs Chromium (apt-get
 import argparse
 import contextlib
 import io
+import os
 import shutil
 import socket
 import subprocess
@@ -46,9 +47,10 @@ def browser_page() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def served(command: list[str], url: str) -> Iterator[None]:
-    """The command runs within the block, from when `url` answers on."""
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def served(command: list[str], url: str, **variables: str) -> Iterator[None]:
+    """The command runs within the block, from when `url` answers on. `variables`: of its environment."""
+    nowhere = subprocess.DEVNULL
+    server = subprocess.Popen(command, env=os.environ | variables, stdout=nowhere, stderr=nowhere)
     try:
         until(lambda: _answers(url), f"{' '.join(command)} does not answer at {url}")
         yield
@@ -147,12 +149,14 @@ def ray(run: Path, target: Path) -> None:
     port, dashboard = free_port(), free_port()
     head = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=8", "--disable-usage-stats"]
     head += ["--include-dashboard=true", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    head += ["--node-ip-address=127.0.0.1"]  # it asks for no token, which the browser could not give: nobody else may
     # Ended by its own process: `ray stop` would end every other cluster of this machine too.
-    with served(head, f"http://127.0.0.1:{dashboard}"), tempfile.TemporaryDirectory() as folder:
+    no_token = {"RAY_AUTH_MODE": "disabled"}
+    with served(head, f"http://127.0.0.1:{dashboard}", **no_token), tempfile.TemporaryDirectory() as folder:
         settings = [f"output_dir={folder}", "name=quickstart", f"actors.ray_address=127.0.0.1:{port}"]
         settings += ["num_updates=1000", "eval.num_tasks=8", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
         command = [sys.executable, "-m", "scripts.cli", "train", "--config", str(run / "config.yaml"), *settings]
-        training = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        training = subprocess.Popen(command, env=os.environ | no_token, stdout=subprocess.DEVNULL)
         try:
             made = Path(folder) / "quickstart"
             until(lambda: sum(p.step > 0 for p in read_metrics(made)) >= 3, "no update was made")
