@@ -56,7 +56,8 @@ try:
     start_ray(load_config(None, [f"actors.ray_address={sys.argv[1]}"]))
 except ConfigError as error:
     sys.exit(str(error))
-print("joined", ray.cluster_resources()["CPU"])
+actor = ray.remote(num_cpus=0)(type("Actor", (), {"hello": lambda self: "hello"})).remote()
+print("joined", ray.cluster_resources()["CPU"], ray.get(actor.hello.remote(), timeout=120))
 """
 
 
@@ -90,7 +91,7 @@ def test_a_cluster_that_asks_for_a_token_is_joined_with_it_and_refuses_others_in
             while joined.returncode and head.poll() is None:  # it is not up yet
                 time.sleep(1)
                 joined = join(address, homes[0])
-            assert "joined 4.0" in joined.stdout, joined.stderr
+            assert "joined 4.0 hello" in joined.stdout, joined.stderr
             refused = join(address, homes[1])
             assert refused.returncode == 1
             assert f"actors.ray_address={address}: " in refused.stderr
@@ -98,6 +99,15 @@ def test_a_cluster_that_asks_for_a_token_is_joined_with_it_and_refuses_others_in
         finally:
             head.terminate()
             head.wait()
+
+
+def test_a_cluster_without_tokens_is_joined_by_somebody_who_has_one(tmp_path: Path):
+    """Shown one, it could not speak to the driver, and every actor would be called lost."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(64 * "a")
+    with cluster_of(4) as cluster:
+        joined = join(cluster.address, tmp_path)
+    assert "joined 4.0 hello" in joined.stdout, joined.stderr
 
 
 def test_what_a_run_asks_for():
@@ -149,10 +159,29 @@ def train(*overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def title_of(process: psutil.Process) -> str:
+    """Ray writes into it which actor the process is; empty when the process has ended, collected or not."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def hosts(node: Any, actor: str) -> bool:
-    """Whether one of the node's processes is this actor, which Ray writes into its title."""
+    """Whether one of the node's processes is this actor."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return any(actor in " ".join(child.cmdline()) for child in raylet.children(recursive=True))
+    return any(actor in title_of(child) for child in raylet.children(recursive=True))
+
+
+def test_a_process_that_ended_and_was_not_collected_has_no_title():
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        process = psutil.Process(ended.pid)
+        while process.status() != psutil.STATUS_ZOMBIE:  # nobody has asked for its exit status
+            time.sleep(0.01)
+        with pytest.raises(psutil.ZombieProcess):
+            process.cmdline()
+        assert title_of(process) == ""
+    assert title_of(process) == ""
 
 
 @pytest.mark.timeout(600)
