@@ -11,6 +11,7 @@ import socket
 import tempfile
 from collections.abc import Mapping
 
+import grpc
 import ray
 
 # Ray has no public call for it; `ray start` and `ray job` use this one.
@@ -81,11 +82,12 @@ def join_cluster(address: str) -> None:
     """Connect to a cluster that is up. Raises ConfigError when there is none that would have us.
 
     `ray start` asks for a token where one lies in ~/.ray, as after any local run; `ray.init` shows it only when told.
-    A cluster without tokens does not mind one.
+    A cluster without tokens must not be shown one: we would ask its servers for it in turn, and they have none.
     """
     _require_listener(address)
     logging.getLogger("ray").setLevel(logging.ERROR)
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    if _asks_for_token(address):
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RayError) as error:
@@ -106,6 +108,18 @@ def _require_listener(address: str) -> None:
         raise ConfigError(
             f"actors.ray_address={address}: no Ray cluster answers there ({error}); `ray start --head` starts one"
         ) from error
+
+
+def _asks_for_token(address: str) -> bool:
+    """Whether the cluster's head refuses a question that shows no token. True where it has no HOST:PORT to be asked."""
+    if not address.rpartition(":")[2].isdigit() or "/" in address:
+        return True
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=CONNECT_LIMIT_S)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def _cpus_with_room_to_grow(config: Config, *, only_generators: bool) -> int:
