@@ -68,45 +68,65 @@ def join(address: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=shell, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.timeout(600)
-def test_a_cluster_that_asks_for_a_token_is_joined_with_it_and_refuses_others_in_words(tmp_path: Path):
-    """As `ray start --head` does once a local run has left a token in ~/.ray."""
-    homes = [tmp_path / "owner", tmp_path / "other"]
-    for letter, home in zip("ab", homes, strict=True):
-        (home / ".ray").mkdir(parents=True)
-        (home / ".ray" / "auth_token").write_text(64 * letter)
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    nobody = join(address, homes[0])
-    assert nobody.returncode == 1
-    assert f"actors.ray_address={address}: no Ray cluster answers there" in nobody.stderr
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@contextmanager
+def head_at(address: str, home: Path, auth_mode: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A head in a process of its own, as from a shell; this process may have been told how to ask for tokens."""
     start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
     start += [f"--port={address.rpartition(':')[2]}", "--include-dashboard=false", "--disable-usage-stats"]
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # sockets: short
-        shell = os.environ | {"HOME": str(homes[0]), "RAY_AUTH_MODE": "token"}
+        shell = os.environ | {"HOME": str(home), "RAY_AUTH_MODE": auth_mode}
         head = subprocess.Popen([*start, f"--temp-dir={folder}"], env=shell, stdout=subprocess.DEVNULL)
         try:
-            joined = join(address, homes[0])
-            while joined.returncode and head.poll() is None:  # it is not up yet
-                time.sleep(1)
-                joined = join(address, homes[0])
-            assert "joined 4.0 hello" in joined.stdout, joined.stderr
-            refused = join(address, homes[1])
-            assert refused.returncode == 1
-            assert f"actors.ray_address={address}: " in refused.stderr
-            assert "~/.ray/auth_token" in refused.stderr
+            yield head
         finally:
             head.terminate()
             head.wait()
 
 
+def home_with_token(folder: Path, token: str) -> Path:
+    (folder / ".ray").mkdir(parents=True)
+    (folder / ".ray" / "auth_token").write_text(token)
+    return folder
+
+
+def join_once_up(head: subprocess.Popen[bytes], address: str, home: Path) -> subprocess.CompletedProcess[str]:
+    joined = join(address, home)
+    while "no Ray cluster answers there" in joined.stderr and head.poll() is None:
+        time.sleep(1)
+        joined = join(address, home)
+    return joined
+
+
+@pytest.mark.timeout(600)
+def test_a_cluster_that_asks_for_a_token_is_joined_with_it_and_refuses_others_in_words(tmp_path: Path):
+    """As `ray start --head` does once a local run has left a token in ~/.ray."""
+    owner, other = home_with_token(tmp_path / "owner", 64 * "a"), home_with_token(tmp_path / "other", 64 * "b")
+    address = free_address()
+    nobody = join(address, owner)
+    assert nobody.returncode == 1
+    assert f"actors.ray_address={address}: no Ray cluster answers there" in nobody.stderr
+    with head_at(address, owner, "token") as head:
+        joined = join_once_up(head, address, owner)
+        assert "joined 4.0 hello" in joined.stdout, joined.stderr
+        refused = join(address, other)
+        assert refused.returncode == 1
+        assert f"actors.ray_address={address}: " in refused.stderr
+        assert "~/.ray/auth_token" in refused.stderr
+
+
+@pytest.mark.timeout(600)
 def test_a_cluster_without_tokens_is_joined_by_somebody_who_has_one(tmp_path: Path):
     """Shown one, it could not speak to the driver, and every actor would be called lost."""
-    (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text(64 * "a")
-    with cluster_of(4) as cluster:
-        joined = join(cluster.address, tmp_path)
+    owner = home_with_token(tmp_path / "owner", 64 * "a")
+    address = free_address()
+    with head_at(address, owner, "disabled") as head:
+        joined = join_once_up(head, address, owner)
     assert "joined 4.0 hello" in joined.stdout, joined.stderr
 
 
