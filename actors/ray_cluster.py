@@ -99,11 +99,11 @@ def join_cluster(address: str) -> None:
 
 def _require_listener(address: str) -> None:
     """Raise ConfigError where nobody listens: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or "/" in host:
-        return  # "auto", "local", or a URL
+    where = _host_and_port(address)
+    if where is None:
+        return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_LIMIT_S).close()
+        socket.create_connection(where, timeout=CONNECT_LIMIT_S).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"actors.ray_address={address}: no Ray cluster answers there ({error}); `ray start --head` starts one"
@@ -111,15 +111,21 @@ def _require_listener(address: str) -> None:
 
 
 def _asks_for_token(address: str) -> bool:
-    """Whether the cluster's head refuses a question that shows no token. True where it has no HOST:PORT to be asked."""
-    if not address.rpartition(":")[2].isdigit() or "/" in address:
-        return True
+    """Whether the cluster wants to be shown a token: False only where its head answers one who shows none."""
+    if _host_and_port(address) is None:
+        return True  # there is no telling
     with grpc.insecure_channel(address) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=CONNECT_LIMIT_S)
-        except grpc.RpcError as error:
-            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+        except grpc.RpcError:
+            return True
     return False
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    """The two parts of HOST:PORT; None for "auto", "local" and URLs."""
+    host, _, port = address.rpartition(":")
+    return (host.strip("[]"), int(port)) if port.isdigit() and "/" not in host else None
 
 
 def _cpus_with_room_to_grow(config: Config, *, only_generators: bool) -> int:
