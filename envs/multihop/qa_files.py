@@ -142,6 +142,11 @@ def read_aliases(path: str | Path) -> dict[str, list[str]]:
     return {str(row["Q_id"]): [*_texts(row["aliases"]), *_texts(row["demonyms"])] for row in rows}
 
 
+def read_tasks(path: str, format: Format) -> list[Task]:
+    """The questions of a file, as the domain reads them, without splits."""
+    return _make_tasks(path, _read_questions(path, format), format, {})
+
+
 def _read_questions(path: str, format: Format) -> list[dict[str, Json]]:
     if format == "musique":
         rows = read_rows(path, {"id": str, "question": str, "answer": str, "paragraphs": list})

@@ -8,13 +8,14 @@ cannot be found before the first was read.
 import argparse
 import asyncio
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-from envs.multihop.qa_files import Format, QaFiles, Retrieval, make_retriever, read_corpus
-from envs.multihop.retrieval import Passage, Retriever
+from envs.multihop.qa_files import Format, Retrieval, make_retriever, read_corpus, read_tasks
+from envs.multihop.retrieval import Passage
 from trace_async.env import Task
 
 HITS = (1, 3, 5, 10)
@@ -27,7 +28,7 @@ class Recall:
     share: float
     """Mean over questions of the share of their gold titles among the passages found."""
     error: float
-    """Its standard error over questions."""
+    """Its standard error over questions; NaN for one question."""
     all_found: float
     """Share of the questions all of whose gold titles are found."""
 
@@ -38,14 +39,8 @@ def recall(found: Sequence[Sequence[str]], gold: Sequence[Sequence[str]], hits: 
         sum(title in titles[:hits] for title in wanted) / len(wanted)
         for titles, wanted in zip(found, gold, strict=True)
     ]
-    mean = sum(shares) / len(shares)
-    spread = sum((share - mean) ** 2 for share in shares) / max(1, len(shares) - 1)
-    return Recall(mean, math.sqrt(spread / len(shares)), sum(share == 1 for share in shares) / len(shares))
-
-
-async def titles_found(retriever: Retriever, questions: Sequence[str], top_k: int) -> list[list[str]]:
-    """For every question, the titles of its passages, best first."""
-    return [[passage.title for passage in await retriever.search(text, top_k=top_k)] for text in questions]
+    error = statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else math.nan
+    return Recall(statistics.mean(shares), error, sum(share == 1 for share in shares) / len(shares))
 
 
 async def study(tasks: Sequence[Task], passages: Sequence[Passage], retrieval: Retrieval, **model: str) -> str:
@@ -54,9 +49,10 @@ async def study(tasks: Sequence[Task], passages: Sequence[Passage], retrieval: R
     questions = [str(task.data["question"]) for task in tasks]
     gold = [_gold(task) for task in tasks]
     begun = time.perf_counter()
-    found = await titles_found(retriever, questions, max(HITS))
+    passages_found = [await retriever.search(text, top_k=max(HITS)) for text in questions]
     milliseconds = 1000 * (time.perf_counter() - begun) / len(tasks)
     await retriever.close()
+    found = [[passage.title for passage in of_one] for of_one in passages_found]
     figures = [recall(found, gold, hits) for hits in HITS]
     cells = [f"{100 * f.share:.1f} ± {100 * f.error:.1f} ({100 * f.all_found:.0f})" for f in figures]
     return f"| {retrieval} | " + " | ".join(cells) + f" | {milliseconds:.1f} |"
@@ -74,9 +70,7 @@ async def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", choices=get_args(Format), default="hotpotqa")
     parser.add_argument("--embedding-model", default="minilm", help="minilm or a sentence-transformers directory")
     args = parser.parse_args(arguments)
-    domain = QaFiles(questions=args.questions, format=args.format, corpus=args.corpus)
-    splits: tuple[Literal["train", "heldout"], ...] = ("train", "heldout")
-    tasks = [task for split in splits for task in domain.tasks(split) if _gold(task)]
+    tasks = [task for task in read_tasks(args.questions, args.format) if _gold(task)]
     passages = read_corpus(args.corpus)
     print(f"{len(tasks)} questions with gold passages, {len(passages)} passages; % of gold found (all of a question's)")
     print("| retrieval | " + " | ".join(f"first {hits}" for hits in HITS) + " | ms a query |")
@@ -84,7 +78,6 @@ async def main(arguments: Sequence[str] | None = None) -> None:
     for retrieval in get_args(Retrieval):
         model = {} if retrieval == "bm25" else {"embedding_model": args.embedding_model}
         print(await study(tasks, passages, retrieval, **model), flush=True)
-    await domain.close()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The study of recall, with shares worked out by hand and a corpus whose best passage is plain."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from envs.multihop.qa_files import QaFiles, read_corpus
+from envs.multihop.qa_files import read_corpus, read_tasks
 from scripts.studies.retrieval import recall, study
 
 
@@ -19,6 +20,7 @@ def test_recall_of_three_questions():
     third = recall(found, gold, 3)  # shares 1, 1, 0
     assert (third.share, third.all_found) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert third.error == pytest.approx(1 / 3)
+    assert math.isnan(recall(found[:1], gold[:1], 1).error)  # one question tells nothing of others
 
 
 async def test_a_line_of_the_table(tmp_path: Path):
@@ -30,7 +32,6 @@ async def test_a_line_of_the_table(tmp_path: Path):
     ]
     (tmp_path / "questions.json").write_text(json.dumps(rows))
     (tmp_path / "corpus.json").write_text(json.dumps(corpus))
-    domain = QaFiles(questions=f"{tmp_path}/questions.json", corpus=f"{tmp_path}/corpus.json", heldout_share=0.5)
-    tasks = [*domain.tasks("train"), *domain.tasks("heldout")]
+    tasks = read_tasks(f"{tmp_path}/questions.json", "hotpotqa")
     line = await study(tasks, read_corpus(tmp_path / "corpus.json"), "bm25")
     assert line.startswith("| bm25 | 66.7 ± 33.3 (67) |")
