@@ -11,7 +11,6 @@ import contextlib
 import io
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from trace_async.config import Config, ConfigError, load_config
+from trace_async.engines.servers.server import free_port
 from trace_async.tracking.log import read_metrics
 from trace_async.tracking.mlflow_tracker import saved_run_id, tracking_uri
 from trace_async.tracking.progress import Progress
@@ -71,12 +71,6 @@ def _answers(url: str) -> bool:
     with contextlib.suppress(OSError), urllib.request.urlopen(url):
         return True
     return False
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def shoot(

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from trace_async.config import ConfigError
+from trace_async.engine import EngineError
 from trace_async.engines.servers.environments import engine_python
 from trace_async.engines.servers.server import ServerProcess, command_line_flags, free_port
 
@@ -166,8 +168,24 @@ def test_a_missing_environment_names_the_command_that_builds_it(tmp_path):
     assert engine_python("sglang", sys.executable) == sys.executable
 
 
-def test_a_free_port_can_be_bound():
-    assert 1024 <= free_port() < 65536
+def test_a_free_port_is_none_that_the_system_hands_out():
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    if first_ephemeral < 21_000:
+        pytest.skip("this machine hands out nearly all ports")
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 1
+    for port in ports:
+        assert 20_000 <= port < first_ephemeral
+        socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_a_free_port_is_none_that_is_taken(monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("trace_async.engines.servers.server._ports_of_nobody", lambda: range(port, port + 1))
+        with pytest.raises(EngineError, match=f"no TCP port from {port} to {port} is free"):
+            free_port()
+    assert free_port() == port
 
 
 async def test_a_child_that_signals_its_parent_does_not_end_the_guard(tmp_path):

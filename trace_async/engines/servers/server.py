@@ -1,7 +1,9 @@
 """Start, watch and stop the process of an inference server so that nothing of it is left behind."""
 
 import asyncio
+import contextlib
 import os
+import random
 import select
 import shutil
 import signal
@@ -20,13 +22,32 @@ SHARED_MEMORY = Path("/dev/shm")
 GRACE_S = 5.0
 STOP_LIMIT_S = GRACE_S + 20.0
 LOG_TAIL_LINES = 25
+# Below the ports that Linux hands out, unless it was told otherwise.
+FIRST_PORT, FIRST_EPHEMERAL_PORT = 20_000, 32_768
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port of the loopback interface that was free a moment ago, for a server that takes no socket.
+
+    The system hands out none of these ports by itself. One of its own choice could become the near end of anybody's
+    outgoing connection before the server listens.
+    """
+    for port in random.sample(ports := _ports_of_nobody(), len(ports)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise EngineError(f"no TCP port from {ports.start} to {ports.stop - 1} is free")
+
+
+def _ports_of_nobody() -> range:
+    """Those below the ephemeral ports, or all that need no privilege where there are too few below."""
+    try:
+        first_ephemeral = int(EPHEMERAL_PORTS.read_text().split()[0])
+    except OSError:  # not on Linux
+        first_ephemeral = FIRST_EPHEMERAL_PORT
+    below = range(FIRST_PORT, first_ephemeral)
+    return below if len(below) >= 1000 else range(1024, 65_536)
 
 
 def command_line_flags(arguments: Mapping[str, object]) -> list[str]:
