@@ -40,6 +40,7 @@ class LearnerRank:
         self._policy_path = Path(policy_path)
         self._rank = rank
         self._learner: Any = None
+        self._listener: socket.socket | None = None
         self._encoder = DeltaEncoder() if config.engine.weight_delta and rank == 0 else None
         self._delta: WeightDelta | None = None
 
@@ -48,24 +49,30 @@ class LearnerRank:
         return f"{self._config.name} learner rank {self._rank}"
 
     def meeting_point(self) -> tuple[str, int]:
-        """Return this node's address and a free port, at which the ranks meet."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """Listen for the other ranks, and return the address and the port. The socket is kept until `build`.
 
-    def build(self, master_addr: str, master_port: int) -> None:
-        """Load the policy and join the other ranks."""
+        It listens on this node's own address only, so that no other network of the machine reaches it.
+        """
+        host = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=socket.SOMAXCONN)
+        return host, self._listener.getsockname()[1]
+
+    def build(self, host: str = "", port: int = 0) -> None:
+        """Load the policy and join the other ranks at their meeting point; a lone rank needs none."""
         # Imported here, because its imports take seconds and only the rank's own process needs them.
+        from trace_async.learner.deepspeed import RankAddress
         from trace_async.learner.learner import Learner
 
-        self._learner = Learner(
-            self._config,
-            self._policy_path,
+        listener, self._listener = self._listener, None
+        address = RankAddress(
             rank=self._rank,
             world_size=self._config.learner.num_ranks,
-            master_addr=master_addr,
-            master_port=master_port,
+            host=host,
+            port=port,
+            listener=None if listener is None else listener.detach(),
         )
+        self._learner = Learner(self._config, self._policy_path, address)
 
     def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
         """Train on `trees` (see Learner.update)."""
@@ -148,6 +155,9 @@ class LearnerGroup:
             ).remote(self._config, str(self._policy_path), rank)
             for rank in range(learner.num_ranks)
         ]
+        if learner.num_ranks == 1:
+            await self._all("build")
+            return
         (meeting_point,) = await self._wait("start", [self._ranks[0].meeting_point.remote()])
         await self._all("build", *meeting_point)
 

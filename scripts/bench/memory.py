@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import multiprocessing
 import resource
-import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,10 +35,7 @@ def full_trees(config: Config, num_tokens: int, vocab: int) -> list[RolloutTree]
 def run_learner(config: Config, path: Path) -> None:
     from trace_async.learner.learner import Learner
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    learner = Learner(config, path, master_port=port)
+    learner = Learner(config, path)
     vocab = learner.policy.config.vocab_size
     learner.update(full_trees(config, 2 * config.learner.max_tokens_per_micro_batch, vocab), 0)
     for _ in learner.weights():

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,19 +13,19 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from actors.learner import LearnerGroup, LearnerRankError
+from actors.learner import LearnerGroup, LearnerRank, LearnerRankError
 from tests.support.live_bytes import LiveBytes
 from tests.unit.learner.test_learner import (
     VERSION,
     ZERO_3,
     assert_close,
     configure,
-    free_port,
     learning,
     train,
     trees_of,
     weights_of,
 )
+from trace_async.engines.servers.server import free_port
 from trace_async.learner.deepspeed import RankAddress, join_ranks
 from trace_async.learner.learner import load_policy
 from trace_async.learner.policy_tensors import full_bytes, policy_buckets
@@ -178,13 +179,19 @@ async def test_a_rank_that_cannot_write_or_dies_while_writing_costs_no_checkpoin
         assert [entry.name for entry in tmp_path.iterdir()] == ["000003"]
 
 
+def test_nobody_can_take_the_port_at_which_the_ranks_will_meet():
+    rank_0 = LearnerRank(configure("learner.num_ranks=2"), "", 0)
+    with pytest.raises(OSError, match="Address already in use"):
+        socket.create_server(rank_0.meeting_point())
+
+
 @ray.remote
 def peak_of_loading(
     rank: int, port: int, policy_path: Path, overrides: Sequence[str]
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """In two processes: the most bytes of tensors that live while the policy is loaded, in policies; and the policy."""
     config = configure("learner.num_ranks=2", *overrides)
-    address = RankAddress(rank=rank, world_size=2, master_addr="127.0.0.1", master_port=port)
+    address = RankAddress(rank=rank, world_size=2, host="127.0.0.1", port=port)
     join_ranks(address, torch.device("cpu"), 60.0)
     with LiveBytes() as measured:
         policy = load_policy(config, policy_path)

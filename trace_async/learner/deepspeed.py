@@ -30,18 +30,21 @@ _OWN_OPTIONS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankAddress:
-    """The place of this process among the learner's ranks, and where they meet."""
+    """The place of this process among the learner's ranks, and where they meet. A lone rank meets nobody."""
 
-    rank: int
+    rank: int = 0
     """Its number, from 0."""
-    world_size: int
+    world_size: int = 1
     """How many ranks there are."""
-    master_addr: str
+    host: str = ""
     """The address at which rank 0 waits for the others."""
-    master_port: int
+    port: int = 0
+    """The port there."""
+    listener: int | None = None
+    """Of rank 0: the file descriptor of a socket that listens there. `store` takes it and closes it in the end."""
 
     def environment(self, device: torch.device) -> dict[str, str]:
-        """Return the environment variables that torch.distributed's `env://` reads.
+        """Return the environment variables that DeepSpeed reads.
 
         DeepSpeed computes on the CUDA device with the number LOCAL_RANK among those that the process sees. Ray shows
         each rank only its own device, as number 0. So LOCAL_RANK is the device's number and not the rank's.
@@ -50,9 +53,25 @@ class RankAddress:
             "RANK": str(self.rank),
             "LOCAL_RANK": str(device.index or 0),
             "WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": str(self.master_port),
         }
+
+    def store(self, timeout: timedelta) -> torch.distributed.Store:
+        """Return the store in which the ranks find each other. Waits until rank 0 is there.
+
+        Rank 0 serves it from a socket that has listened since the port was chosen. A port that was only found free
+        could be taken by another process before the store listens.
+        """
+        if self.world_size == 1:
+            return torch.distributed.HashStore()
+        return torch.distributed.TCPStore(
+            self.host,
+            self.port,
+            self.world_size,
+            is_master=self.rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=self.listener,
+        )
 
 
 @contextlib.contextmanager
@@ -63,7 +82,7 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 def join_ranks(address: RankAddress, device: torch.device, timeout_s: float) -> None:
-    """Start torch.distributed through DeepSpeed, with gloo on the CPU and nccl on CUDA.
+    """Start torch.distributed and let DeepSpeed use it, with gloo on the CPU and nccl on CUDA.
 
     Waits at most `timeout_s`. A process that has joined stays joined, and a second call does nothing.
     """
@@ -71,6 +90,18 @@ def join_ranks(address: RankAddress, device: torch.device, timeout_s: float) -> 
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    timeout = timedelta(seconds=timeout_s)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            backend,
+            store=address.store(timeout),
+            rank=address.rank,
+            world_size=address.world_size,
+            timeout=timeout,
+            # As DeepSpeed itself does; a lone rank has no peer, and torch would split a communicator for every group.
+            device_id=device if device.type == "cuda" and address.world_size > 1 else None,
+        )
     with stdout_to_stderr():
         import deepspeed
         import deepspeed.ops
@@ -81,12 +112,7 @@ def join_ranks(address: RankAddress, device: torch.device, timeout_s: float) -> 
             # Otherwise DeepSpeed tries the compiler on all its ops, and spends half a minute on building a
             # shared-memory all-reduce.
             deepspeed.ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
-        deepspeed.init_distributed(
-            dist_backend="gloo" if device.type == "cpu" else "nccl",
-            auto_mpi_discovery=False,
-            timeout=timedelta(seconds=timeout_s),
-            verbose=False,
-        )
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 
 def leave_ranks() -> None:

@@ -87,32 +87,23 @@ class TokenLogprobs(nn.Module):
 
 
 class Learner:
-    """Trains the policy as `rank` of `world_size` ranks.
+    """Trains the policy as one of the ranks that meet at `address`, or as the only one.
 
     All ranks must make the same calls with the same arguments in the same order, because each call exchanges data
     with the other ranks. `num_steps` counts optimizer steps over all updates. `engine` is DeepSpeed's; learner/state.py
     reads and writes through it.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        policy_path: Path,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        master_addr: str = "127.0.0.1",
-        master_port: int = 29500,
-    ) -> None:
+    def __init__(self, config: Config, policy_path: Path, address: RankAddress | None = None) -> None:
+        address = address or RankAddress()
         self.config = config
         self.policy_path = policy_path
-        self.is_first = rank == 0
+        self.is_first = address.rank == 0
         self.num_steps = 0
-        self.rank, self.world_size = rank, world_size
-        self._device = resolve_device(config.learner.device, name="learner.device", rank=rank)
+        self.rank, self.world_size = address.rank, address.world_size
+        self._device = resolve_device(config.learner.device, name="learner.device", rank=self.rank)
         if self._device.type == "cpu":
             torch.set_num_threads(config.learner.num_threads)
-        address = RankAddress(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port)
         join_ranks(address, self._device, config.learner.step_timeout_s)
         torch.manual_seed(config.seed)
         self._module = self._make_module(load_policy(config, policy_path), self._device, entropy=True)

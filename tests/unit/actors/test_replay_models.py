@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from actors.replay import replay
-from tests.unit.learner.test_learner import configure, free_port, trees_of
+from tests.unit.learner.test_learner import configure, trees_of
 from trace_async.config import Config
 from trace_async.learner.learner import Learner
 from trace_async.learner.state import load_learner, save_learner
@@ -25,7 +25,7 @@ class OneRank:
     """A learner in the place of its group."""
 
     def __init__(self, config: Config, policy_path: Path) -> None:
-        self.learner = Learner(config, policy_path, master_port=free_port())
+        self.learner = Learner(config, policy_path)
 
     async def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
         return {f"learner/{name}": value for name, value in self.learner.update(trees, policy_version).items()}

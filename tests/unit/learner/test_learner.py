@@ -1,6 +1,5 @@
 import math
 import random
-import socket
 import subprocess
 import sys
 import weakref
@@ -48,15 +47,9 @@ def trees_of(seed: int, count: int = 6) -> list[RolloutTree]:
     return [random_tree(rng, vocab=VOCAB) for _ in range(count)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def learning(config: Config, policy_path: Path) -> Iterator[Learner]:
-    learner = Learner(config, policy_path, master_port=free_port())
+    learner = Learner(config, policy_path)
     try:
         yield learner
     finally:
@@ -335,13 +328,12 @@ def test_a_reference_on_a_device_that_is_not_there_is_refused(tiny_policy_path):
         Learner(
             configure("loss.kl_loss_coef=0.1", "learner.reference_device=cuda"),
             tiny_policy_path,
-            master_port=free_port(),
         )
 
 
 def test_a_rank_computes_on_the_device_that_ray_shows_it():
     # Of eight ranks with a GPU each the fourth sees one device, number 0; without Ray it may see all eight.
-    rank = RankAddress(rank=3, world_size=8, master_addr="10.0.0.1", master_port=29500)
+    rank = RankAddress(rank=3, world_size=8, host="10.0.0.1", port=29500)
     for device, local_rank in ((torch.device("cuda", 0), "0"), (torch.device("cuda", 3), "3"), (CPU, "0")):
         environment = rank.environment(device)
         assert environment["LOCAL_RANK"] == local_rank
@@ -444,7 +436,7 @@ def test_a_checkpoint_of_another_policy_is_refused(tiny_policy_path, tmp_path):
 
 def test_deepspeed_options_of_ours_are_refused(tiny_policy_path):
     with pytest.raises(ConfigError, match=r"learner\.deepspeed=\['bf16'\]"):
-        Learner(configure("learner.deepspeed={bf16: {enabled: true}}"), tiny_policy_path, master_port=free_port())
+        Learner(configure("learner.deepspeed={bf16: {enabled: true}}"), tiny_policy_path)
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -1,7 +1,5 @@
 """Architectures: packed trees equal the model's own forward, or the learner refuses at its start in words."""
 
-import socket
-
 import pytest
 import torch
 import transformers
@@ -78,13 +76,6 @@ NEVER = {
 FLAT = Config(learner=LearnerConfig(packing="flat"))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def check(family: str, settings: dict, config: Config) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**settings)).eval()
@@ -130,4 +121,4 @@ def test_the_learner_checks_the_model_that_it_is_about_to_train(tmp_path):
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="packed row"):
-        Learner(Config(), tmp_path, master_port=free_port())
+        Learner(Config(), tmp_path)

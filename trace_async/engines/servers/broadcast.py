@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import socket
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -10,7 +11,6 @@ import torch
 
 from trace_async.engine import EngineError
 from trace_async.engines.servers.http_client import Reply
-from trace_async.engines.servers.server import free_port
 from trace_async.engines.servers.weight_record import Tensors
 from trace_async.engines.vllm_worker.weight_group import WeightGroup
 
@@ -60,7 +60,9 @@ class WeightBroadcast:
     async def _join(self, join: Tell) -> None:
         spare = self._on_gpu and torch.cuda.is_available() and torch.cuda.device_count() > self._num_workers
         backend = "nccl" if spare else "gloo"
-        port, world_size = free_port(), 1 + self._num_workers
+        # It listens from now on: a port that was only found free could be taken before the group listens.
+        listener = socket.create_server(("127.0.0.1", 0), backlog=socket.SOMAXCONN)
+        port, world_size = listener.getsockname()[1], 1 + self._num_workers
         self._name = f"weights_{uuid.uuid4().hex}"
         make = functools.partial(
             WeightGroup,
@@ -71,6 +73,7 @@ class WeightBroadcast:
             backend=backend,
             device=torch.device("cuda", self._num_workers) if spare else torch.device("cpu"),
             timeout_s=self._timeout_s,
+            listener=listener.detach(),
         )
         told: dict[str, Reply] = {
             "port": port,

@@ -17,16 +17,33 @@ class WeightGroup:
 
     The constructor joins and returns when all `world_size` members have joined. It blocks, so call it in a thread. With
     NCCL the sender needs a GPU of its own, because NCCL takes one rank per GPU; gloo carries tensors of GPUs too,
-    through host memory. `device` is where this member's tensors lie. Everything raises RuntimeError when it takes
-    longer than `timeout_s`.
+    through host memory. `device` is where this member's tensors lie. `listener` is the sender's: the file descriptor of
+    a socket that listens on `port` of the loopback interface, which the group takes. Everything raises RuntimeError
+    when it takes longer than `timeout_s`.
     """
 
     def __init__(
-        self, *, port: int, name: str, rank: int, world_size: int, backend: str, device: torch.device, timeout_s: float
+        self,
+        *,
+        port: int,
+        name: str,
+        rank: int,
+        world_size: int,
+        backend: str,
+        device: torch.device,
+        timeout_s: float,
+        listener: int | None = None,
     ) -> None:
         timeout = timedelta(seconds=timeout_s)
-        store, _, _ = next(c10d.rendezvous(f"tcp://127.0.0.1:{port}", rank, world_size, timeout=timeout))
-        store.set_timeout(timeout)
+        store = dist.TCPStore(
+            "127.0.0.1",
+            port,
+            world_size,
+            is_master=rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener,
+        )
         self.name = name
         self._device = device
         self._group, _ = c10d._new_process_group_helper(
