@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,10 +23,12 @@ from ray.util import placement_group_table
 
 from actors.learner import LearnerGroup
 from actors.ray_cluster import asked_of_ray, require_room
+from scripts.bench.chaos.processes import role_of
 from tests.ray.test_end_to_end import SMALL, command
 from tests.support.paths import ROOT
 from tests.unit.learner.test_learner import configure
 from trace_async.config import ConfigError, load_config
+from trace_async.engines.servers.server import free_port
 from trace_async.run.checkpoint import latest_checkpoint
 from trace_async.run.state import load_trainer
 from trace_async.tracking.log import read_metrics
@@ -68,12 +69,6 @@ def join(address: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=shell, capture_output=True, text=True, check=False, timeout=300)
 
 
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
 @contextmanager
 def head_at(address: str, home: Path, auth_mode: str) -> Iterator[subprocess.Popen[bytes]]:
     """A head in a process of its own, as from a shell; this process may have been told how to ask for tokens."""
@@ -107,7 +102,7 @@ def join_once_up(head: subprocess.Popen[bytes], address: str, home: Path) -> sub
 def test_a_cluster_that_asks_for_a_token_is_joined_with_it_and_refuses_others_in_words(tmp_path: Path):
     """As `ray start --head` does once a local run has left a token in ~/.ray."""
     owner, other = home_with_token(tmp_path / "owner", 64 * "a"), home_with_token(tmp_path / "other", 64 * "b")
-    address = free_address()
+    address = f"127.0.0.1:{free_port()}"
     nobody = join(address, owner)
     assert nobody.returncode == 1
     assert f"actors.ray_address={address}: no Ray cluster answers there" in nobody.stderr
@@ -124,7 +119,7 @@ def test_a_cluster_that_asks_for_a_token_is_joined_with_it_and_refuses_others_in
 def test_a_cluster_without_tokens_is_joined_by_somebody_who_has_one(tmp_path: Path):
     """Shown one, it could not speak to the driver, and every actor would be called lost."""
     owner = home_with_token(tmp_path / "owner", 64 * "a")
-    address = free_address()
+    address = f"127.0.0.1:{free_port()}"
     with head_at(address, owner, "disabled") as head:
         joined = join_once_up(head, address, owner)
     assert "joined 4.0 hello" in joined.stdout, joined.stderr
@@ -179,29 +174,10 @@ def train(*overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def title_of(process: psutil.Process) -> str:
-    """Ray writes into it which actor the process is; empty when the process has ended, collected or not."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def hosts(node: Any, actor: str) -> bool:
-    """Whether one of the node's processes is this actor."""
+def hosts(node: Any, role: str) -> bool:
+    """Whether one of the node's processes has this role."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return any(actor in title_of(child) for child in raylet.children(recursive=True))
-
-
-def test_a_process_that_ended_and_was_not_collected_has_no_title():
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        process = psutil.Process(ended.pid)
-        while process.status() != psutil.STATUS_ZOMBIE:  # nobody has asked for its exit status
-            time.sleep(0.01)
-        with pytest.raises(psutil.ZombieProcess):
-            process.cmdline()
-        assert title_of(process) == ""
-    assert title_of(process) == ""
+    return any(role_of(child) == role for child in raylet.children(recursive=True))
 
 
 @pytest.mark.timeout(600)
@@ -229,7 +205,7 @@ def test_a_run_on_a_cluster_survives_the_loss_of_a_node(tmp_path):
         while num_updates() < 3:
             assert run.poll() is None, run.stderr and run.stderr.read()
             time.sleep(0.5)
-        victim = next(node for node in list(cluster.worker_nodes) if hosts(node, "ray::GeneratorActor"))
+        victim = next(node for node in list(cluster.worker_nodes) if hosts(node, "generator"))
         cluster.remove_node(victim, allow_graceful=False)
         at_loss = num_updates()
         cluster.add_node(num_cpus=1)
@@ -242,8 +218,8 @@ def test_a_run_on_a_cluster_survives_the_loss_of_a_node(tmp_path):
         assert f"the Ray cluster at {cluster.address} has 5 CPUs, and 17 are asked for: 2 by actors.num_gen" in errors
 
 
-def node_with(cluster: Cluster, actor: str) -> Any:
-    return next((node for node in list(cluster.worker_nodes) if hosts(node, actor)), None)
+def node_with(cluster: Cluster, role: str) -> Any:
+    return next((node for node in list(cluster.worker_nodes) if hosts(node, role)), None)
 
 
 @pytest.mark.timeout(600)
@@ -270,17 +246,17 @@ def test_a_node_that_is_drained_under_load_is_left_and_no_rollout_is_lost(tiny_p
             return [point for point in read_metrics(run_dir) if "time/step_s" in point.metrics]
 
         until(lambda: len(updates()) >= 3)
-        victim = node_with(cluster, "ray::GeneratorActor")
+        victim = node_with(cluster, "generator")
         assert victim is not None
-        assert not hosts(victim, "ray::LearnerRank")
+        assert not hosts(victim, "learner")
         cluster.add_node(num_cpus=1)
         drain = [f"--address={cluster.address}", f"--node-id={victim.node_id}", "--reason-message=spot notice"]
         drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds=3600"]
         ray_command = str(Path(sys.executable).with_name("ray"))
         drained = subprocess.run([ray_command, "drain-node", *drain], capture_output=True, text=True, check=False)
         assert drained.returncode == 0, drained.stderr
-        until(lambda: not hosts(victim, "ray::GeneratorActor") and not hosts(victim, "ray::PromptActor"))
-        assert node_with(cluster, "ray::GeneratorActor") not in (None, victim)
+        until(lambda: not hosts(victim, "generator") and not hosts(victim, "prompts"))
+        assert node_with(cluster, "generator") not in (None, victim)
         cluster.remove_node(victim, allow_graceful=True)
         seen = len(updates())
         until(lambda: len(updates()) >= seen + 3)

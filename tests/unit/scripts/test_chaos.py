@@ -67,6 +67,17 @@ def test_a_process_is_found_by_its_mark_when_its_parent_is_gone():
     assert sample(orphan, 2.0) is None
 
 
+def test_a_process_that_ended_and_was_not_collected_has_no_role():
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        process = psutil.Process(ended.pid)
+        while process.status() != psutil.STATUS_ZOMBIE:  # nobody has asked for its exit status
+            time.sleep(0.01)
+        with pytest.raises(psutil.ZombieProcess):
+            process.cmdline()
+        assert role_of(process) == "other"
+    assert role_of(process) == "other"
+
+
 WRITER = """
 import sys
 from pathlib import Path
