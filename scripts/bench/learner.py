@@ -159,16 +159,17 @@ class Bench:
         kind = attention_for(self.device, flat=packing == "flat")
         prepare_model(self.policy, kind)
         module = TokenLogprobs(self.policy, kind, temperature=1.0, chunk_tokens=self.chunk_tokens, entropy=False)
-        started = self._now()
+        started = self.now()
         for batch in batches:
             batch = batch.to(self.device)
             logprobs, _ = module(batch)
             loss, _ = policy_loss(batch.entries, LossTerms(learner_logprobs=logprobs), LossConfig())
             loss.backward()
         self.policy.zero_grad()
-        return self._now() - started
+        return self.now() - started
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds of a clock: on the CPU of this process's work, on CUDA of the wall, once the device has ended."""
         if self.device.type == "cpu":
             return time.process_time()
         torch.cuda.synchronize(self.device)

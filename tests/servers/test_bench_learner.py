@@ -1,7 +1,12 @@
-"""The benchmark of the learner on a machine that has torch and transformers and nothing else of ours."""
+"""The benchmarks of the learner: where torch and transformers are and nothing else of ours, and a plain loop's rows."""
 
 import subprocess
 import sys
+
+import torch
+
+from scripts.bench.learner import SHAPES, Bench, make_trees
+from scripts.bench.peers.plain_loop import IGNORED, make_padded
 
 ABSENT = ("ray", "deepspeed", "omegaconf", "mlflow", "peft", "bm25s", "httpx", "hypothesis")
 SCRIPT = f"""
@@ -20,3 +25,28 @@ def test_it_runs_with_torch_and_transformers_alone():
     assert (name, unique_tokens, tokens) == ("deep", "4790", "2.02")
     assert 1 < float(flop) < float(tokens)
     assert float(time) > 0
+
+
+def test_the_plain_loop_trains_what_the_policy_wrote_in_every_rollout():
+    trees = make_trees(SHAPES["quickstart"], 512, seed=0)
+    batches = make_padded(trees, 1000)
+    paths = [[tree.nodes[index] for index in path] for tree in trees for _, path in tree.branches()]
+    written = [token for path in paths for n in path[1:] for token in n.token_ids[-n.num_generated :]]
+    labels = torch.cat([labels.flatten() for _, _, labels in batches])
+    assert sorted(labels[labels != IGNORED].tolist()) == sorted(written)
+    assert sum(int(mask.sum()) for _, mask, _ in batches) == sum(len(n.token_ids) for path in paths for n in path)
+    assert all(ids.numel() <= 1000 for ids, _, _ in batches)
+
+
+def test_the_plain_loop_computes_each_row_as_if_it_were_alone():
+    """What is padded must not reach what is not."""
+    trees = make_trees(SHAPES["quickstart"], 512, seed=0)[:1]
+    bench = Bench("0.6M", torch.device("cpu"), chunk_tokens=100)
+    (together,) = make_padded(trees, 10**6)
+    ids, mask, labels = together
+    logits = bench.policy(input_ids=ids, attention_mask=mask).logits
+    for row in range(len(ids)):
+        length = int(mask[row].sum())
+        alone = bench.policy(input_ids=ids[row : row + 1, :length]).logits[0]
+        torch.testing.assert_close(logits[row, :length], alone, atol=1e-4, rtol=1e-4)
+        assert (labels[row, length:] == IGNORED).all()
