@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from ray.actor import ActorHandle
 
 from actors.evaluation import evaluate_policy
 from actors.trainer import Trainer
+from scripts.bench.chaos.processes import role_of
 from tests.ray.test_end_to_end import SMALL, command
 from tests.support.paths import ROOT
 from trace_async.config import Config, load_config
@@ -73,6 +75,67 @@ async def test_predictor_learner_rank_and_generator_are_killed_and_replaced_insi
     assert recorder.evaluations == [0, 8]
     assert state.num_updates == 8
     state.ledger.check(waiting=0, in_flight_roots=0)
+
+
+class Killer:
+    """Kills a process of one role in the midst of each of the phases, in this order, and waits for what comes of it.
+
+    The process is stopped when the phase begins and killed a moment later, so that it dies with the phase's call in its
+    hands. The next comes after a whole update without a kill, or once the run went back.
+    """
+
+    def __init__(self, role: str, phases: Sequence[str]) -> None:
+        self.role = role
+        self.left = list(phases)
+        self.armed = False
+        self.rollbacks: list[int] = []
+        self._updates = 0
+        self._killed_during = 0
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float], trees: Sequence[RolloutTree]) -> None:
+        if trees:
+            self._updates = step
+            self.armed = step != self._killed_during
+
+    def on_rollback(self, step: int, error: BaseException) -> None:
+        self.rollbacks.append(step)
+        self._killed_during = 0
+
+    def on_phase(self, names: Collection[str]) -> None:
+        if not self.armed or not self.left or self.left[0] not in names:
+            return
+        (victim, *_) = [p for p in psutil.Process().children(recursive=True) if role_of(p) == self.role]
+        self.armed, self._killed_during = False, self._updates + 1
+        self.left.pop(0)
+        victim.suspend()
+        asyncio.get_running_loop().call_later(0.5, victim.kill)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1500)
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("role", ["learner", "generator", "prompts", "predictor"])
+async def test_each_kind_of_process_is_killed_in_each_phase_and_the_run_ends_whole(
+    role: str, tiny_policy_path: Path, tmp_path: Path
+):
+    phases = ["stage1", "wait_for_trees", "update", "predictor", "gather", "sync", "checkpoint", "eval", "export"]
+    config = small_config(tmp_path, "num_updates=24", "checkpoint.every_updates=1", "eval.every_updates=4")
+    killer = Killer(role, phases)
+    trainer = Trainer(
+        config,
+        tmp_path,
+        tiny_policy_path,
+        killer.on_metrics,
+        on_rollback=killer.on_rollback,
+        on_phase=killer.on_phase,
+    )
+    state = await trainer.run()
+    assert killer.left == []
+    assert (state.num_updates, state.policy_version) == (24, 24)
+    state.ledger.check(waiting=0, in_flight_roots=0)
+    assert (tmp_path / "policy" / "model.safetensors").is_file()
+    # Only a rank's loss takes the run back: nobody but it holds the optimizer's state.
+    assert len(killer.rollbacks) == (len(phases) if role == "learner" else 0)
 
 
 @pytest.mark.usefixtures("local_ray")
