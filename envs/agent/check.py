@@ -1,5 +1,7 @@
-"""Can an agent be replayed? Runs it with calls of its own tools, then twice more from the record, and says where it
-parts."""
+"""Check whether an agent can be replayed.
+
+It is run with calls of its own tools, and then twice more from the record. A finding says where the runs part.
+"""
 
 import json
 import re
@@ -16,7 +18,7 @@ _NUM_REPLAYS = 2
 
 
 async def check_replay(domain: Domain, tasks: Sequence[Task], seed: int = 0) -> list[Finding]:
-    """One finding for each task that does not come back to itself, and one that counts the replays that did."""
+    """Return a finding for each task whose replay parts, and one that counts the calls that came out the same."""
     findings, num_calls, num_tools = [], 0, 0
     for task in tasks:
         env = domain.make_env(task)
@@ -40,7 +42,7 @@ async def check_replay(domain: Domain, tasks: Sequence[Task], seed: int = 0) -> 
 
 
 async def _check_task(env: AgentEnv, task: Task, rng: Random) -> tuple[int, int]:
-    """(calls replayed, calls of tools among them). Raises ReplayDivergedError with the place where it parts."""
+    """Return (calls replayed, calls of tools among them). Raises ReplayDivergedError with the place where it parts."""
     turns = tool_turns(await env.init(), task, rng)
     result: StepResult | None = None
     played: list[str] = []
@@ -61,7 +63,7 @@ async def _check_task(env: AgentEnv, task: Task, rng: Random) -> tuple[int, int]
 
 
 def tool_turns(prompt: Prompt, task: Task, rng: Random) -> list[str]:
-    """Turns as a model might write them: calls of the agent's tools with arguments that fit their schemas."""
+    """Write turns as a model might: calls of the agent's tools with arguments that fit their schemas."""
     functions = [function for tool in prompt.tools if isinstance(function := tool.get("function"), dict)]
     words = re.findall(r"\w+", json.dumps(task.data)) or ["a"]
     if not functions:
@@ -83,7 +85,7 @@ def _arguments(schema: Json, words: Sequence[str], rng: Random) -> dict[str, Jso
 
 
 def _value(schema: Json, words: Sequence[str], rng: Random) -> Json:
-    """Something of the kind that a JSON schema asks for."""
+    """Return a value of the kind that a JSON schema asks for."""
     if not isinstance(schema, Mapping):
         return rng.choice(words)
     if isinstance(choices := schema.get("enum"), list) and choices:

@@ -1,4 +1,4 @@
-"""Where a request goes on: which of the policy's turns it follows, and what is new in it.
+"""Find out where a request goes on: which of the policy's turns it follows, and what is new in it.
 
     request 0   system, user                                   → turn 0
     request 1   system, user, assistant, tool                  → follows turn 0; new: tool      → turn 1
@@ -20,12 +20,14 @@ _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """`key` names all that a request says (a digest). `after`: the turn whose answer it goes on from (None: it begins a
-    conversation); `new`: the messages that follow there, or all of them."""
+    """Where a request stands in the conversations of a rollout."""
 
     key: bytes
+    """A digest of all that the request says."""
     after: int | None
+    """The number of the policy's turn that it goes on from; None when it begins a conversation."""
     new: tuple[ChatMessage, ...]
+    """The messages after that turn, or all of them."""
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ class Conversation:
     _tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def place(self, request: ModelRequest) -> Place:
-        """Cheap: one short digest a message."""
+        """Return the place of a request. This costs one short digest a message."""
         digest = _digest(b"", json.dumps(request.tools, sort_keys=True))
         after, start, in_echo = None, 0, False
         for number, message in enumerate(request.messages):
@@ -52,7 +54,7 @@ class Conversation:
         return Place(digest, after, request.messages[start:])
 
     def add(self, key: bytes, answer: Answer) -> None:
-        """From now on `answer` is known as what follows the request `key`."""
+        """Remember `answer` as what follows the request `key`."""
         turn = answer.number
         self._given_at[key] = turn
         self._after[turn] = _digest(key, f"turn {turn}")
@@ -63,8 +65,10 @@ class Conversation:
             self._by_text[key, _normal(form)] = turn
 
     def tokens_of(self, message: ChatMessage) -> tuple[int, ...] | None:
-        """What the policy wrote when it said this, wherever it stands now (None: it did not, or thought aloud, which
-        templates leave out when they repeat a turn)."""
+        """Return the tokens that the policy wrote when it said this, wherever the message stands now.
+
+        None when the policy did not say it, or thought aloud, which templates leave out when they repeat a turn.
+        """
         return self._tokens.get(_normal(message)) if message.role == "assistant" else None
 
     def _turn_at(self, digest: bytes, message: ChatMessage) -> int | None:
@@ -73,7 +77,7 @@ class Conversation:
 
 
 def _normal(message: ChatMessage) -> str:
-    """A message in one spelling. Only of the assistant's own text may white space and thoughts come and go."""
+    """Return a message in one spelling. White space and thoughts may come and go in the assistant's own text alone."""
     content = message.content
     if message.role == "assistant":
         content = " ".join(_THOUGHT.sub("", content).split())

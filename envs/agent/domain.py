@@ -29,11 +29,13 @@ MODEL_ERRORS = (
 
 
 class Agent:
-    """`agent`: `package.module:function`, a coroutine or a plain function of `task` (a dict, one row of the file),
-    `base_url` and `api_key`, that returns its result. With `python`, the interpreter of an environment of its own, it
-    runs there, in a process forked for each rollout, and its module is found from `cwd`. Or `command`: a program that
-    finds its model in the environment (OPENAI_BASE_URL …), its task on standard input and in TRACE_TASK, and prints its
-    result.
+    """Trains an agent as it is, given as a function (`agent`) or as a program (`command`).
+
+    `agent`: `package.module:function`, a coroutine or a plain function of `task` (a dict, one row of the file),
+    `base_url` and `api_key`, which returns its result. `python`: the interpreter of another environment; then the
+    function runs there, in a process forked for each rollout, and its module is found from `cwd`. `command`: a program
+    that finds its model in the environment (OPENAI_BASE_URL …) and its task on standard input and in TRACE_TASK, and
+    prints its result.
 
     `tasks`: a JSONL file; rows may have an `id` and a `kind`. `heldout`: another one; without it a sample of
     `num_heldout` rows of `tasks` is held out. `verifier`: `package.module:function(task, outcome)` → reward in [0, 1],
@@ -102,7 +104,7 @@ class Agent:
         return AgentEnv(task, make_session, self._verifier, self._settings, self._first_requests)
 
     async def check(self, tasks: Sequence[Task]) -> list[Finding]:
-        """What `trace-async env check agent` looks at beside the contract of all environments."""
+        """Check what `trace-async env check agent` looks at beside the contract of all environments."""
         return await check_replay(self, tasks)
 
     async def close(self) -> None:
@@ -112,7 +114,7 @@ class Agent:
 
 
 def load_function(setting: str, target: str) -> Callable[..., Any]:
-    """What `package.module:function` names. Raises ConfigError in words."""
+    """Return what `package.module:function` names. Raises ConfigError in words."""
     module_name, _, name = target.partition(":")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module_name), name)
@@ -126,7 +128,7 @@ def load_function(setting: str, target: str) -> Callable[..., Any]:
 
 
 def read_tasks(path: str, domain: str) -> list[Task]:
-    """One task a row. Raises ValueError naming file and line."""
+    """Return a task for each row. Raises ValueError naming file and line."""
     tasks = []
     for number, row in enumerate(read_rows(path, {})):
         task_id = row.get("id", f"{Path(path).stem}-{number}")
@@ -137,7 +139,7 @@ def read_tasks(path: str, domain: str) -> list[Task]:
 
 
 def read_split(path: str, heldout_path: str, num_heldout: int, domain: str) -> dict[Split, list[Task]]:
-    """The tasks of two files, or of one of which the last `num_heldout` are held out."""
+    """Return the tasks of two files, or of one, a sample of which is held out."""
     rows = read_tasks(path, domain)
     if heldout_path:
         return {"train": rows, "heldout": read_tasks(heldout_path, domain)}
@@ -148,6 +150,7 @@ def read_split(path: str, heldout_path: str, num_heldout: int, domain: str) -> d
 
 
 def words(setting: str, command: Sequence[str]) -> list[str]:
+    """Return `command` as a list. Raises ConfigError when it is a text, as for a shell, or has no words."""
     if isinstance(command, str) or not command or not all(isinstance(word, str) and word for word in command):
         raise ConfigError(f"env.args.{setting}={command!r}: a list of words, such as [python, my_agent.py]")
     return list(command)

@@ -1,4 +1,4 @@
-"""An agent as an environment: control turned round.
+"""Make an environment of a running agent, by turning control round.
 
     init    starts the agent and waits for its first request
     step    answers the request with the policy's turn, and waits for the next one or the agent's end
@@ -25,21 +25,24 @@ _KEPT_PROMPTS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSettings:
-    """`max_turns`: of the model in a rollout; an agent that asks for more ends with reward 0. `model_errors`: names of
-    exceptions that are the policy's own doing (reward 0); any other error of an agent is a break-down."""
+    """What ends a rollout beside the agent's own end."""
 
     max_turns: int
+    """Turns of the model in a rollout. An agent that asks for more ends with reward 0."""
     model_errors: frozenset[str]
+    """Names of exceptions that are the policy's own doing: reward 0. Any other error of an agent is a break-down."""
 
 
 @dataclass(slots=True, eq=False)
 class FirstRequests:
-    """The first request of tasks that were started before, the latest ones.
+    """Keeps the first request of the tasks that were started last.
 
-    The predictor looks at the prompts of many tasks that then get no rollout; without this each would cost a start.
+    The predictor looks at the prompts of many tasks that then get no rollout. Without this each look would start an
+    agent.
     """
 
     kept: "OrderedDict[str, ModelRequest]" = field(default_factory=OrderedDict)
+    """Task id → its first request, the oldest first."""
 
     def get(self, task_id: str) -> ModelRequest | None:
         return self.kept.get(task_id)
@@ -76,8 +79,10 @@ class AgentEnv:
         self._said = ""
 
     async def init(self) -> Prompt:
-        """The agent's first request. What it was is known when the task was started before; then the agent itself
-        starts with its first turn."""
+        """Return the agent's first request.
+
+        It is known when the task was started before. Then the agent itself starts with its first turn.
+        """
         known = self._first_requests.get(self._task.id)
         if known is None:
             known = (await self._start()).request
@@ -89,7 +94,7 @@ class AgentEnv:
         return self._limits
 
     async def step(self, action: str, *, truncated: bool = False) -> StepResult:
-        """A turn of which only the text is known, as in demonstrations."""
+        """Take a turn of which only the text is known, as in demonstrations."""
         nothing = Completion(
             token_ids=(),
             logprobs=(),
@@ -120,12 +125,15 @@ class AgentEnv:
         return StepResult(messages=_messages(event.request), after=after)
 
     def _prompt(self, request: ModelRequest) -> Prompt:
-        """A conversation of its own. What the policy said in an earlier one stays in the tokens that it wrote."""
+        """Return a request that begins a conversation of its own.
+
+        What the policy said in an earlier one stays in the tokens in which it was written.
+        """
         assert self._session is not None
         return Prompt(messages=tuple(map(self._session.in_own_tokens, request.messages)), tools=request.tools)
 
     async def fork(self) -> "AgentEnv":
-        """Of a running agent: its state, frozen. Of a frozen one: the agent run again up to there.
+        """Return the state of a running agent, frozen, or the agent of a frozen state, run again up to there.
 
         Raises ReplayDivergedError when it does not come back to the same request.
         """
@@ -147,7 +155,7 @@ class AgentEnv:
         return twin
 
     async def _live(self) -> Pending:
-        """The request that waits for this turn; the agent is started, or replayed, when it does not run yet."""
+        """Return the request that waits for this turn. Starts or replays the agent where it does not run yet."""
         if self._pending is not None:
             return self._pending
         assert self._session is None, "init comes first, and nothing after the end"

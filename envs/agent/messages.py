@@ -1,4 +1,4 @@
-"""What an agent asks and what it is answered, in one form for all the protocols that the endpoint speaks."""
+"""The requests of agents and their answers, in one form for all the protocols that the endpoint speaks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,15 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A tool call. `arguments` is JSON text, as all the protocols carry it."""
+    """A tool call."""
 
     name: str
+    """Of the tool."""
     arguments: str
+    """JSON text, as all the protocols carry it."""
 
     def normal(self) -> str:
-        """The call in one spelling, whatever white space and order of keys a client gave its JSON."""
+        """Return the call in one spelling, whatever white space and order of keys a client gave its JSON."""
         try:
             arguments = json.loads(self.arguments or "{}")
         except ValueError:
@@ -29,14 +31,17 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message of a conversation. `calls`: only of the assistant."""
+    """One message of a conversation."""
 
     role: Role
+    """Who says it."""
     content: str
+    """Its text, without the calls."""
     calls: tuple[Call, ...] = ()
+    """The assistant's tool calls; empty for other roles."""
 
     def as_text(self) -> Message:
-        """The message for a chat template; tool calls that the policy did not write stand in the Hermes form."""
+        """Return the message for a chat template. Calls that the policy did not write are put in the Hermes form."""
         calls = [
             f'<tool_call>\n{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}\n</tool_call>'
             for call in self.calls
@@ -46,45 +51,52 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRequest:
-    """One request of an agent. `may_call`: tool calls are read out of the answer (not with `tool_choice: none`).
-
-    `wants_logprobs`: the answer has `pieces`.
-    """
+    """One request of an agent."""
 
     messages: tuple[ChatMessage, ...]
+    """The conversation up to the turn that is asked for."""
     tools: tuple[Mapping[str, Json], ...] = ()
+    """The schemas of the tools that may be called."""
     limits: TurnLimits = field(default_factory=TurnLimits)
+    """What ends the turn."""
     may_call: bool = True
+    """Tool calls are read out of the answer; not so with `tool_choice: none`."""
     wants_logprobs: bool = False
+    """The answer is to have `pieces`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A turn of the policy as an agent is told it. `number` counts the turns of the rollout from 0.
-
-    `content` is what is left beside `reasoning` and `calls`. `pieces`: the text and the log-probability of each
-    token, when they were asked for. `created`: seconds since 1970, kept so that a replay tells the agent the
-    same. `token_ids`: all that the policy wrote but the token that ends a turn.
-    """
+    """A turn of the policy, as the agent is told it."""
 
     number: int
+    """Which turn of the rollout it is, from 0."""
     content: str
+    """Its text without `reasoning` and `calls`."""
     reasoning: str
+    """What the policy thought aloud."""
     calls: tuple[Call, ...]
+    """The tool calls in it, in order."""
     is_cut: bool
+    """It was cut at its limit of tokens."""
     prompt_tokens: int
+    """Tokens before the turn."""
     completion_tokens: int
+    """Tokens of the turn, the one that ends it included."""
     pieces: tuple[tuple[str, float], ...]
+    """Text and log-probability of each token; empty unless they were asked for."""
     created: int
+    """Seconds since 1970, kept so that a replay tells the agent the same."""
     token_ids: tuple[int, ...] = ()
+    """What the policy wrote, without the token that ends a turn."""
 
     def call_id(self, index: int) -> str:
-        """The same id in every replay, another one for every call of a rollout."""
+        """Return the id of a call: the same in every replay, another one for every call of a rollout."""
         return f"call_{self.number}_{index}"
 
 
 def check_order(messages: Sequence[ChatMessage]) -> None:
-    """Raises RequestError where no turn of the assistant can follow."""
+    """Raise RequestError where no turn of the assistant can follow."""
     if not messages:
         raise RequestError("messages: there are none")
     if messages[-1].role == "assistant":

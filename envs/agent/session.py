@@ -1,11 +1,11 @@
-"""One running agent, the requests that it makes, and the record that brings it back to any of its turns.
+"""Run one agent, answer its requests, and keep the record that brings it back to any of its turns.
 
     record    (request, answer) (request, answer) … (request, answer)      what was answered so far, in order
     replay    a fresh run of the same agent; its requests are answered from the record, its next one is live
 
-A request is known by its digest: the same digest stands for the same tokens, since what the policy wrote is known by
-its place and everything else by its text. A request of the first t that is not in the record means that something in
-the agent or its tools is not deterministic: ReplayDivergedError, with the place where it parts.
+A request is known by its digest (`conversation.py`). The same digest stands for the same tokens, because it covers what
+the policy wrote by its place and everything else by its text. If one of the first t requests of a replay is not in the
+record, something in the agent or its tools is not deterministic: ReplayDivergedError says where the two runs part.
 """
 
 import asyncio
@@ -30,11 +30,14 @@ class RolloutOverError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """One request and what it was answered. Of its messages only the new ones are kept."""
+    """One request and its answer."""
 
     key: bytes
+    """The digest of the request."""
     request: ModelRequest
+    """With its new messages alone: whole histories, kept turn by turn, would grow with the square of the turns."""
     answer: Answer
+    """What the policy wrote."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,16 +45,21 @@ class Pending:
     """A request that waits for its answer."""
 
     request: ModelRequest
+    """With its new messages alone."""
     place: Place
+    """Where it stands in the rollout's conversations."""
     answer: "asyncio.Future[Answer]"
+    """What the endpoint waits for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How the agent ended: with what it returned, or with an error that `failure` tells."""
+    """How the agent ended."""
 
     result: Json = None
+    """What it returned."""
     failure: AgentFailed | None = None
+    """Why it did not return; None when it did."""
 
 
 class Receiver(Protocol):
@@ -70,14 +78,14 @@ class Endpoint(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """The state that a replay must reach: the first `length` exchanges of `record` answered, and `pending` asked.
-
-    `record` is shared with the session that writes it, and only grows.
-    """
+    """The state that a replay must reach."""
 
     record: Sequence[Exchange]
+    """What was answered. The session that writes it shares it, and only appends to it."""
     length: int
+    """How many exchanges of the record come before the state."""
     pending: Pending
+    """The request that is asked next."""
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +124,10 @@ class Session:
             self._changed.set()
 
     async def replay(self, goal: Goal) -> Pending:
-        """Start, and come to the state of `goal`; gives the request that is live. Raises ReplayDivergedError."""
+        """Start the agent and bring it to the state of `goal`. Returns the request that is live.
+
+        Raises ReplayDivergedError when the agent asks something else, or ends before.
+        """
         self._goal, self._open = goal, set(range(goal.length))
         self.record = list(goal.record[: goal.length])
         await self.start()
@@ -138,7 +149,7 @@ class Session:
         return pending
 
     async def next_event(self) -> Pending | Ended:
-        """The next request, or the agent's end; waits for as long as the agent may take between two requests."""
+        """Return the next request, or the agent's end. Waits at most as long as it may take between two requests."""
 
         def arrived() -> Pending | Ended | None:
             if self._end is not None and self._end.done():
@@ -171,11 +182,14 @@ class Session:
         self._conversation.add(exchange.key, exchange.answer)
 
     def in_own_tokens(self, message: ChatMessage) -> Message:
-        """A message for the template; the policy's own words in the tokens that it wrote them in."""
+        """Return a message for the template, the policy's own words in the tokens that it wrote."""
         return replace(message.as_text(), token_ids=self._conversation.tokens_of(message))
 
     async def receive(self, request: ModelRequest, *, is_retry: bool) -> Answer:
-        """A request from the endpoint. `is_retry`: the client says that it asks the same once more."""
+        """Return the answer to a request from the endpoint, from the record or from the policy.
+
+        `is_retry`: the client says that it asks the same once more. Raises RolloutOverError after the end.
+        """
         if self._is_closed:
             raise RolloutOverError
         place = self._conversation.place(request)
@@ -186,7 +200,6 @@ class Session:
             if replayed is not None:
                 return replayed
             self._check_known(replace(request, messages=place.new), place)
-        # Only what is new: whole histories, kept turn by turn, would grow with the square of the turns.
         pending = Pending(replace(request, messages=place.new), place, asyncio.get_running_loop().create_future())
         self._waiting.append(pending)
         self._asked.append(pending)
@@ -194,7 +207,7 @@ class Session:
         return await pending.answer
 
     def _answer_under_way(self, place: Place) -> "asyncio.Future[Answer] | None":
-        """The last answer to the same request, given or to come."""
+        """Return the last answer to the same request, given or to come."""
         return next((one.answer for one in reversed(self._asked) if one.place.key == place.key), None)
 
     def _from_record(self, place: Place) -> Answer | None:
@@ -209,9 +222,9 @@ class Session:
         return None
 
     def _check_known(self, request: ModelRequest, place: Place) -> None:
-        """A request that the recorded run never made, while its first answers are the same: the two have parted.
+        """Note that the replay has parted from the recorded run, if that never made this request.
 
-        Several requests at once may come in another order, so a later one of the same run is no parting.
+        Several requests at once may come in another order, so one that the recorded run made later is no parting.
         """
         goal = self._goal
         assert goal is not None
@@ -223,7 +236,7 @@ class Session:
         self._changed.set()
 
     async def close(self) -> None:
-        """End the agent and refuse whatever it still asks; may be called twice."""
+        """End the agent and refuse whatever it still asks. A second call does nothing more."""
         self._is_closed = True
         if self._access is not None:
             self.endpoint.close(self._access)
@@ -243,7 +256,7 @@ def _how(end: Ended) -> str:
 
 
 def first_difference(expected: ModelRequest, found: ModelRequest) -> str:
-    """Where the new messages of two requests part, in words."""
+    """Say in words where the new messages of two requests part."""
     if expected.tools != found.tools:
         return "it has other tools"
     for number, (old, new) in enumerate(zip(expected.messages, found.messages, strict=False)):

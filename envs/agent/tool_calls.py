@@ -25,7 +25,7 @@ _CONTROL = re.compile(r"<\|(?:python_tag|eom_id|eot_id)\|>")
 
 
 def read_turn(turn: PolicyTurn, request: ModelRequest, *, number: int, created: int) -> Answer:
-    """The answer to `request` that `turn` is."""
+    """Return the answer that `turn` gives to `request`."""
     text = cut_at_stop(turn.text, request.limits.stop)
     reasoning, content = split_reasoning(text)
     calls: tuple[Call, ...] = ()
@@ -51,13 +51,13 @@ def read_turn(turn: PolicyTurn, request: ModelRequest, *, number: int, created: 
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the `stop` strings."""
+    """Return the text before the first of the `stop` strings."""
     ends = [text.find(one) for one in stop if one and one in text]
     return text[: min(ends)] if ends else text
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, the rest). Templates may write `<think>` themselves, so that a turn has the closing tag alone."""
+    """Return (reasoning, the rest). A template may write `<think>` itself; then a turn has the closing tag alone."""
     if "</think>" in text:
         thought, _, rest = text.partition("</think>")
         return thought.replace("<think>", "", 1).strip(), rest.strip()
@@ -67,7 +67,7 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 def read_calls(text: str, tools: Sequence[Mapping[str, Json]] = ()) -> tuple[str, tuple[Call, ...]]:
-    """(content beside the calls, the calls in order)."""
+    """Return (content beside the calls, the calls in order)."""
     if "<function=" in text:
         return _xml_calls(text, tools)
     if "<tool_call>" in text:
@@ -84,7 +84,7 @@ def read_calls(text: str, tools: Sequence[Mapping[str, Json]] = ()) -> tuple[str
 
 
 def _json_calls(text: str, whole: str, before: str) -> tuple[str, tuple[Call, ...]]:
-    """Calls as plain JSON: an object, or a list of objects."""
+    """Read calls that are plain JSON: an object, or a list of objects."""
     if text[:1] not in ("{", "["):
         return whole, ()
     try:
@@ -116,7 +116,7 @@ def _xml_calls(text: str, tools: Sequence[Mapping[str, Json]]) -> tuple[str, tup
 
 
 def _parameter_types(name: str, tools: Sequence[Mapping[str, Json]]) -> dict[str, Json]:
-    """Parameter → its JSON type, from the schema of the tool `name`."""
+    """Return parameter → its JSON type, from the schema of the tool `name`."""
     for tool in tools:
         function = tool.get("function", tool)
         if isinstance(function, dict) and function.get("name") == name:
@@ -128,7 +128,7 @@ def _parameter_types(name: str, tools: Sequence[Mapping[str, Json]]) -> dict[str
 
 
 def _value(text: str, kind: Json) -> Json:
-    """XML knows only text; what the schema does not call a string is read as JSON where it is JSON."""
+    """Return the value of a parameter. XML knows only text, so what the schema calls no string is read as JSON."""
     if kind in (None, "string"):
         return text
     try:
@@ -139,7 +139,7 @@ def _value(text: str, kind: Json) -> Json:
 
 
 def _by_template(message: Mapping[str, Json], content: str) -> tuple[str, tuple[Call, ...]]:
-    """What a response template found, in the form of a chat message of the assistant."""
+    """Return content and calls of a chat message of the assistant, which a response template made of the turn."""
     found = message.get("tool_calls")
     calls = []
     for entry in found if isinstance(found, list) else []:

@@ -1,4 +1,4 @@
-"""Verifiers of an agent's work: `package.module:function(task, outcome) → reward`, or a command."""
+"""Judge an agent's work by `package.module:function(task, outcome) → reward`, or by a command."""
 
 import asyncio
 import contextlib
@@ -16,13 +16,16 @@ from trace_async.types import Json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a verifier judges. `result`: what the agent returned or printed; `error`: how it failed by the model's
-    doing (empty: it did not); `answer`: the model's last words; `num_turns`: how often the model was asked."""
+    """What a verifier judges."""
 
     result: Json
+    """What the agent returned or printed."""
     error: str
+    """How it failed by the model's doing; empty when it did not."""
     answer: str
+    """The model's last words."""
     num_turns: int
+    """How often the model was asked."""
 
 
 class FunctionVerifier:
@@ -49,8 +52,10 @@ class FunctionVerifier:
 
 
 class CommandVerifier:
-    """Runs a command with {"task": …, "outcome": …} on standard input. The last line that it prints is the reward;
-    when it prints nothing, exit code 0 is a success and 1 a failure."""
+    """Runs a command with {"task": …, "outcome": …} on its standard input.
+
+    The last line that it prints is the reward. When it prints nothing, exit code 0 is a success and 1 a failure.
+    """
 
     def __init__(self, command: Sequence[str], timeout_s: float) -> None:
         self._command = tuple(command)
@@ -95,7 +100,7 @@ class CommandVerifier:
 
 
 def _checked(reward: object) -> float:
-    """A reward in [0, 1]; anything else is the verifier's fault and no one's reward."""
+    """Return a reward in [0, 1]. Anything else is the verifier's fault, and nobody's reward: EnvValueError."""
     if not isinstance(reward, bool | int | float) or not 0 <= reward <= 1:
         raise EnvValueError(f"the verifier gave {reward!r}; a reward is a number from 0 to 1")
     return float(reward)

@@ -1,8 +1,8 @@
-"""The domain `mcp`: tasks solved with the tools of MCP servers, which every rollout has for itself.
+"""The domain `mcp`: tasks that are solved with the tools of MCP servers. Every rollout has servers of its own.
 
-A turn of the model is tool calls, or its last words, which the verifier judges. A state is the calls that led to it: a
-fork starts the servers anew and makes the same calls, or has the server's own snapshot put back; an answer that is
-another one than before is a fork that diverged.
+A turn of the model is either tool calls, or its last words, which the verifier judges. A state is the list of calls
+that led to it. So a fork starts the servers anew and repeats these calls, or lets a server restore its own snapshot.
+When a repeated call gets another answer than before, the fork has diverged.
 """
 
 import asyncio
@@ -23,22 +23,16 @@ from trace_async.types import Json, Message, Prompt, Split, StepResult, Task
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A call that was made, and its answer."""
+    """A call that was made."""
 
     call: Call
+    """Name and arguments."""
     answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What servers with tools for it saved, by name, after the first `num_made` calls."""
-
-    saved: Mapping[str, str]
-    num_made: int
+    """What the server returned, as the model saw it."""
 
 
 class McpEnv:
-    """One rollout. Its servers start with its first call; a frozen one (`_made` without `_live`) with its first use."""
+    """One rollout. Its servers start when it makes its first call; those of a frozen one when it is first used."""
 
     blocking = False  # a connection lives in one event loop
 
@@ -49,7 +43,7 @@ class McpEnv:
         self._turns = turns
         self._live: dict[str, Connection] | None = None
         self._is_frozen = False
-        self._snapshot: Snapshot | None = None
+        self._saved: Mapping[str, str] = {}  # name of a server that can save its state → that state, after `_made`
 
     async def init(self) -> Prompt:
         tools = await self._domain.listed_tools()
@@ -90,7 +84,7 @@ class McpEnv:
         return await connection.call(call.name, json.loads(call.arguments))
 
     async def _servers(self) -> dict[str, Connection]:
-        """The rollout's servers: started, and brought to its state."""
+        """Return the rollout's servers. Starts them and brings them to its state where they do not run yet."""
         if self._live is None:
             self._live = {config.name: self._domain.connect(config) for config in self._domain.servers}
             if self._made:
@@ -99,7 +93,7 @@ class McpEnv:
 
     async def _replay(self, servers: Mapping[str, Connection]) -> None:
         restored = set()
-        for name, state in (self._snapshot.saved if self._snapshot else {}).items():
+        for name, state in self._saved.items():
             await servers[name].call(servers[name].config.restore, {"state": state})
             restored.add(name)
         for number, made in enumerate(self._made):
@@ -114,9 +108,12 @@ class McpEnv:
                 )
 
     async def fork(self) -> "McpEnv":
-        """Of a running environment its state, frozen; of a frozen one a running one."""
+        """Return the state of a running environment, frozen, or a running environment in the state of a frozen one.
+
+        Raises ReplayDivergedError when repeated calls get other answers than before.
+        """
         twin = McpEnv(self._domain, self._task, self._made, self._turns)
-        twin._snapshot = self._snapshot
+        twin._saved = self._saved
         if self._is_frozen:
             try:
                 await twin._servers()
@@ -130,7 +127,7 @@ class McpEnv:
             if connection.config.save:
                 saved[name] = await connection.call(connection.config.save, {})
         if saved:
-            twin._snapshot = Snapshot(saved, len(self._made))
+            twin._saved = saved
         return twin
 
     async def close(self) -> None:
@@ -140,10 +137,13 @@ class McpEnv:
 
 
 class Mcp:
-    """`servers`: name → `command` (a list) or `url`, and what else `ServerConfig` has. `tasks`: a JSONL file whose rows
-    have a `prompt`; `heldout`, `num_heldout` and `verifier` as of the domain `agent`. `tools`: names of those shown
-    (none: all). `instructions`: the system message. `max_turns` of the model; `call_timeout_s`, `start_timeout_s`;
-    `max_observation_chars` of an answer."""
+    """Lets a model solve tasks with the tools of MCP servers.
+
+    `servers`: name → `command` (a list) or `url`, and what else `ServerConfig` has. `tasks`: a JSONL file whose rows
+    have a `prompt`. `heldout`, `num_heldout`, `verifier`: as in the domain `agent`. `tools`: the names of those that
+    the model sees; empty: all. `instructions`: the system message. `max_turns`: of the model in a rollout; one that
+    needs more ends with reward 0. `call_timeout_s`, `start_timeout_s`, `max_observation_chars`: see `CallLimits`.
+    """
 
     name = "mcp"
 
@@ -194,7 +194,7 @@ class Mcp:
         return McpEnv(self, task)
 
     def connect(self, config: ServerConfig) -> Connection:
-        """A connection of the rollout's own, or the one that all share."""
+        """Return a new connection, or for a stateless server the one that all rollouts share."""
         if not config.stateless:
             return Connection(config, self._limits)
         if config.name not in self._shared:
@@ -202,7 +202,7 @@ class Mcp:
         return self._shared[config.name]
 
     async def listed_tools(self) -> dict[str, dict[str, Json]]:
-        """The schemas that the model sees, by name; asked of the servers once."""
+        """Return the schemas that the model sees, by name. The servers are asked once."""
         if self._tools is None:
             connections = [self.connect(config) for config in self.servers]
             try:

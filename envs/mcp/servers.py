@@ -1,7 +1,7 @@
-"""The MCP servers of one rollout: started, called within limits, and ended.
+"""Start the MCP servers of a rollout, call their tools within limits, and end them.
 
-Needs the official SDK: `pip install trace-async[mcp]`. A connection lives in a task of its own, since the SDK wants to
-be left where it was entered; calls come from any task.
+Needs the official SDK: `pip install trace-async[mcp]`. A connection lives in a task of its own, because the SDK's
+client must be left in the task that entered it. Calls may come from any task.
 """
 
 import asyncio
@@ -27,19 +27,24 @@ _CALLS_FAULT = (-32601, -32602)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """One server. Either `command` (a process, spoken to over its standard streams, in `cwd` with `env` added) or `url`
-    (streamable HTTP). `stateless`: its calls change nothing, so one connection serves all rollouts and nothing of it is
-    replayed. `save` and `restore`: its own tools for snapshots; `save` takes nothing and gives the text that `restore`
-    takes as `state`."""
+    """One server, which is either a process of ours (`command`) or reached at `url`."""
 
     name: str
+    """Under which it stands in `env.args.servers`."""
     command: tuple[str, ...] = ()
+    """The program and its arguments. It is spoken to over its standard streams."""
     url: str = ""
+    """Where it listens, by streamable HTTP."""
     cwd: str = ""
+    """The working directory of `command`; empty: ours."""
     env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables for `command`, beside those that the SDK hands on."""
     stateless: bool = False
+    """Its calls change nothing. So one connection serves all rollouts, and a fork does not repeat its calls."""
     save: str = ""
+    """Its own tool that takes nothing and returns its state as text; empty: it has none, and forks repeat the calls."""
     restore: str = ""
+    """Its own tool that takes such a text as `state` and goes on from there."""
 
     def target(self) -> "StdioServerParameters | str":
         if self.url:
@@ -50,15 +55,18 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallLimits:
-    """`start_s`, `call_s`: seconds. `max_chars`: of an answer; what is longer is cut and says so."""
+    """How long a server may take, and how much it may say."""
 
     start_s: float
+    """Seconds until it is ready."""
     call_s: float
+    """Seconds for one call."""
     max_chars: int
+    """Characters of one answer. A longer one is cut, and says so."""
 
 
 class Connection:
-    """One server under way."""
+    """A connection to one server, which starts with it. `close` ends both."""
 
     def __init__(self, config: ServerConfig, limits: CallLimits) -> None:
         self.config = config
@@ -88,7 +96,7 @@ class Connection:
             ) from None
 
     async def tools(self) -> list[dict[str, Json]]:
-        """The schemas of its tools, in the form of chat templates."""
+        """Return the schemas of its tools, in the form that chat templates take."""
         listed = await self._within((await self._client()).list_tools(), "list_tools")
         return [
             {
@@ -99,7 +107,10 @@ class Connection:
         ]
 
     async def call(self, name: str, arguments: Mapping[str, Json]) -> str:
-        """The answer in words. What the tool, or the protocol, finds wrong with the call is an answer too."""
+        """Return the answer in words. What the tool or the protocol finds wrong with the call is an answer too.
+
+        Raises EnvError when the server itself fails, and EnvTimeoutError when it is too slow.
+        """
         try:
             result = await self._within((await self._client()).call_tool(name, dict(arguments)), name)
         except MCPError as error:
@@ -111,7 +122,7 @@ class Connection:
         return cut_text(f"error: {text}" if result.is_error else text, max_chars=self._limits.max_chars)
 
     async def _within(self, work: Any, what: str) -> Any:
-        """The answer to `work`, unless it takes too long or the connection ends."""
+        """Return the answer to `work`. Raises EnvError when it takes too long or the connection ends."""
         asked = asyncio.ensure_future(work)
         try:
             await asyncio.wait({asked, self._task}, timeout=self._limits.call_s, return_when=asyncio.FIRST_COMPLETED)
@@ -137,7 +148,7 @@ class Connection:
 
 
 def by_tool(listed: Sequence[tuple[ServerConfig, Sequence[Mapping[str, Any]]]]) -> dict[str, str]:
-    """Tool → server. Raises ConfigError when two servers have tools of one name."""
+    """Return tool → server. Raises ConfigError when two servers have tools of one name."""
     found: dict[str, str] = {}
     for config, tools in listed:
         for tool in tools:
