@@ -1,4 +1,4 @@
-"""Turn grammar: from the text of a turn to an action, strictly. Nothing here raises; what is wrong is said in words.
+"""Read the action out of a turn's text, strictly. Nothing here raises: a Malformed says in words what is wrong.
 
 Two forms: tagged blocks (`<python> … </python>`, `<answer> … </answer>`) and tool calls in the Hermes/Qwen format
 (`<tool_call>{"name": …, "arguments": {…}}</tool_call>`). Text before the action is the model's thought and is free.
@@ -40,27 +40,34 @@ REASONS = (
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """The turn is no action; `reason` says why (one of REASONS)."""
+    """A turn that is no action."""
 
     reason: str
+    """Why: one of REASONS."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`<tag> content </tag>`, content stripped."""
+    """An action of the form `<tag> content </tag>`."""
 
     tag: str
+    """Which of the allowed tags it is."""
     content: str
+    """Without white space around it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
+    """An action of the form `<tool_call>{"name": …, "arguments": {…}}</tool_call>`."""
+
     name: str
+    """Of the tool."""
     arguments: Mapping[str, Json]
+    """By parameter; the tool's schema is not checked here."""
 
 
 def parse_block(text: str, tags: Sequence[str]) -> Block | Malformed:
-    """The one block that ends the turn; its tag is one of `tags`. Other tags (`<think>`, a < b) are plain text."""
+    """Return the one block that ends the turn, with one of `tags`. Other tags (`<think>`, a < b) are plain text."""
     if len(text) > MAX_ACTION_CHARS:
         return Malformed(TOO_LONG)
     found = list(re.finditer(rf"<(/?)({'|'.join(map(re.escape, tags))})>", text))
@@ -83,7 +90,7 @@ def parse_block(text: str, tags: Sequence[str]) -> Block | Malformed:
 
 
 def parse_tool_calls(text: str, *, max_calls: int = 8) -> tuple[ToolCall, ...] | Malformed:
-    """The tool calls of a turn, in order; none: the turn only talks to the user."""
+    """Return the tool calls of a turn, in order. There are none when the turn only talks to the user."""
     if len(text) > MAX_ACTION_CHARS:
         return Malformed(TOO_LONG)
     calls: list[ToolCall] = []
@@ -139,7 +146,7 @@ def _no_constant(name: str) -> Json:
 
 
 def cut_text(text: str, *, max_chars: int) -> str:
-    """`text`, or its first `max_chars` characters and a note; control characters other than newline and tab removed."""
+    """Return `text`, or its first `max_chars` characters and a note, without control characters but newline and tab."""
     kept = "".join(c for c in text[: max_chars + 1] if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
     if len(text) <= max_chars:
         return kept

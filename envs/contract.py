@@ -1,4 +1,4 @@
-"""Does an environment keep the contract of `trace_async/env.py`? Plays it in many ways, says in words what is wrong."""
+"""Check whether an environment keeps the contract of `trace_async/env.py`: play it in many ways, report in words."""
 
 import asyncio
 import contextlib
@@ -40,10 +40,12 @@ _ODD_TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`error`: the contract is broken, training on it would go wrong. `warning`: worth a look. `info`: measured."""
+    """One thing that a check found."""
 
     level: Literal["error", "warning", "info"]
+    """error: the contract is broken, and training would go wrong | warning: worth a look | info: measured."""
     text: str
+    """What it is, in words."""
 
 
 @dataclass(slots=True)
@@ -69,7 +71,7 @@ class _HangsError(_BrokenError):
 def check_domain(
     domain: Domain, *, num_tasks: int = 10, seed: int = 0, settings: EnvConfig | None = None
 ) -> list[Finding]:
-    """Plays `num_tasks` tasks of each split with demonstrations (if there are any), random words and odd texts."""
+    """Play `num_tasks` tasks of each split with demonstrations (if there are any), random words and odd texts."""
     loop = asyncio.new_event_loop()
     try:
         return loop.run_until_complete(_Check(domain, num_tasks, seed, settings or EnvConfig()).run())
@@ -162,7 +164,7 @@ class _Check:
         self._findings.append(Finding(level, text))
 
     def _check_tasks(self) -> list[Task]:
-        """A sample of both splits."""
+        """Check the lists of tasks. Returns a sample of both splits."""
         lacks = [name for name in ("name", "tasks", "make_env") if not hasattr(self._domain, name)]
         if lacks:
             raise _BrokenError(f"the domain {type(self._domain).__name__} has no {', '.join(lacks)}")
@@ -374,7 +376,7 @@ class _Check:
 
 
 def _shown(task: Task) -> str:
-    """What two tasks are compared by: in plain values, since arrays have no truth value."""
+    """Return what tasks are compared by: plain values, because arrays have no truth value."""
     return repr(shown_task(task))
 
 
@@ -398,7 +400,7 @@ def _plain(what: str, check: Callable[[], _Answer]) -> _Answer:
 
 
 def _checked_env(env: Env, what: str) -> Env:
-    """`env`, if it has all that an environment must have."""
+    """Return `env`. Raises _BrokenError when it lacks a method that an environment must have."""
     methods = ("init", "step", "fork", "close")
     lacks = [name for name in methods if not inspect.iscoroutinefunction(getattr(env, name, None))]
     if lacks:

@@ -1,6 +1,7 @@
-"""Several domains trained together: one policy, one predictor, tasks drawn from each domain by its weight.
+"""Train several domains together: one policy, one predictor, tasks from each domain by its weight.
 
-`Task.domain` tells whose a task is, and reports are per domain. A small policy for the mix knows the words of all.
+`Task.domain` says which domain a task belongs to, and figures are given per domain. A small policy for the mix knows
+the words of all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,10 @@ DEFAULT_DOMAINS: Mapping[str, Mapping[str, Any]] = {"multihop": {}, "math": {}, 
 
 
 class Mixed:
-    """`domains`: name (as in `env.name`) → `weight` (1) and `args` of that domain.
+    """Holds domains as one.
 
-    A split has so many tasks that the scarcest domain's are all in, and any stretch of it holds the domains by weight.
+    `domains`: name (as in `env.name`) → `weight` (1) and `args` of that domain. A split ends where the first domain has
+    no more tasks, and any stretch of it holds the domains by weight.
     """
 
     name = "mixed"
@@ -51,7 +53,7 @@ class Mixed:
         return self._tasks[split]
 
     def demonstration_tasks(self) -> Sequence[Task]:
-        """What each domain wants demonstrated, by weight."""
+        """Return what each domain wants demonstrated, by weight."""
         shown = {
             name: domain.demonstration_tasks() if isinstance(domain, DemonstrationSource) else domain.tasks("train")
             for name, domain in self._domains.items()
@@ -88,12 +90,12 @@ class Mixed:
 
 
 def _own(task: Task) -> Task:
-    """The task as its own domain made it."""
+    """Return the task as its own domain made it."""
     return replace(task, id=task.id.removeprefix(f"{task.domain}/"))
 
 
 def _by_weight(tasks: Mapping[str, Sequence[Task]], weights: Mapping[str, float]) -> LazyTasks:
-    """The next task is always of the domain that is furthest behind its weight, until that domain has no more."""
+    """Return tasks of all domains, each from the one that is furthest behind its weight, until that has no more."""
     places: list[tuple[str, int]] = []
     sizes = {name: len(of_domain) for name, of_domain in tasks.items()}
     taken = dict.fromkeys(tasks, 0)

@@ -1,12 +1,12 @@
-"""Forks by replay, for environments that cannot copy their state: what was done is done again in a fresh one.
+"""Fork environments that cannot copy their state: do again, in a fresh one, what was done.
 
     def make_env(self, task):
         return ReplayEnv(lambda: MyEnv(task))    # MyEnv needs no fork
 
-A fork is only a record of the turns so far, which costs nothing; the fresh environment is made when the fork is first
-stepped, so that a state from which nothing is continued is never made again. Every answer must be as it was the first
-time: where it is not, what came before is another history than the one that the policy saw, and nothing may be
-continued from it (ReplayDivergedError).
+A fork is only a record of the turns so far, which costs nothing. The fresh environment is made when the fork is first
+stepped, so a state from which nothing is continued is never made again. Every answer must be as it was the first time.
+Where it is not, the fork has another history than the policy saw, and nothing may be continued from it:
+ReplayDivergedError.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,14 @@ class Steps(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What was said to an environment, and what it answered."""
+    """One turn of an environment."""
 
     action: str
+    """What the policy said."""
     truncated: bool
+    """It was cut at its limit of tokens."""
     result: StepResult
+    """What the environment answered."""
 
 
 class ReplayEnv:

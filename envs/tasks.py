@@ -1,6 +1,7 @@
-"""A domain's tasks, checked before a run: no id twice, nothing both trained on and held out, nothing that is odd.
+"""Check a domain's tasks before a run: no id twice, nothing both trained on and held out, nothing that is odd.
 
-What can be put right in words is (an id that comes twice is used once), the rest is refused before anything starts.
+What can be put right is put right, with a note (an id that comes twice is used once). The rest is refused before
+anything starts.
 """
 
 import json
@@ -28,15 +29,18 @@ LOOKED_AT = 200
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """The tasks of both splits; `notes` says in words what was put right."""
+    """The tasks of a domain."""
 
     train: Sequence[Task]
+    """Those that may be trained on."""
     heldout: Sequence[Task]
+    """Those for evaluations."""
     notes: tuple[str, ...] = ()
+    """What was put right, in words."""
 
 
 def load_splits(domain: Domain) -> Splits:
-    """Raises ConfigError naming the environment, the split, the task and what to do."""
+    """Return a domain's checked tasks. Raises ConfigError naming environment, split, task and what to do."""
     notes: list[str] = []
     train, heldout = (_checked_split(domain, split, notes) for split in ("train", "heldout"))
     _refuse_overlap(domain, train, heldout)
@@ -46,9 +50,10 @@ def load_splits(domain: Domain) -> Splits:
 
 
 def heldout_sample(domain: Domain, tasks: Sequence[Task], count: int) -> list[Task]:
-    """`count` of the held-out tasks, the same in every run: a sample, since a file may be sorted by difficulty.
+    """Return `count` of the held-out tasks, the same in every run.
 
-    Domains whose tasks are drawn at random say so (`in_random_order = True`); of them the first are taken.
+    They are a sample, because a file may be sorted by difficulty. A domain whose tasks are drawn at random says so
+    (`in_random_order = True`); of its tasks the first are taken.
     """
     if count >= len(tasks) or getattr(domain, "in_random_order", False):
         return list(tasks[:count])
@@ -56,7 +61,7 @@ def heldout_sample(domain: Domain, tasks: Sequence[Task], count: int) -> list[Ta
 
 
 def heldout_tasks(config: Config) -> dict[str, list[Task]]:
-    """What an evaluation plays: the run's own held-out tasks ("") and those of each of `eval.sets`.
+    """Return what an evaluation plays: the run's own held-out tasks ("") and those of each of `eval.sets`.
 
     Raises ConfigError naming the set whose environment will not do.
     """

@@ -1,4 +1,4 @@
-"""Ask a server again while its failure is one that passes: for the tools of any environment that reach over a network.
+"""Ask a server again while its failure is one that passes. For tools of any environment that use a network.
 
     async def ask():
         async with session.post(url, json=body) as response:
@@ -38,9 +38,9 @@ async def ask_again(
     first_wait_s: float = 0.5,
     limit_s: float = 60.0,
 ) -> T:
-    """The answer of `ask`, tried up to `num_retries` more times; waits double from `first_wait_s` on.
+    """Return the answer of `ask`, which is tried up to `num_retries` more times. Waits double from `first_wait_s` on.
 
-    All waits together take at most `limit_s`: a server that asks for more patience is given up at once. Raises EnvError
+    All waits together take at most `limit_s`. A server that asks for more patience is given up at once. Raises EnvError
     naming `what`, the number of tries and the last problem.
     """
     ends_at = time.monotonic() + limit_s
@@ -61,7 +61,7 @@ async def ask_again(
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may be answered a little later."""
+    """Say whether the same request may be answered a little later."""
     if isinstance(error, aiohttp.ClientResponseError):
         # A status of 0 or below 400: the answer itself could not be read, as when a connection breaks in it.
         return error.status in _TRANSIENT or error.status >= 500 or error.status < 300
@@ -69,7 +69,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _wait_s(error: BaseException, planned_s: float) -> float:
-    """What the server asks for, at least what was planned; a little more by chance, lest all come back at once."""
+    """Return what the server asks for, or the planned wait if that is longer, with jitter lest all come at once."""
     asked_s = 0.0
     if isinstance(error, aiohttp.ClientResponseError) and error.headers is not None:
         asked_s = retry_after_s(error.headers.get("Retry-After", ""))
@@ -77,7 +77,7 @@ def _wait_s(error: BaseException, planned_s: float) -> float:
 
 
 def retry_after_s(header: str) -> float:
-    """Seconds of a Retry-After header: a number, or a date (RFC 9110, 10.2.3). 0 where it says nothing."""
+    """Return the seconds of a Retry-After header: a number, or a date (RFC 9110, 10.2.3). 0 where it says nothing."""
     header = header.strip()
     if header.isascii() and header.isdigit():
         return float(header)

@@ -1,4 +1,4 @@
-"""One game of a text world as an environment: a command a turn, the simulator's words as observations."""
+"""Play a game of a text world: each turn is a command, and each observation is what the simulator says."""
 
 import asyncio
 import copy
@@ -44,7 +44,7 @@ class WorldSettings:
 
 
 class TextWorldEnv:
-    """One game. Its whole state is its position, so a fork is a copy; the pool's simulators do the rest."""
+    """One game. Its whole state is its position, so a fork is a copy. The pool's simulators do the rest."""
 
     def __init__(self, pool: SimulatorPool[Any], game: Game, settings: WorldSettings) -> None:
         self._pool = pool
@@ -144,7 +144,7 @@ class TextWorld(ABC, Generic[G]):
 
 
 def parse_command(turn: str) -> str | Malformed:
-    """The last line of a turn, or what stands behind its last `>`, as words with single blanks. Never raises."""
+    """Return the last line of a turn, or what stands behind its last `>`, with single blanks. Never raises."""
     if len(turn) > MAX_ACTION_CHARS:
         return Malformed(TOO_LONG)
     lines = [line for line in turn.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""What both worlds need: Java on the machine, and an optional package."""
+"""Load what both worlds need: an optional package, and Java on the machine."""
 
 import importlib
 import shutil
@@ -8,7 +8,7 @@ from trace_async.config import ConfigError
 
 
 def load_package(name: str, requirement: str) -> ModuleType:
-    """The package, imported. Raises ConfigError saying what to install where it, or Java, is missing."""
+    """Import the package. Raises ConfigError saying what to install where it, or Java, is missing."""
     if shutil.which("java") is None:
         raise ConfigError(
             f"env: {requirement} runs on Java, and there is no java on the path: "

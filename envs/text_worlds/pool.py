@@ -96,7 +96,7 @@ class SimulatorPool(Generic[S]):
         return self._with(position, step)
 
     def valid_actions(self, position: Position) -> str:
-        """The simulator's own words for what can be done there."""
+        """Return the simulator's own words for what can be done there."""
 
         def ask(seat: _Seat[S]) -> str:
             self._go_to(seat, position)
@@ -141,7 +141,7 @@ class SimulatorPool(Generic[S]):
         return answer
 
     def _take(self, position: Position | None) -> _Seat[S]:
-        """The idle simulator that stands at `position`, else the one that has been idle longest, else a new one."""
+        """Return the idle simulator that stands at `position`, else the one that is idle longest, else a new one."""
         with self._lock:
             for seat in self._idle:
                 if position is not None and seat.position == position:

@@ -16,8 +16,11 @@ _NO_LIMIT = 1_000_000  # of the simulator's own turns: ours are counted by the e
 
 
 class ScienceWorldSimulator:
-    """One Java process. Of the package's environment only what a turn needs is called: listing every valid action, as
-    its `step` does, takes a hundred times as long."""
+    """One Java process.
+
+    Of the package's environment only what a turn needs is called. Listing every valid action, as its `step` does, takes
+    a hundred times as long.
+    """
 
     def __init__(self, simplifications: str) -> None:
         package = load_package("scienceworld", "scienceworld==1.2.3")
@@ -42,12 +45,12 @@ class ScienceWorldSimulator:
         return list(self._env.get_task_names())
 
     def variations(self, name: str, split: Split) -> list[int]:
-        """The package's own split: training variations, and its test variations as held out."""
+        """Return the package's own split: its training variations, and its test variations as held out."""
         self._env.load(name, 0, self._simplifications)
         return list(self._env.get_variations_train() if split == "train" else self._env.get_variations_test())
 
     def gold_actions(self, game: Game) -> list[str]:
-        """A way to the full score, as the package finds it."""
+        """Return a way to the full score, as the package finds it."""
         self._load(game, gold=True)
         return list(self._env.get_gold_action_sequence())
 
@@ -59,7 +62,9 @@ class ScienceWorldSimulator:
 
 
 class ScienceWorld(TextWorld[ScienceWorldSimulator]):
-    """`task_names`: of the package's 30 (default: all); `variations`: at most so many of each, in either split.
+    """The domain `scienceworld`.
+
+    `task_names`: some of the package's 30; empty: all. `variations`: at most so many of each, in either split.
 
     `simplifications`: as the package names them. `num_simulators`: Java processes, each about 300 MB, in every actor
     that plays. The other settings are those of the environment (WorldSettings).
@@ -112,7 +117,7 @@ class ScienceWorld(TextWorld[ScienceWorldSimulator]):
 
 
 def in_order(text: str) -> str:
-    """`text` with every list in it sorted: the simulator lists what is in a room or a box in another order each time.
+    """Return `text` with its lists sorted. The simulator lists what is in a room or a box in another order each time.
 
     Lists are the lines that begin with a tab, what stands behind `is:` up to the full stop, and `(containing …)`.
     """
@@ -126,7 +131,7 @@ def in_order(text: str) -> str:
 
 
 def _sorted_list(text: str) -> str:
-    """A list with commas, sorted; a comma within parentheses parts nothing."""
+    """Return a list with commas, sorted. A comma within parentheses parts nothing."""
     return ", ".join(sorted(re.split(r", (?![^()]*\))", text)))
 
 

@@ -55,7 +55,9 @@ class TextWorldExpressSimulator:
 
 
 class TextWorldExpress(TextWorld[TextWorldExpressSimulator]):
-    """`game`: cookingworld, twc, coin, mapreader, …; `params`: the package's generator settings (`numLocations=3,…`).
+    """The domain `textworld_express`.
+
+    `game`: cookingworld, twc, coin, mapreader, …; `params`: the package's generator settings (`numLocations=3,…`).
 
     `num_train`, `num_heldout`: at most so many of the package's training and test seeds. `num_simulators`: Java
     processes in every actor that plays. The other settings are those of the environment (WorldSettings).
