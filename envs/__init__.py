@@ -28,7 +28,7 @@ BUILT_IN: dict[str, str] = {
 
 
 def load_domain(config: EnvConfig) -> Domain:
-    """The domain that `env.name` names, built with `env.args`. Raises ConfigError in words."""
+    """Return the domain that `env.name` names, built with `env.args`. Raises ConfigError in words."""
     target = BUILT_IN.get(config.name, config.name)
     module_name, colon, class_name = target.partition(":")
     if not colon or not module_name or not class_name:

@@ -16,7 +16,7 @@ from trace_async.types import Json, Message, Prompt, Split, StepResult, Task
 
 
 class TextEnv(Protocol):
-    """What `gymnasium.Env` offers, with texts as observations and actions."""
+    """The interface of `gymnasium.Env`, with texts as observations and actions."""
 
     def reset(self, *, seed: int) -> tuple[str, Mapping[str, Any]]: ...
 
@@ -42,7 +42,7 @@ class GymnasiumEnv:
         return Prompt(messages=(Message(role="user", content=_text(observation)),))
 
     async def step(self, action: str, *, truncated: bool = False) -> StepResult:
-        """A turn cut at its token limit is handed on as it is: the wrapped environment knows no difference."""
+        """Hand a turn on. One that was cut at its limit goes as it is: the wrapped environment knows no difference."""
         assert self._env is not None, "init comes first"
         try:
             observation, reward, terminated, ended, _ = self._env.step(action)

@@ -9,14 +9,14 @@ from trace_async.types import Task
 
 
 def check_shares(setting: str, shares: Mapping[str, float], levels: Sequence[str]) -> dict[str, float]:
-    """`shares` of `levels` as they are; ConfigError naming the setting where they cannot be drawn by."""
+    """Return `shares` of `levels`. Raises ConfigError naming the setting when nothing can be drawn by them."""
     if set(shares) - set(levels) or min(shares.values()) < 0 or not sum(shares.values()) > 0:
         raise ConfigError(f"env.args.{setting}={dict(shares)}: positive shares of {', '.join(levels)}")
     return dict(shares)
 
 
 def hold_out(tasks: Sequence[Task], count: int) -> tuple[list[Task], list[Task]]:
-    """(train, held out): `count` tasks are held out, the same in every run, both in their order.
+    """Return (train, held out), both in their order. `count` tasks are held out, the same in every run.
 
     A sample and not the last ones: files are often sorted, by difficulty or by source.
     """

@@ -13,14 +13,16 @@ _ACTION = re.compile(r"(?<!\w)(search|answer)\s*\[", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class SearchAction:
-    """`text`: the query or the answer, never blank."""
+    """The action of a turn."""
 
     name: Literal["search", "answer"]
+    """What is to be done."""
     text: str
+    """The query or the answer, never blank."""
 
 
 def parse_search_action(turn: str) -> SearchAction | Malformed:
-    """The one action that ends the turn; brackets inside its text must be balanced. Never raises."""
+    """Return the one action that ends the turn; brackets inside its text must be balanced. Never raises."""
     if len(turn) > MAX_ACTION_CHARS:
         return Malformed(TOO_LONG)
     found = _ACTION.search(turn)

@@ -38,7 +38,7 @@ def look(task: Mapping[str, Any], place: object) -> str:
 
 
 async def follow(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
-    """The agent, in plain HTTP: asks, uses its tool, and answers in words."""
+    """Be an agent in plain HTTP: ask the model, use the tool that it calls, return its words."""
     messages: list[Any] = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": question(task)}]
     async with aiohttp.ClientSession(headers={"authorization": f"Bearer {api_key}"}) as client:
         while True:
@@ -55,7 +55,7 @@ async def follow(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
 
 
 def arrived(task: Mapping[str, Any], outcome: Outcome) -> bool:
-    """The verifier: the last word names the right place."""
+    """Judge an outcome: the last word must name the right place."""
     return str(outcome.result).split()[-1:] == [task["answer"]]
 
 
@@ -131,5 +131,5 @@ class Follow(Agent):
 
 
 def _call(name: str, **arguments: str) -> str:
-    """A tool call as the policy writes it."""
+    """Return a tool call as the policy writes it."""
     return f"<tool_call> {json.dumps({'name': name, 'arguments': arguments})} </tool_call>"

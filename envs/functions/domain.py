@@ -223,11 +223,11 @@ class Functions:
 
 
 def write_call(name: str, arguments: Mapping[str, Json]) -> str:
-    """A turn with one call, as demonstrations write it."""
+    """Return a turn with one call, as demonstrations write it."""
     return f"<tool_call> {json.dumps({'name': name, 'arguments': dict(arguments)})} </tool_call>"
 
 
 def _in_order(state: ServicesState) -> Json:
-    """The state without the order in which files came into a folder and flights were booked."""
+    """Return the state without the order in which files came into a folder and flights were booked."""
     folders = {name: sorted(files) for name, files in state["folders"].items()}
     return cast(Json, {**state, "folders": folders, "booked": sorted(state["booked"])})

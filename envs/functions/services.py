@@ -54,7 +54,7 @@ class Tool:
     reads: bool = False
 
     def schema(self) -> dict[str, Json]:
-        """The tool in the form that chat templates take (OpenAI, Hermes, Qwen)."""
+        """Return the tool in the form that chat templates take (OpenAI, Hermes, Qwen)."""
         properties: dict[str, Json] = {
             name: {"type": "string", "description": text} for name, text in self.parameters.items()
         }

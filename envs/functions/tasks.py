@@ -29,11 +29,14 @@ Call = tuple[str, dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user says, the calls that fulfil it, and those of a systematic misreading (empty: none)."""
+    """One request of the user."""
 
     text: str
+    """What the user says."""
     calls: tuple[Call, ...]
+    """The calls that fulfil it."""
     misread: tuple[Call, ...] = ()
+    """The calls of a systematic misreading; empty: nobody misreads it."""
 
 
 def random_state(rng: Random) -> ServicesState:
@@ -206,7 +209,7 @@ def _runs(state: ServicesState, calls: tuple[Call, ...]) -> bool:
 
 
 def words() -> list[str]:
-    """Every word of requests, calls and results."""
+    """Return every word of requests, calls and results."""
     names = [*FILES, *FOLDERS, *PEOPLE, *CITIES, *FARES, *TICKETS, *FLIGHTS, *TOOLS]
     names += ["name", "arguments", "files", "folder", "tickets", "flights", "flight", "fare", "error", "ok"]
     names += ["owner", "status", "priority", "open", "closed", "locked", "low", "high", "on", "off"]

@@ -25,7 +25,7 @@ _MEMORY_BYTES = 2 * 2**30
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The exact value of a plain number (`1,234`, `$5.50`, `3/4`, `12 %` as 12), or None. Never raises."""
+    """Return the exact value of a plain number (`1,234`, `$5.50`, `3/4`, `12 %` as 12), or None. Never raises."""
     plain = text.strip().removeprefix("$").removesuffix("%").removesuffix(".").replace("\\$", "").strip()
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain)
     if len(plain) > 100 or not plain.isascii() or not _NUMBER.fullmatch(plain):
@@ -37,7 +37,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def unbox(text: str) -> str:
-    """The content of the last `\\boxed{…}`, or the text itself."""
+    """Return the content of the last `\\boxed{…}`, or the text itself."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return text
@@ -50,7 +50,7 @@ def unbox(text: str) -> str:
 
 
 def _one_formula(text: str) -> str:
-    """Without what would make it several formulas, any of which math-verify would take for the answer."""
+    """Return `text` without what would make it several formulas: math-verify would take any of them for the answer."""
     return " ".join(re.sub(r"\\[()\[\]]|\\boxed|\$", " ", text).split())
 
 
@@ -107,7 +107,7 @@ class AnswerChecker:
             self._loop, self._process, self._turn = loop, None, asyncio.Lock()
 
     async def _ask(self, question: dict[str, str]) -> bool | None:
-        """The verdict, or None where the process did not survive the question."""
+        """Return the verdict, or None where the process did not survive the question."""
         process = self._process or await self._start()
         assert process.stdin is not None
         assert process.stdout is not None

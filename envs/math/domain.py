@@ -35,14 +35,14 @@ _ERROR_TYPES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MathSettings:
-    """`max_turns`: after so many without an answer the reward is 0. `max_observation_chars`: longer ones are cut.
-
-    `brief`: no instructions, and of an error only its type, for policies that know few words.
-    """
+    """How long a problem may take, and how much is said."""
 
     max_turns: int
+    """After so many turns without an answer the reward is 0."""
     max_observation_chars: int
+    """Longer observations are cut."""
     brief: bool
+    """No instructions, and of an error only its type, for policies that know few words."""
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_observation_chars"):
@@ -234,7 +234,7 @@ def _once_each(tasks: Sequence[Task]) -> list[Task]:
 
 
 def load_problems(path: str | Path) -> list[Task]:
-    """The problems of a JSONL file or a JSON list. Raises ValueError naming file and line (or row)."""
+    """Return the problems of a JSONL file or a JSON list. Raises ValueError naming file and line (or row)."""
     path = Path(path)
     fields = {name.lower(): name for name in read_rows(path, {})[0]}
     question = fields.get("question", fields.get("problem", "question"))

@@ -26,11 +26,14 @@ MAX_VALUE = 99
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`phrase` with `{k}` for its number; `code`: the right-hand side; `misread`: a frequent misreading of it."""
+    """Something that may happen on a day."""
 
     phrase: str
+    """What the problem says, with `{k}` for the number in it."""
     code: str
+    """The right-hand side of the assignment to `n` that it means."""
     misread: str = ""
+    """The right-hand side of a frequent misreading; empty: nobody misreads it."""
 
     @property
     def is_tricky(self) -> bool:
@@ -55,7 +58,10 @@ _SHAPES: Mapping[Level, tuple[tuple[int, int], ...]] = {  # how many (plain, tri
 
 
 def make_problem(level: Level, rng: Random) -> dict[str, Json]:
-    """`question`, `answer`, and `steps`: [day, phrase, right-hand side, misreading] of each day up to the asked one."""
+    """Make a problem: its `question`, its `answer`, and its `steps` up to the day that is asked about.
+
+    A step is [day, phrase, right-hand side, misreading].
+    """
     person, item = rng.choice(PERSONS), rng.choice(ITEMS)
     num_plain, num_tricky = rng.choice(_SHAPES[level])
     kinds = [False] * num_plain + [True] * num_tricky
@@ -77,8 +83,10 @@ def make_problem(level: Level, rng: Random) -> dict[str, Json]:
 
 
 def demonstrate(problem: Mapping[str, Json], rng: Random, *, misread_rate: float, early_rate: float) -> list[str]:
-    """The turns of one imperfect solution: each tricky phrase misread at `misread_rate`, an answer a day too early at
-    `early_rate`."""
+    """Return the turns of one imperfect solution.
+
+    Each tricky phrase is misread at `misread_rate`, and the answer comes a day too early at `early_rate`.
+    """
     steps = problem["steps"]
     assert isinstance(steps, list)
     if len(steps) > 2 and rng.random() < early_rate:
@@ -95,7 +103,7 @@ def demonstrate(problem: Mapping[str, Json], rng: Random, *, misread_rate: float
 
 
 def words() -> list[str]:
-    """Every word of questions and demonstrations."""
+    """Return every word of questions and demonstrations."""
     texts = [*PERSONS, *ITEMS, *DAYS, *map(str, range(MAX_VALUE + 1)), ": . ? ; = + - * // ( ) , has how many on n"]
     texts += ["<python> </python> <answer> </answer>"]
     for event in (*PLAIN, *TRICKY):
@@ -104,7 +112,7 @@ def words() -> list[str]:
 
 
 def _draw_steps(kinds: Sequence[bool], rng: Random) -> tuple[list[Json], int]:
-    """The steps of the days, a tricky event where `kinds` says so, and the last day's value."""
+    """Return the steps of the days, a tricky event where `kinds` says so, and the last day's value."""
     value = rng.randint(4, 30)
     steps: list[Json] = [["monday", f"has {value}", str(value), ""]]
     for tricky in kinds:
@@ -115,7 +123,7 @@ def _draw_steps(kinds: Sequence[bool], rng: Random) -> tuple[list[Json], int]:
 
 
 def _draw_event(tricky: bool, value: int, rng: Random) -> tuple[Event, int, int]:
-    """An event, its number, and the value after it, which stays in 1..MAX_VALUE and whole."""
+    """Return an event, its number, and the value after it, which stays in 1..MAX_VALUE and whole."""
     while True:
         event = rng.choice(TRICKY if tricky else PLAIN)
         k = rng.randint(2, 20)
@@ -139,7 +147,7 @@ def _evaluate(expression: str, n: int) -> int:
 def problems(
     shares: Mapping[str, float], count: int, *, seed: str, without: Sequence[str] = ()
 ) -> list[tuple[Level, dict[str, Json]]]:
-    """`count` different problems, levels drawn by `shares`; none has a question in `without`."""
+    """Return `count` different problems with levels drawn by `shares`, none with a question in `without`."""
     rng = Random(seed)
     seen = set(without)
     found: list[tuple[Level, dict[str, Json]]] = []

@@ -1,8 +1,8 @@
-"""A sandbox for model-written Python: `pydantic-monty`, an interpreter in worker processes without files or network.
+"""Run model-written Python in `pydantic-monty`, an interpreter in worker processes without files or network.
 
-Between two snippets a program is only bytes (a snapshot of the interpreter, about 1 kB), and no worker is held: a
-snippet borrows a worker, loads the snapshot, runs, and takes the next snapshot. So forking a program at any turn is
-keeping its bytes, and a few workers serve any number of rollouts (0.5 ms per snippet, measured).
+Between two snippets a program is only bytes (a snapshot of the interpreter, about 1 kB), and no worker is held. A
+snippet borrows a worker, loads the snapshot, runs, and takes the next snapshot. So a fork of a program is a copy of its
+bytes, and a few workers serve any number of rollouts (0.5 ms a snippet, measured).
 """
 
 import asyncio
@@ -27,19 +27,22 @@ _LIMIT_ERRORS = (TimeoutError, MemoryError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxLimits:
-    """What one snippet may use; beyond it the snippet ends with an error and leaves no trace.
-
-    `seconds`: running time; `memory_mb`: heap of the interpreter; `state_kb`: size of the snapshot kept per turn;
-    `output_chars`: printed text and value kept. `num_workers`: processes; `wait_s`: longest wait for one.
-    """
+    """What one snippet may use. One that wants more ends with an error and leaves no trace."""
 
     seconds: float = 1.0
+    """Running time."""
     memory_mb: int = 32
+    """Heap of the interpreter."""
     state_kb: int = 256
+    """Size of the snapshot that is kept for a turn."""
     output_chars: int = 2000
+    """Characters of printed text and value that are kept."""
     recursion_depth: int = 200
+    """Calls within calls."""
     num_workers: int = 2
+    """Processes that run snippets."""
     wait_s: float = 120.0
+    """The longest wait for one of them."""
 
     def __post_init__(self) -> None:
         for name in ("seconds", "memory_mb", "state_kb", "output_chars", "recursion_depth", "num_workers", "wait_s"):
@@ -49,16 +52,17 @@ class SandboxLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodeResult:
-    """`output`: printed text, then the value of the last expression. `error_type`: name of the exception or "".
-
-    `state`: the snapshot to go on from. After an ordinary error it holds what was assigned before the error, as in
-    Python; after a limit was hit, it is the state before the snippet.
-    """
+    """What came of a snippet."""
 
     output: str
+    """Printed text, then the value of the last expression."""
     error_type: str
+    """The name of the exception; empty: none."""
     error: str
+    """Its message."""
     state: bytes | None = field(repr=False)
+    """The snapshot to go on from. After an ordinary error it holds what was assigned before the error, as in Python;
+    after a limit was hit, it is the state before the snippet."""
 
 
 class Sandbox:
@@ -160,7 +164,7 @@ def _failed(printed: _Printed, error: MontyRuntimeError | MontySyntaxError, stat
 
 
 def _show(value: object, max_chars: int) -> str:
-    """The value as Python shows it, at a bounded cost."""
+    """Return the value as Python shows it, at a bounded cost."""
     shower = Repr()
     shower.maxlevel = 20
     shower.maxlist = shower.maxtuple = shower.maxset = shower.maxdict = shower.maxfrozenset = shower.maxdeque = 1000

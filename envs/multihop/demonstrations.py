@@ -31,7 +31,7 @@ class ErrorRates:
 
     @classmethod
     def named(cls, errors: "str | Mapping[str, float]") -> "ErrorRates":
-        """`systematic`, `random`, `none`, or own rates by name."""
+        """Return the rates called `systematic`, `random` or `none`, or own rates, which are given by name."""
         if isinstance(errors, str):
             if errors not in _NAMED:
                 raise ValueError(f"env.args.errors={errors}: name one of {', '.join(_NAMED)} or give rates")
@@ -53,7 +53,7 @@ _NAMED = {
 
 
 def demonstrate(world: World, question: Question, max_turns: int, rates: ErrorRates, rng: Random) -> list[str]:
-    """The turns of one demonstration, ending in an answer within `max_turns`."""
+    """Return the turns of one demonstration, ending in an answer within `max_turns`."""
     if rng.random() < rates.careful:
         rates = _NAMED["none"]
     demo = _Demonstration(world, rates, rng, max_searches=max_turns - 1)

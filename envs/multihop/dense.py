@@ -64,11 +64,11 @@ class DenseRetriever:
         return await asyncio.to_thread(self.search_now, query, top_k=top_k)
 
     def search_now(self, query: str, *, top_k: int) -> tuple[Passage, ...]:
-        """The nearest passages, best first; of equals the earlier one first. An empty query finds nothing."""
+        """Return the nearest passages, best first; of equals the earlier one first. An empty query finds nothing."""
         return tuple(self._passages[i] for i in self.ranked(query, top_k))
 
     def ranked(self, query: str, top_k: int) -> list[int]:
-        """Numbers of the nearest passages, best first."""
+        """Return the numbers of the nearest passages, best first."""
         if not query.strip():
             return []
         with self._lock:
@@ -105,7 +105,7 @@ class HybridRetriever:
 
 
 def embedding_model(name: str, cache: Path, log: Callable[[str], None] = print) -> Path:
-    """The directory of MINILM, fetched once a machine and verified by hash, or the directory `name`."""
+    """Return the directory of MINILM, fetched once a machine and verified by hash, or the directory `name`."""
     if name != MINILM:
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"env.args.embedding_model={name}: neither {MINILM} nor a directory with a config.json")

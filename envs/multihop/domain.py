@@ -41,15 +41,16 @@ _DEMONSTRATED_SHARES = {"easy": 0.2, "middle": 0.55, "hard": 0.25}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QaSettings:
-    """`max_turns`: turns in all; in the last one only an answer counts. `top_k`: passages per search.
-
-    `reward`: `exact_match`, or `match` (token F1 ≥ 0.3). `max_observation_chars`: longer observations are cut.
-    """
+    """What a question may cost, and what it pays."""
 
     max_turns: int = 5
+    """Turns in all. In the last one only an answer counts."""
     top_k: int = 1
+    """Passages of one search."""
     reward: Literal["exact_match", "match"] = "exact_match"
+    """exact_match: the normalised answer is one of the right ones | match: token F1 ≥ 0.3 with one of them."""
     max_observation_chars: int = 2000
+    """Longer observations are cut."""
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "top_k", "max_observation_chars"):
@@ -195,7 +196,7 @@ class MultiHop:
     def _world_tasks(
         self, name: str, split: Split, worlds: range, per_world: int, mix: Mapping[str, float]
     ) -> Sequence[Task]:
-        """`per_world` questions of each world; neighbours come from different worlds: any slice is a fair sample."""
+        """Return `per_world` questions of each world. Neighbours are of different worlds, so any slice is fair."""
 
         @lru_cache(maxsize=4096)
         def of_world(number: int) -> tuple[Task, ...]:
@@ -205,7 +206,7 @@ class MultiHop:
         return LazyTasks(len(worlds) * per_world, lambda i: of_world(worlds[i % len(worlds)])[i // len(worlds)])
 
     def _questions(self, number: int, split: Split, count: int, mix: Mapping[str, float]) -> list[Question]:
-        """The questions of one world, no text twice."""
+        """Return the questions of one world, no text twice."""
         world = self._world(number)
         rng = Random(f"questions/{self._seed}/{number}")
         questions: dict[str, Question] = {}
@@ -231,7 +232,7 @@ class MultiHop:
 
 
 def _demonstrated_mix(mix: Mapping[str, float]) -> dict[str, float]:
-    """`mix` with the groups of kinds brought to `_DEMONSTRATED_SHARES` of those that occur."""
+    """Return `mix` with the groups of kinds brought to `_DEMONSTRATED_SHARES` of those that occur."""
     groups: dict[str, float] = defaultdict(float)
     for kind, share in mix.items():
         groups[kind.split("-")[0]] += share

@@ -115,7 +115,7 @@ def make_retriever(
     query_prefix: str = "",
     passage_prefix: str = "",
 ) -> Retriever:
-    """The retriever that `retrieval` names, over these passages. Raises ValueError for another name."""
+    """Return the retriever that `retrieval` names, over these passages. Raises ValueError for another name."""
     if retrieval == "bm25":
         return BM25Retriever(passages)
     if retrieval not in ("dense", "hybrid"):
@@ -127,7 +127,7 @@ def make_retriever(
 
 
 def read_corpus(path: str | Path) -> list[Passage]:
-    """An object title → text or list of sentences, or rows (array, JSON lines) with `title` and `text`."""
+    """Read passages: an object title → text or sentences, or rows (array, JSON lines) with `title` and `text`."""
     if not str(path).endswith(".jsonl"):
         document = read_json(path)
         if isinstance(document, dict):
@@ -143,7 +143,7 @@ def read_aliases(path: str | Path) -> dict[str, list[str]]:
 
 
 def read_tasks(path: str, format: Format) -> list[Task]:
-    """The questions of a file, as the domain reads them, without splits."""
+    """Return the questions of a file, as the domain reads them, without splits."""
     return _make_tasks(path, _read_questions(path, format), format, {})
 
 

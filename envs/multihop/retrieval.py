@@ -32,13 +32,17 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, slots=True)
 class Passage:
+    """A text that can be found."""
+
     title: str
+    """What it is about."""
     text: str
+    """What it says."""
 
 
 class Retriever(Protocol):
     async def search(self, query: str, *, top_k: int) -> tuple[Passage, ...]:
-        """The best passages, best first, at most `top_k`. Raises EnvError when the search itself broke down."""
+        """Return the best passages, best first, at most `top_k`. Raises EnvError when the search itself broke down."""
         ...
 
     async def close(self) -> None:
@@ -66,7 +70,7 @@ class BM25Retriever:
         return tuple(self._passages[number] for number in self.ranked(query, top_k))
 
     def ranked(self, query: str, top_k: int) -> list[int]:
-        """Numbers of those passages."""
+        """Return the numbers of those passages."""
         known = [word for word in _words(query) if word in self._index.vocab_dict]
         if not known:
             return []
@@ -150,7 +154,7 @@ class HttpRetriever:
 
 
 def _passages(answer: Json) -> tuple[Passage, ...]:
-    """The passages of the one query that was asked."""
+    """Return the passages of the one query that was asked."""
     results = answer["result"] if isinstance(answer, dict) else None
     if not isinstance(results, list) or not isinstance(results[0], list):
         raise TypeError("result must be a list of lists")

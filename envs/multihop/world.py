@@ -54,13 +54,18 @@ KINDS = (*CHAIN_KINDS, *COMPARE_KINDS)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`entities`: what it names; `relations`: what to look up from there, in this order; both as words."""
+    """A question about a world."""
 
     kind: str
+    """One of KINDS."""
     text: str
+    """As the user asks it."""
     entities: tuple[str, ...]
+    """What it names."""
     relations: tuple[str, ...]
+    """What has to be looked up from there, in this order."""
     answer: str
+    """In words."""
 
 
 class World:
@@ -103,7 +108,7 @@ class World:
         return BM25Retriever(list(self.passages.values()))
 
     def question(self, kind: str, rng: Random, split: Split) -> Question:
-        """A question of `kind` whose text belongs to `split`."""
+        """Return a question of `kind` whose text belongs to `split`."""
         while True:
             question = self._chain(kind, rng) if kind in CHAIN_KINDS else self._comparison(kind, rng)
             if question is not None and split_of(question.text) == split:
@@ -150,7 +155,7 @@ class World:
 
 
 def split_of(question_text: str) -> Split:
-    """A quarter of all possible question texts, chosen by their hash, is only ever asked in held-out worlds."""
+    """Return the split of a question. A quarter of all texts, by their hash, is only ever asked in held-out worlds."""
     return "heldout" if blake2b(question_text.encode(), digest_size=1).digest()[0] < 64 else "train"
 
 
@@ -159,7 +164,7 @@ def _pairs(first: Sequence[str], second: Sequence[str], count: int, rng: Random)
 
 
 def vocabulary() -> list[str]:
-    """Every word of the worlds, their documents and questions."""
+    """Return every word of the worlds, their documents and questions."""
     names = [*FIRST_NAMES, *LAST_NAMES, *FILM_ADJECTIVES, *FILM_NOUNS, *CITIES, *COMPANIES, *COUNTRIES, *YEARS]
     relations = [*RELATIONS, *(relation for relations in RELATIONS.values() for relation in relations)]
     return [*names, *relations, *_split("what is of ? which older or same and yes no")]

@@ -24,7 +24,7 @@ class Habits:
 
 
 def demonstrate(world: World, habits: Habits, rng: Random) -> list[str]:
-    """The commands of one quest up to its end, won or lost."""
+    """Return the commands of one quest up to its end, won or lost."""
     return _Player(world, habits, rng).play()
 
 
@@ -75,7 +75,7 @@ class _Player:
 
 
 def _dealing_with(barrier: Barrier, errs: bool) -> list[str]:
-    """The commands that open a barrier for who holds what it needs, or the misstep there."""
+    """Return the commands that open a barrier for who holds what it needs, or the misstep there."""
     first = barrier.needs[0]
     if barrier.kind == "stairs":
         return [] if errs else ["light lamp"]

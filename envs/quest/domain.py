@@ -174,7 +174,7 @@ class Quest:
 
 
 def parse_command(turn: str) -> str | Malformed:
-    """The command that ends the turn, in lower case with single blanks. Never raises."""
+    """Return the command that ends the turn, in lower case with single blanks. Never raises."""
     if len(turn) > MAX_ACTION_CHARS:
         return Malformed(TOO_LONG)
     lines = [line for line in turn.splitlines() if line.strip()]

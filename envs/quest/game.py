@@ -62,7 +62,7 @@ def describe(world: World, state: State) -> str:
 
 
 def obey(world: World, state: State, command: str) -> tuple[State, str]:
-    """The next state and what is answered. `command`: words between single blanks, lower case."""
+    """Return the next state and the answer. `command`: words between single blanks, lower case."""
     verb, _, rest = command.partition(" ")
     if verb in _VERBS and rest:
         return _VERBS[verb](world, state, rest)
@@ -76,7 +76,7 @@ def obey(world: World, state: State, command: str) -> tuple[State, str]:
 
 
 def valid_commands(world: World, state: State) -> list[str]:
-    """The commands that change something here, those that would end the quest included."""
+    """Return the commands that change something here, those that would end the quest included."""
     barrier = _closed_barrier(world, state)
     found = []
     for direction in world.rooms[state.room].exits:
@@ -101,7 +101,7 @@ def progress(world: World, state: State) -> float:
 
 
 def _closed_barrier(world: World, state: State) -> Barrier | None:
-    """The barrier of the room where the player stands, unless it is open."""
+    """Return the barrier of the room where the player stands, unless it is open."""
     barrier = world.barrier_at(state.room)
     return barrier if barrier is not None and world.line.index(state.room) >= state.opened else None
 

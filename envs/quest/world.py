@@ -106,13 +106,13 @@ class World:
         return self.barriers[index] if index >= 0 else None
 
     def way_on(self, room: str) -> str:
-        """The direction that the barrier of `room` closes."""
+        """Return the direction that the barrier of `room` closes."""
         following = self.line[self.line.index(room) + 1]
         return next(direction for direction, to in self.rooms[room].exits.items() if to == following)
 
 
 def make_world(kind: str, rng: Random) -> World:
-    """A world for a quest of `kind` (one of KINDS)."""
+    """Return a world for a quest of `kind` (one of KINDS)."""
     shape = rng.choice(SHAPES[kind])
     names = rng.sample(ROOMS, len(ROOMS))
     line = tuple(names[: len(shape) + 1])
@@ -166,7 +166,7 @@ def _crux(kind: BarrierKind, pools: Mapping[str, Iterator[str]]) -> Barrier:
 
 
 def _side_rooms(barrier: Barrier, rng: Random) -> list[tuple[str, ...]]:
-    """What lies in the side rooms of a barrier's room: in one all that is needed, in a second one junk."""
+    """Return what lies in the side rooms of a barrier's room: in one all that is needed, in a second one junk."""
     needed = [*barrier.needs, barrier.lure] if barrier.lure else [*barrier.needs]
     rng.shuffle(needed)
     sides = [tuple(needed)]
@@ -180,7 +180,7 @@ def _shuffled(exits: Mapping[str, str], rng: Random) -> dict[str, str]:
 
 
 def split_of(world: World) -> Split:
-    """A quarter of all possible worlds, chosen by the hash of everything in them, is only ever held out."""
+    """Return the split of a world. A quarter of all, by the hash of everything in them, is only ever held out."""
     digest = blake2b(repr(world_to_json(world)).encode(), digest_size=1).digest()[0]
     return "heldout" if digest < 64 else "train"
 
@@ -196,7 +196,7 @@ def world_to_json(world: World) -> dict[str, Json]:
 
 
 def world_from_json(data: Mapping[str, Json]) -> World:
-    """What `world_to_json` wrote."""
+    """Return what `world_to_json` wrote."""
     rooms = cast(Mapping[str, Mapping[str, Json]], data["rooms"])
     barriers = cast(Sequence[Mapping[str, Json]], data["barriers"])
     return World(
@@ -213,6 +213,6 @@ def world_from_json(data: Mapping[str, Json]) -> World:
 
 
 def names() -> list[str]:
-    """Every name of a room, thing, barrier and direction."""
+    """Return every name of a room, thing, barrier and direction."""
     things = [*WANTED, *PRECIOUS, *INGREDIENTS, *JUNK, *TREASURES, *TOOLS.values(), "lamp", "key"]
     return [*ROOMS, *COLOURS, *things, *ROUTINE, *CRUXES, *DIRECTIONS]

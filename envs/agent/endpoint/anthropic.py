@@ -113,7 +113,7 @@ def _arguments(call: Call) -> Any:
 
 
 def write_anthropic(answer: Answer, model: str) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
+    """Return the body of an answer that is not streamed."""
     content: list[dict[str, Any]] = []
     if answer.content or not answer.calls:
         content.append({"type": "text", "text": answer.content})

@@ -86,7 +86,7 @@ def read_chat(body: Mapping[str, Any]) -> tuple[ModelRequest, list[str]]:
 
 
 def in_words(error: ValidationError) -> str:
-    """The first fault of a request, with the place where it stands."""
+    """Return the first fault of a request, with the place where it stands."""
     first = error.errors()[0]
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
@@ -97,7 +97,7 @@ def ignored_sampling(body: Mapping[str, Any]) -> list[str]:
 
 
 def read_tool_choice(choice: str | Mapping[str, Any] | None) -> tuple[bool, list[str]]:
-    """(whether calls are read out of the answer, what is not done as asked)."""
+    """Return (whether calls are read out of the answer, what is not done as asked)."""
     if choice == "none":
         return False, []
     if choice in (None, "auto"):
@@ -185,7 +185,7 @@ def _logprobs(answer: Answer) -> dict[str, Any] | None:
 
 
 def write_chat(answer: Answer, model: str) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
+    """Return the body of an answer that is not streamed."""
     message: dict[str, Any] = {"role": "assistant", "content": answer.content or (None if answer.calls else "")}
     message["refusal"] = None
     if answer.reasoning:

@@ -113,7 +113,7 @@ def _text(content: "str | list[_Part] | None", where: str) -> str:
 
 
 def write_responses(answer: Answer, model: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
+    """Return the body of an answer that is not streamed."""
     output: list[dict[str, Any]] = []
     if answer.content or not answer.calls:
         text = {"type": "output_text", "text": answer.content, "annotations": [], "logprobs": []}

@@ -100,7 +100,7 @@ class HttpEndpoint:
             return self.host == "localhost"
 
     async def open(self, receiver: Receiver) -> Access:
-        """A new secret path to `receiver`. Raises EnvError when the server cannot listen."""
+        """Open a new secret path to `receiver`. Raises EnvError when the server cannot listen."""
         await self._ensure_started()
         secret, key = secrets.token_urlsafe(24), f"sk-{secrets.token_urlsafe(24)}"
         self._receivers[secret] = (receiver, key)
@@ -176,7 +176,7 @@ class HttpEndpoint:
         return await self._write(request, protocol.write(answer, body), self._told(notes))
 
     def _told(self, notes: Iterable[str]) -> dict[str, str]:
-        """What was not done as asked: in a header of each answer, and once in the log."""
+        """Say what was not done as asked: in a header of each answer, and once in the log."""
         for note in set(notes) - self._noted:
             self._noted.add(note)
             log.warning("agent endpoint: %s", note)

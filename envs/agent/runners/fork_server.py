@@ -28,7 +28,7 @@ _MOST_CHARS = 1_000_000
 
 
 def load(target: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names, also of a module in the working directory."""
+    """Return the function that `package.module:function` names, also of a module in the working directory."""
     sys.path[0] = os.getcwd()  # in place of this file's folder, whose modules would hide others of their names
     module, _, name = target.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), name)
@@ -36,7 +36,7 @@ def load(target: str) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], job: dict[str, Any]) -> dict[str, Any]:
-    """The last line of news about a rollout."""
+    """Call the agent. Returns the last line of news about its rollout."""
     os.environ.update(job["env"])
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -37,7 +37,7 @@ class Access:
 
 
 def access_variables(access: Access) -> dict[str, str]:
-    """The environment variables by which clients find their model."""
+    """Return the environment variables by which clients find their model."""
     return {
         "OPENAI_BASE_URL": access.base_url,
         "OPENAI_API_KEY": access.api_key,
@@ -267,7 +267,7 @@ class _RunningCommand:
 
 
 async def _read_tail(stream: asyncio.StreamReader) -> str:
-    """All that comes, of which the last part is kept: a chatty agent must not fill the memory."""
+    """Read all that comes and return its last part, so that a chatty agent does not fill the memory."""
     kept = b""
     while block := await stream.read(65536):
         kept = (kept + block)[-_KEPT_OUTPUT:]
