@@ -8,7 +8,7 @@ from trace_async.env import Demonstrator
 
 
 def ensure_policy(config: Config, *, log: Callable[[str], None] = print) -> Path:
-    """The start policy: `policy.path`, or the small one of the environment, built when it is not cached.
+    """Return the start policy: `policy.path`, or the small one of the environment, built when it is not cached.
 
     `log` takes lines about how far it is.
     """

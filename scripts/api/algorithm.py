@@ -241,7 +241,7 @@ class TraceAlgorithm:
             self._pace.made(step, metrics, trees)
 
     def _ask(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work` in the loop; raises what ended the run, if that comes first."""
+        """Return the result of `work` in the loop; raises what ended the run, if that comes first."""
         if self._ended or self._main.done():
             work.close()
             self._first_of()

@@ -61,7 +61,7 @@ class TraceConfig:
         return self
 
     def policy(self, path: str | Path | None = None, **settings: Any) -> "TraceConfig":
-        """The model that is trained (section `policy`) and how it is sampled (`sampling`)."""
+        """Set the model that is trained (section `policy`) and how it is sampled (`sampling`)."""
         if path is not None:
             settings["path"] = str(path)
         return self._set_in(("policy", "sampling"), settings)
@@ -79,7 +79,7 @@ class TraceConfig:
         return self._set_in(("actors", "engine"), settings)
 
     def resources(self, **settings: Any) -> "TraceConfig":
-        """What each process gets: GPUs and CPUs of `actors`, ranks and threads of `learner`."""
+        """Set what each process gets: GPUs and CPUs of `actors`, ranks and threads of `learner`."""
         return self._set_in(("actors", "learner"), settings)
 
     def evaluation(self, **settings: Any) -> "TraceConfig":
@@ -87,11 +87,11 @@ class TraceConfig:
         return self._set_in(("eval",), settings)
 
     def reporting(self, **settings: Any) -> "TraceConfig":
-        """What is kept of a run: `tracking` (MLflow) and `checkpoint`."""
+        """Set what is kept of a run: `tracking` (MLflow) and `checkpoint`."""
         return self._set_in(("tracking", "checkpoint"), settings)
 
     def callbacks(self, **functions: Any) -> "TraceConfig":
-        """`on_update`, `on_tree`, `on_evaluate`; see Callbacks."""
+        """Set `on_update`, `on_tree` and `on_evaluate`; see Callbacks."""
         try:
             self._callbacks = replace(self._callbacks, **functions)
         except TypeError as error:
@@ -110,13 +110,13 @@ class TraceConfig:
         return self
 
     def copy(self) -> "TraceConfig":
-        """An independent config with the same settings."""
+        """Return an independent config with the same settings."""
         other = TraceConfig()
         other._settings, other._callbacks = copy.deepcopy(self._settings), self._callbacks
         return other
 
     def to_config(self) -> Config:
-        """The settings, checked and frozen. Raises ConfigError."""
+        """Return the settings, checked and frozen. Raises ConfigError."""
         return config_from_yaml(yaml.safe_dump(self._settings))
 
     def build(self, run_dir: str | Path | None = None) -> "TraceAlgorithm":

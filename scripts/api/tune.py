@@ -21,7 +21,7 @@ from trace_async.run.placement import place
 
 
 def trainable_of(config: TraceConfig) -> type[Any]:
-    """The `ray.tune.Trainable` of `config`, whose settings a trial's parameters override."""
+    """Return the `ray.tune.Trainable` of `config`, whose settings a trial's parameters override."""
     from ray import tune
 
     base = config.copy()

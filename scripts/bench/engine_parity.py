@@ -93,7 +93,7 @@ def compare(ours: Sequence[RolloutTree], theirs: Sequence[RolloutTree]) -> Parit
 
 
 def generated(tree: RolloutTree) -> list[tuple[int, float]]:
-    """(token, log-probability) of all turns of a single rollout."""
+    """Return (token, log-probability) of all turns of a single rollout."""
     return [
         pair for node in tree.nodes for pair in zip(node.token_ids[: node.num_generated], node.logprobs, strict=True)
     ]

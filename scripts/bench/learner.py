@@ -155,7 +155,7 @@ class Bench:
         return 6.0 * ((self.num_parameters - head) * tokens + head * entries) + 12.0 * self.attention_width * pairs
 
     def run(self, batches: list[PackedBatch], packing: Packing) -> float:
-        """Seconds of one pass (CPU: of this process's work)."""
+        """Return seconds of one pass (CPU: of this process's work)."""
         kind = attention_for(self.device, flat=packing == "flat")
         prepare_model(self.policy, kind)
         module = TokenLogprobs(self.policy, kind, temperature=1.0, chunk_tokens=self.chunk_tokens, entropy=False)

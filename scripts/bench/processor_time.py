@@ -32,7 +32,7 @@ _ACTOR = re.compile(r"ray::(\w+?)(\.|:|$)")
 
 
 def part_of(title: str, *, is_driver: bool) -> str:
-    """The part that a process belongs to, by its title: an actor's class, the driver, or Ray's own servers."""
+    """Return the part that a process belongs to, by its title: an actor's class, the driver, or Ray's own servers."""
     if is_driver:
         return "driver"
     actor = _ACTOR.match(title)
@@ -78,7 +78,7 @@ def is_update(point: Point) -> bool:
 
 
 def training_steps(points: Sequence[Point]) -> list[int]:
-    """The updates logged so far, and 0 once the start policy has been evaluated."""
+    """Return the updates logged so far, and 0 once the start policy has been evaluated."""
     return [point.step for point in points if point.step == 0 or is_update(point)]
 
 

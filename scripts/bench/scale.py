@@ -212,7 +212,7 @@ class Books:
 
 
 def simulated_engine(index: int, load: Load, stop_token: int, vocab: int, failures: float) -> SimulatedEngine:
-    """An 8B model on a GPU of its own; answers are random words of log-normal length."""
+    """Return an engine like an 8B model on a GPU of its own, whose answers are random words of log-normal length."""
     rng = np.random.default_rng(index)
 
     def answer(prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

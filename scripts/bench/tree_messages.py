@@ -22,7 +22,7 @@ ROLLOUTS, TURNS = 16, 4
 
 
 def make_tree(rng: random.Random, num_tokens: int) -> RolloutTree:
-    """A prompt and root rollouts; together about `num_tokens` tokens."""
+    """Return a prompt and root rollouts; together about `num_tokens` tokens."""
     length = num_tokens // (ROLLOUTS * TURNS + 1)
     nodes = [Node(parent=-1, rollout=-1, token_ids=_ids(rng, length), num_generated=0)]
     rollouts = []

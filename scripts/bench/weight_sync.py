@@ -44,7 +44,7 @@ class Case:
 
 
 def make_model(millions: float, dtype: str, folder: Path) -> dict[str, torch.Tensor]:
-    """A random Qwen3 of about that many parameters, saved; its weights by name."""
+    """Save a random Qwen3 of about that many parameters. Returns its weights by name."""
     num_layers, head_dim = 4, 64
     # Parameters of a layer are about 12 h² with intermediate 3 h, and the tied embedding has 8192 h.
     hidden = next(h for h in range(64, 8192, 64) if num_layers * 12 * h * h + VOCAB_SIZE * h >= millions * 1e6)
@@ -94,7 +94,7 @@ async def time_updates(case: Case, folder: Path, state: dict[str, torch.Tensor],
 
 
 def time_parts(state: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Seconds of one checksum pass over the weights and of one write into shared memory."""
+    """Return seconds of one checksum pass over the weights and of one write into shared memory."""
     started = time.perf_counter()
     pack_weights(state, 0)
     checksum_s = time.perf_counter() - started
@@ -115,7 +115,7 @@ class Steps:
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=learning_rate, weight_decay=0.0)
 
     def bucket(self) -> WeightBucket:
-        """The weights as they travel, in memory of their own."""
+        """Return the weights as they travel, in memory of their own."""
         return host_bucket({n: m.detach().to(DTYPES[self.dtype], copy=True) for n, m in self.masters.items()})
 
     def step(self) -> None:

@@ -59,7 +59,7 @@ class Chat:
         self.token_ids: tuple[int, ...] = ()
 
     async def say(self, text: str) -> str:
-        """The policy's answer to `text`. Raises ConfigError when the context has no room for one."""
+        """Return the policy's answer to `text`. Raises ConfigError when the context has no room for one."""
         asked = (*self.token_ids, *self._render(text))
         room = self._max_context_tokens - len(asked)
         if room < 1:
@@ -167,7 +167,7 @@ async def _talk(
 
 
 async def _asked() -> str | None:
-    """The next line (None: no more). The loop goes on meanwhile, so that a server engine stays attended to."""
+    """Return the next line (None: no more). The loop goes on meanwhile, so that a server engine stays attended to."""
     print("> ", end="", flush=True)
     line = await asyncio.to_thread(sys.stdin.readline)
     return None if not line or line.strip() == "/quit" else line.strip()

@@ -242,7 +242,7 @@ def _figures_of(plan: Plan, cell: Cell) -> RunFigures:
 
 
 def _write_report(folder: Path) -> Path:
-    """The report is made from the kept figures alone, so it can be made again wherever they are."""
+    """Write the report from the kept figures alone, so that it can be made again wherever they are."""
     return write_document(folder, *_report(folder))
 
 
@@ -283,7 +283,7 @@ def _parent_tracker(plan: Plan) -> RunLog:
 
 
 def _parent_run(plan: Plan) -> str | None:
-    """The MLflow run that the runs name as their parent; None when the tracking store does not answer."""
+    """Return the MLflow run that the runs name as their parent; None when the tracking store does not answer."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     tracker = _parent_tracker(plan)
     run_id = tracker.wait_for_run_id()

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def status_lines(run_dir: Path) -> list[str]:
-    """What there is to say of a run, a line each."""
+    """Return what there is to say of a run, a line each."""
     config = load_config(run_dir / "config.yaml")
     session = last_session(run_dir)
     state = "no process works on it"

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _claim(config: Config, wanted: Path, *, resume: bool) -> Path:
-    """The run's folder, which no other process takes; with the config as it is now."""
+    """Claim the run's folder, which no other process then takes, and write the config into it as it is now."""
     if not resume:
         return claim_new(wanted, config_to_yaml(config))
     require_free(wanted)
@@ -165,7 +165,7 @@ def _work(config: Config, run_dir: Path, policy_path: Path, recorder: "Recorder"
 
 
 def expected_errors() -> tuple[type[BaseException], ...]:
-    """What may end a run through no fault in this program; anything else is shown with its traceback."""
+    """Return what may end a run through no fault in this program; anything else is shown with its traceback."""
     from ray.exceptions import RayError
 
     from actors.calls import CallError
@@ -176,7 +176,7 @@ def expected_errors() -> tuple[type[BaseException], ...]:
 
 
 def in_words(error: BaseException, folder: Path) -> str:
-    """What a method of an actor raised, without the traceback that Ray wraps it in; what to do about a disk.
+    """Return what a method of an actor raised, without the traceback that Ray wraps it in; what to do about a disk.
 
     `folder`: where the run writes; the error of a file that is open already does not name it.
     """
@@ -213,7 +213,7 @@ def _config_and_run_dir(args: argparse.Namespace) -> tuple[Config, Path]:
 
 
 def check_run(config: Config) -> str:
-    """The plan of a run in words; model, data and environment are checked. ConfigError when one will not do."""
+    """Return the plan of a run in words; model, data and environment are checked. ConfigError when one will not do."""
     from envs import load_domain
     from envs.tasks import heldout_tasks, load_splits
     from trace_async.run.plan import plan_run
@@ -237,7 +237,7 @@ def check_run(config: Config) -> str:
 
 
 def _described(config: Config) -> list[str]:
-    """What the policy's folder says, checked; of a folder on another machine only that it is not here."""
+    """Return what the policy's folder says, checked; of a folder on another machine only that it is not here."""
     from trace_async.policy.report import describe_policy
 
     if not (Path(config.policy.path) / "config.json").is_file():

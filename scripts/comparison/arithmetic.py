@@ -43,12 +43,12 @@ def make_curve(cost: Sequence[float], value: Sequence[float]) -> Curve:
 
 
 def value_at(curve: Curve, cost: float) -> float:
-    """The curve's value at `cost`; its ends go on level."""
+    """Return the curve's value at `cost`; its ends go on level."""
     return float(np.interp(cost, curve.cost, curve.value))
 
 
 def truncated(curve: Curve, budget: float) -> Curve:
-    """The part up to `budget`, ending there (by interpolation). ValueError when the curve does not cover it."""
+    """Return the part up to `budget`, ending there (by interpolation). ValueError when the curve does not cover it."""
     if not curve.cost[0] <= budget <= curve.cost[-1]:
         raise ValueError(f"budget {budget:g} is outside the measured {curve.cost[0]:g} to {curve.cost[-1]:g}")
     inside = curve.cost < budget
@@ -56,13 +56,13 @@ def truncated(curve: Curve, budget: float) -> Curve:
 
 
 def mean_height(curve: Curve) -> float:
-    """The area under the curve over its width, so in the unit of its values; of a single point, its value."""
+    """Return the area under the curve over its width, so in the unit of its values; of a single point, its value."""
     width = curve.cost[-1] - curve.cost[0]
     return float(np.trapezoid(curve.value, curve.cost) / width) if width > 0 else float(curve.value[0])
 
 
 def cost_to_reach(curve: Curve, level: float) -> float:
-    """The least cost at which the curve is at `level` or above; inf when it never is."""
+    """Return the least cost at which the curve is at `level` or above; inf when it never is."""
     above = np.flatnonzero(curve.value >= level)
     if not len(above):
         return math.inf
@@ -74,7 +74,7 @@ def cost_to_reach(curve: Curve, level: float) -> float:
 
 
 def common_budget(curves: Sequence[Curve], wanted: float) -> float:
-    """`wanted`, or the end of the shortest curve when that is less: what all can be cut at."""
+    """Return `wanted`, or the end of the shortest curve when that is less: what all can be cut at."""
     return min([wanted, *(float(curve.cost[-1]) for curve in curves)])
 
 
@@ -92,7 +92,7 @@ class Interval:
 
 
 def bootstrap_mean(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """The mean with its percentile bootstrap interval: over every resample for few values, drawn ones for many.
+    """Return the mean with its percentile bootstrap interval: over every resample for few values, drawn ones for many.
 
     With three to five values it is narrower than it says (it covers the truth in about 70 to 85 % of cases);
     `student_mean` is the careful one beside it.
@@ -129,7 +129,7 @@ def paired_differences(ours: dict[int, float], theirs: dict[int, float]) -> list
 
 
 def mean_curve(curves: Sequence[Curve], budget: float) -> Curve:
-    """The average of curves over 0..budget, within what all of them cover; exact.
+    """Return the average of curves over 0..budget, within what all of them cover; exact.
 
     It has a point wherever one of the curves has: between those every curve is straight, and so is their average.
     """

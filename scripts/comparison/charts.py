@@ -43,7 +43,7 @@ class Axis:
 
 
 def line_chart(series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """The chart as an `<svg>` element that stands alone. ValueError without any series."""
+    """Return the chart as an `<svg>` element that stands alone. ValueError without any series."""
     if not series:
         raise ValueError("nothing to draw")
     all_curves = [curve for line in series for curve in (line.mean, *line.single)]
@@ -128,7 +128,7 @@ def _frame(place: _Place, x_ticks: Sequence[float], y_ticks: Sequence[float], x:
 
 
 def _names(series: Sequence[Series], place: _Place, y: Axis) -> list[str]:
-    """Each line's name and last value beside its end, moved apart where they would overlap."""
+    """Return each line's name and last value beside its end, moved apart where they would overlap."""
     order = sorted(series, key=lambda line: -line.mean.value[-1])
     gap = min(16.0, (HEIGHT - TOP - BOTTOM) / len(order))
     heights = [place.y(float(line.mean.value[-1])) for line in order]

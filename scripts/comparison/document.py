@@ -80,7 +80,7 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
 
 
 def write_document(folder: str | Path, title: str, blocks: Sequence[Block]) -> Path:
-    """`report.html`, `report.md` and the charts as SVG files; returns the page."""
+    """Write `report.html`, `report.md` and the charts as SVG files. Returns the page."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for block in blocks:

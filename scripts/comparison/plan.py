@@ -82,12 +82,12 @@ class Comparison:
                 raise ConfigError(f"comparison: {problem}")
 
     def run_overrides(self, method: str, seed: int) -> list[str]:
-        """The settings of one run beside its name and place."""
+        """Return the settings of one run beside its name and place."""
         own = self.methods[method].overrides
         return [*self.overrides, *own, f"seed={seed}", f"max_generated_tokens={self.max_generated_tokens}"]
 
     def run_config(self, method: str, seed: int) -> Config:
-        """The whole config of one run. Raises ConfigError naming the method."""
+        """Return the whole config of one run. Raises ConfigError naming the method."""
         try:
             return load_config(self.base or None, self.run_overrides(method, seed))
         except ConfigError as error:
@@ -101,7 +101,7 @@ class Comparison:
         )
 
     def base_config(self) -> Config:
-        """What all methods share."""
+        """Return what all methods share."""
         return load_config(self.base or None, self.overrides)
 
     def label(self, method: str) -> str:
@@ -146,16 +146,16 @@ class RunFigures:
     rows: tuple[Mapping[str, float], ...]
 
     def curve(self, metric: str, cost: str = TOKENS) -> Curve | None:
-        """`metric` against `cost`; None when the run has no such figures."""
+        """Return `metric` against `cost`; None when the run has no such figures."""
         found = [(row[cost], row[metric]) for row in self.rows if _finite(row, cost) and _finite(row, metric)]
         return make_curve(*zip(*found, strict=True)) if found else None
 
     def points(self) -> list[Point]:
-        """What `run_figures` makes this of; the hour of day of a row is not kept, so `time` is 0."""
+        """Return what `run_figures` makes this of; the hour of day of a row is not kept, so `time` is 0."""
         return [Point(int(row["step"]), 0.0, {k: v for k, v in row.items() if k != "step"}) for row in self.rows]
 
     def updates(self, budget: float = math.inf) -> list[Mapping[str, float]]:
-        """The rows of updates (not of evaluations alone) within `budget` generated tokens."""
+        """Return the rows of updates (not of evaluations alone) within `budget` generated tokens."""
         return [row for row in self.rows if "train/effective_ratio" in row and row.get(TOKENS, 0.0) <= budget]
 
 
@@ -209,7 +209,7 @@ def write_figures(folder: str | Path, figures: Figures) -> None:
 
 
 def read_figures(folder: str | Path) -> Figures:
-    """What `write_figures` wrote. Raises ValueError naming file and line."""
+    """Return what `write_figures` wrote. Raises ValueError naming file and line."""
     folder = Path(folder)
     settings = read_settings(folder)
     grouped: dict[tuple[str, int], list[dict[str, float]]] = {}
@@ -233,7 +233,7 @@ def read_figures(folder: str | Path) -> Figures:
 
 
 def kept_figures(folder: str | Path, comparison: Comparison) -> Figures:
-    """What `folder` keeps of the runs that `comparison` asks for with the very same settings.
+    """Return what `folder` keeps of the runs that `comparison` asks for with the very same settings.
 
     Settings that did not exist when they were kept count as their defaults of today.
     """
@@ -251,7 +251,7 @@ def kept_figures(folder: str | Path, comparison: Comparison) -> Figures:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The settings kept beside the figures."""
+    """Return the settings kept beside the figures."""
     path = Path(folder) / SETTINGS_FILE
     if not path.is_file():
         raise ConfigError(f"{folder}: no comparison was kept there ({SETTINGS_FILE} is missing)")

@@ -56,7 +56,7 @@ def cut_curves(figures: Figures, method: str, metric: str, budget: float) -> dic
 
 
 def metric_name(metric: str) -> str:
-    """`heldout/success_t1.0/middle` → `temperature 1, middle`."""
+    """Name a metric in words: `heldout/success_t1.0/middle` → `temperature 1, middle`."""
     for key, name in METRIC_NAMES.items():
         if metric == key or metric.startswith(key + "/"):
             return name + metric[len(key) :].replace("/", ", ")
@@ -141,7 +141,7 @@ def _success_table(figures: Figures, metric: str, budget: float) -> Table:
 
 
 def _baseline_table(figures: Figures, metric: str, budget: float) -> Table:
-    """Every method less the baseline."""
+    """Return every method less the baseline."""
     baseline = figures.comparison.baseline
     head = f"paired difference to {figures.comparison.label(baseline)}, points"
     return _difference_table(
@@ -157,7 +157,7 @@ def _ours_table(figures: Figures, metric: str, budget: float) -> Table:
 
 
 def _difference_table(figures: Figures, head: str, fixed: str, cells_of: Callable[[str], list[str]]) -> Table:
-    """A row for every method but `fixed` that shares a seed with it."""
+    """Return a row for every method but `fixed` that shares a seed with it."""
     comparison = figures.comparison
     others = [method for method in comparison.methods if method != fixed]
     rows = [[comparison.label(method), *cells] for method in others if (cells := cells_of(method))]

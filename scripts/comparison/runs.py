@@ -72,7 +72,7 @@ class Plan:
         write_whole(self._state_file(cell), json.dumps(record) + "\n")
 
     def machine(self, cell: Cell) -> str:
-        """What the run was made on."""
+        """Return what the run was made on."""
         return str(self._state(cell).get("machine", this_machine()))
 
     def take(self, kept: Path) -> int:
@@ -90,7 +90,7 @@ class Plan:
         return len(figures.runs)
 
     def command(self, cell: Cell, trainer: Sequence[str]) -> list[str]:
-        """What starts the run, or goes on with it."""
+        """Return what starts the run, or goes on with it."""
         if self.status(cell) == "begun":
             return [*trainer, "--resume", str(self.run_dir(cell))]
         base = ["--config", self.comparison.base] if self.comparison.base else []

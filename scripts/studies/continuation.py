@@ -32,7 +32,7 @@ AT_ONCE = 16  # prompts under way
 
 
 async def grow(config: Config, policy: Path, tasks: Sequence[Task], roots: int, forks: int) -> list[RolloutTree]:
-    """The trees of `tasks`, grown by the standing policy in `policy`."""
+    """Return the trees of `tasks`, grown by the standing policy in `policy`."""
     rng = np.random.default_rng(config.seed)
 
     def plan(anchors: Sequence[Anchor], budget: int) -> np.ndarray:

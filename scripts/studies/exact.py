@@ -22,13 +22,13 @@ Choose = Callable[[Sequence[Anchor], int], Sequence[int]]
 
 
 def by_contrast(anchors: Sequence[Anchor], budget: int) -> Sequence[int]:
-    """The paper's Stage 2."""
+    """Spend it as the paper's Stage 2 does."""
     counts = allocate_prefixes([a.value for a in anchors], [a.reward for a in anchors], budget)
     return [int(count) for count in counts]
 
 
 def top_up(anchors: Sequence[Anchor], budget: int) -> Sequence[int]:
-    """All of it on further roots of a prompt whose roots agree."""
+    """Spend all of it on further roots of a prompt whose roots agree."""
     return [0 if anchor.depth else budget for anchor in anchors]
 
 

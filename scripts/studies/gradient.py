@@ -95,7 +95,7 @@ class Player:
         return Estimates.of_outcomes([self.outcomes[task.id] for task in tasks])
 
     async def update(self, config: Config, tasks: Sequence[Task], seed: int) -> list[RolloutTree]:
-        """The trees of one update of a method, over the candidates `tasks`."""
+        """Return the trees of one update of a method, over the candidates `tasks`."""
         budget, rng = config.budget, np.random.default_rng(seed)
         roots, continuations = stage1_rule(budget), stage2_rule(budget)
         estimates = await self.measure(tasks) if roots.needs_estimates else Estimates.unknown(len(tasks))

@@ -67,7 +67,7 @@ async def play(domain: Domain, renderer: Renderer, task: Task, num_rollouts: int
 
 
 def bought(pool: Sequence[RolloutTree], counts: Sequence[int]) -> list[RolloutTree]:
-    """The first rollouts of each prompt, as many as were bought."""
+    """Return the first rollouts of each prompt, as many as were bought."""
     trees = []
     for tree, count in zip(pool, counts, strict=True):
         if count:

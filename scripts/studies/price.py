@@ -81,7 +81,7 @@ class Prompt:
 
 
 def shares(rule_name: str, *, num_prompts: int, per_root: int, seed: int = 0) -> tuple[float, float, float]:
-    """(worth of what the rule bought ÷ the optimum's at its tokens, the same over turns only, tokens ÷ budget).
+    """Return (worth of what the rule bought ÷ the optimum's at its tokens, the same over turns only, tokens ÷ budget).
 
     Of the second half of the prompts, when a price has settled.
     """
@@ -110,7 +110,7 @@ def shares(rule_name: str, *, num_prompts: int, per_root: int, seed: int = 0) ->
 
 
 def best(units: Sequence[tuple[float, float, bool]], tokens: float) -> float:
-    """The most that so many tokens can buy."""
+    """Return the most that so many tokens can buy."""
     rates, costs = np.array([unit[:2] for unit in sorted(units, reverse=True)]).T
     bought = np.clip((tokens - (np.cumsum(costs) - costs)) / costs, 0, 1)
     return float((bought * costs * rates).sum())

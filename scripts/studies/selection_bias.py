@@ -46,7 +46,7 @@ class ExpandedNodes:
 
 
 def expanded_nodes(trees: Sequence[RolloutTree]) -> ExpandedNodes:
-    """All nodes of `trees` at which continuations are anchored."""
+    """Return all nodes of `trees` at which continuations are anchored."""
     rows = []
     for tree in trees:
         fresh: dict[int, list[float]] = {}

@@ -120,7 +120,7 @@ class Reader:
 
 
 def read_run(config: Config, run: Path, policy: Path) -> list[Row]:
-    """All rows of the run; the learner is run over its trees for the weights."""
+    """Return all rows of the run; the learner is run over its trees for the weights."""
     learner, reader = Learner(config, policy), Reader(policy)
     updates = [learnable(list(read_trees(file))) for file in tree_files(run)]
     waiting: dict[int, list[tuple[int, RolloutTree]]] = defaultdict(list)

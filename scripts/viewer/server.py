@@ -18,7 +18,7 @@ HOST = "127.0.0.1"
 
 
 def make_app(source: RunSource) -> web.Application:
-    """`/` is the page; `/api/run`, `/api/update/N`, `/api/curves` its data."""
+    """Serve the page at `/`, and its data at `/api/run`, `/api/update/N` and `/api/curves`."""
 
     async def page(request: web.Request) -> web.Response:
         return web.Response(text=viewer_page(source.config.name, None), content_type="text/html")

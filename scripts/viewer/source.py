@@ -42,11 +42,11 @@ class RunSource:
         self._cache: dict[tuple[Path, int], list[Json]] = {}
 
     def updates(self) -> list[int]:
-        """The updates whose trees were kept, ascending."""
+        """Return the updates whose trees were kept, ascending."""
         return sorted({update_of(path) for path in self._list_files(self.run_dir)})
 
     def files_of(self, update: int | None) -> list[Path]:
-        """The trees of an update (None: of the last that has any). Raises ConfigError naming those there are."""
+        """Return the trees of an update (None: of the last that has any). Raises ConfigError naming those there are."""
         newest = max(self.updates(), default=None) if update is None else update
         files = [path for path in self._list_files(self.run_dir) if update_of(path) == newest]
         if not files:
@@ -56,7 +56,7 @@ class RunSource:
         return files
 
     def info(self) -> dict[str, Json]:
-        """What the page says about the run, and its updates."""
+        """Return what the page says about the run, and its updates."""
         budget = self.config.budget
         about = f"{self.config.env.name} · Stage 1 {budget.stage1}, Stage 2 {budget.stage2}, "
         about += (
@@ -65,7 +65,7 @@ class RunSource:
         return {"name": printable(self.config.name), "about": printable(about), "updates": [*self.updates()]}
 
     def trees(self, update: int) -> list[Json]:
-        """The trees of an update as the page shows them. Raises as `files_of` and `read` do."""
+        """Return the trees of an update as the page shows them. Raises as `files_of` and `read` do."""
         return [tree for path in self.files_of(update) for tree in self._payloads(path)]
 
     def _payloads(self, path: Path) -> list[Json]:
@@ -111,7 +111,7 @@ class RunSource:
 
 
 def decoder(policy: Path) -> Decode:
-    """What shows tokens of the policy in the folder `policy` as text, control tokens included."""
+    """Return what shows tokens of the policy in the folder `policy` as text, control tokens included."""
     tokenizer = load_tokenizer(policy)
 
     def decode(token_ids: Sequence[int]) -> str:
@@ -121,7 +121,7 @@ def decoder(policy: Path) -> Decode:
 
 
 def read(path: Path) -> list[RolloutTree]:
-    """The trees of a file. Raises ConfigError naming file and line where it is broken, or of another version."""
+    """Return the trees of a file. Raises ConfigError naming file and line where it is broken, or of another version."""
     try:
         return list(read_trees(path))
     except ValueError as error:

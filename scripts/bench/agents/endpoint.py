@@ -26,7 +26,7 @@ ANSWER = '<tool_call>\n{"name": "look", "arguments": {"place": "p1"}}\n</tool_ca
 
 
 async def asker(task: Mapping[str, Any], base_url: str, api_key: str) -> str:
-    """An agent whose tool answers with 200 characters."""
+    """Be an agent whose tool answers with 200 characters."""
     messages: list[Any] = [{"role": "system", "content": "x" * 500}, {"role": "user", "content": str(task["id"])}]
     async with aiohttp.ClientSession(headers={"authorization": f"Bearer {api_key}"}) as client:
         for _ in range(int(task["turns"])):

@@ -74,7 +74,7 @@ class Sampler:
 
 
 def run_settings(args: argparse.Namespace) -> tuple[Config, list[str]]:
-    """The config, and the settings of `trace-async train` that make it; its environment is made to misbehave."""
+    """Return the config, and the settings of `trace-async train` that make it; its environment is made to misbehave."""
     chosen = [*([] if args.config else SMALL), *args.overrides]
     config = load_config(args.config, chosen)
     inner = json.dumps({"name": config.env.name, "args": config.env.args})

@@ -20,12 +20,12 @@ NAMES = {"raylet": "raylet", "gcs": "gcs_server"}
 
 
 def marking(mark: str) -> dict[str, str]:
-    """What the environment of a process needs, so that it and all that it starts are found by `marked`."""
+    """Return what the environment of a process needs, so that it and all that it starts are found by `marked`."""
     return {MARK: mark, "SPT_NOENV": "1"}  # else the title that Ray gives a process is written over its environment
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """All processes that carry the mark, whoever their parent is now."""
+    """Return all processes that carry the mark, whoever their parent is now."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -50,7 +50,7 @@ def role_of(process: psutil.Process) -> str:
 
 
 def with_role(mark: str, role: str) -> list[psutil.Process]:
-    """The processes of a run that have this role, oldest first."""
+    """Return the processes of a run that have this role, oldest first."""
     found = [process for process in marked(mark) if role_of(process) == role]
     return sorted(found, key=lambda process: process.create_time())
 
@@ -81,7 +81,7 @@ COLUMNS = tuple(field.name for field in fields(Sample))
 
 
 def sample(process: psutil.Process, seconds: float) -> Sample | None:
-    """What the process holds; None when it has ended."""
+    """Return what the process holds; None when it has ended."""
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return None

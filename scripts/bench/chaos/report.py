@@ -72,7 +72,7 @@ class Report:
 
 
 def soak_charts(samples: Sequence[Sample]) -> dict[str, str]:
-    """An SVG by name of what is held, a line for each process that was there for at least half of the time."""
+    """Return an SVG by name of what is held, a line for each process that was there for at least half of the time."""
     curves: dict[tuple[str, int], list[Sample]] = defaultdict(list)
     for one in samples:
         curves[one.role, one.pid].append(one)

@@ -68,14 +68,14 @@ class Run:
         return self.terminals / f"{self.num_drivers:03d}.txt"
 
     def processes(self, role: str) -> list[psutil.Process]:
-        """Those of the run that have this role now, oldest first."""
+        """Return those of the run that have this role now, oldest first."""
         if role == "driver":
             return [psutil.Process(self.driver.pid)] if self.driver.poll() is None else []
         found = [process for process in marked(self.mark) if role_of(process) == role]
         return sorted(found, key=lambda process: process.create_time())
 
     def updates(self) -> list[Point]:
-        """The figures of every update so far."""
+        """Return the figures of every update so far."""
         try:
             return [point for point in read_metrics(self.run_dir) if "time/step_s" in point.metrics]
         except ValueError as error:
@@ -83,11 +83,11 @@ class Run:
             return []
 
     def num_updates(self) -> int:
-        """The newest update."""
+        """Return the newest update."""
         return max((point.step for point in self.updates()), default=0)
 
     def phases(self) -> dict[str, float]:
-        """What the present driver is doing."""
+        """Return what the present driver is doing."""
         return {name: since for name, since in phases_of(self.run_dir).items() if since >= self.started_at}
 
     def wait(
@@ -146,12 +146,12 @@ class Run:
                 process.kill()
 
     def mlflow_status(self) -> str | None:
-        """What MLflow says of the run; None when it was never there."""
+        """Return what MLflow says of the run; None when it was never there."""
         settings = self.run_dir / "config.yaml"
         return run_status(load_config(settings), self.run_dir) if settings.exists() else None
 
     def check_books(self, where: str) -> SavedTrainer | None:
-        """The newest checkpoint's books, checked; None when there is none yet."""
+        """Return the newest checkpoint's books, checked; None when there is none yet."""
         try:
             newest = latest_checkpoint(self.run_dir / "checkpoints")
         except CheckpointError as error:

@@ -59,7 +59,7 @@ def _padded(rows: list[tuple[list[int], list[int]]]) -> PaddedBatch:
 
 
 def run_plain(bench: Bench, batches: list[PaddedBatch]) -> float:
-    """Seconds of one pass of the plain loop."""
+    """Return seconds of one pass of the plain loop."""
     bench.policy.set_attn_implementation("sdpa")
     started = bench.now()
     for batch in batches:

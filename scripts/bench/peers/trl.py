@@ -39,7 +39,7 @@ def question(number: int) -> str:
 
 
 def is_right(answer: str) -> bool:
-    """A coin that the answer tosses."""
+    """Say whether an answer is right, by a coin that the answer tosses."""
     return bool(zlib.crc32(answer.encode()) & 1)
 
 
@@ -125,7 +125,7 @@ def train_with_trl(policy: str, answer_tokens: int, updates: int, output: str) -
 
 
 def trl_seconds(policy: Path, answer_tokens: int, updates: int, folder: Path) -> tuple[float, float]:
-    """Seconds and generated tokens of an update by TRL."""
+    """Return seconds and generated tokens of an update by TRL."""
     output = folder / f"trl-{answer_tokens}-{time.time_ns()}.json"
     code = "import sys; from scripts.bench.peers.trl import train_with_trl as t; t(sys.argv[1], int(sys.argv[2]), "
     code += "int(sys.argv[3]), sys.argv[4])"
@@ -141,7 +141,7 @@ def trl_seconds(policy: Path, answer_tokens: int, updates: int, folder: Path) ->
 def our_seconds(
     policy: Path, answer_tokens: int, updates: int, folder: Path, extra: Sequence[str]
 ) -> tuple[float, float]:
-    """Seconds and generated tokens of an update by this trainer."""
+    """Return seconds and generated tokens of an update by this trainer."""
     name = f"ours-{answer_tokens}-{time.time_ns()}"
     settings = [
         "env.name=scripts.bench.peers.trl:Coin",
