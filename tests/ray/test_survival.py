@@ -77,6 +77,10 @@ async def test_predictor_learner_rank_and_generator_are_killed_and_replaced_insi
     state.ledger.check(waiting=0, in_flight_roots=0)
 
 
+PATIENT = "learner.step_timeout_s=900"
+"""On a busy machine a rank that comes back takes minutes to start."""
+
+
 class Killer:
     """Kills a process of one role in the midst of each of the phases, in this order, and waits for what comes of it.
 
@@ -119,7 +123,7 @@ async def test_each_kind_of_process_is_killed_in_each_phase_and_the_run_ends_who
     role: str, tiny_policy_path: Path, tmp_path: Path
 ):
     phases = ["stage1", "wait_for_trees", "update", "predictor", "gather", "sync", "checkpoint", "eval", "export"]
-    config = small_config(tmp_path, "num_updates=24", "checkpoint.every_updates=1", "eval.every_updates=4")
+    config = small_config(tmp_path, "num_updates=24", "checkpoint.every_updates=1", "eval.every_updates=4", PATIENT)
     killer = Killer(role, phases)
     trainer = Trainer(
         config,
