@@ -82,7 +82,7 @@ async def test_replicas_answer_with_what_the_learning_one_has_learnt(group: Pred
         assert values_of(replica) == pytest.approx(values_of(group.actor), abs=1e-6)
     after = [float(value[0]) for value in await group.answering.values(QUERIES)]
     assert after == pytest.approx(values_of(group.actor), abs=1e-6)
-    assert len(set(after)) == 2
+    assert len({round(value, 6) for value in after}) == 2  # how questions are batched moves the last bit
     assert "values" not in group.actor.calls  # its time is for learning
 
 
