@@ -27,11 +27,12 @@ install() {
   local ended=0
   if [ -t 1 ]; then
     show_progress &
-    trap 'kill %1 2>/dev/null || true' EXIT
+    watcher=$!
+    trap 'kill "$watcher" 2>/dev/null || true' EXIT
   fi
   .venv/bin/python -m pip install --disable-pip-version-check "$@" -e ".[dev,lora,models,tensorboard]" >"$log" 2>&1 || ended=$?
   if [ -t 1 ]; then
-    kill %1
+    kill "$watcher"
     printf '\r\033[K'
   fi
   return "$ended"
