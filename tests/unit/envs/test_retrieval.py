@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from envs.multihop.qa_files import QaFiles
 from envs.multihop.retrieval import BM25Retriever, HttpRetriever, Passage
 from envs.transient import retry_after_s
 from tests.support.paths import ROOT
+from trace_async.engines.servers.server import free_port
 from trace_async.env import EnvError
 
 PASSAGES = (
@@ -235,9 +235,7 @@ async def test_no_server_at_all() -> None:
 
 
 def test_one_client_serves_one_event_loop_after_another() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     client = HttpRetriever(f"http://127.0.0.1:{port}/retrieve", cache_size=0)
 
     async def ask() -> tuple[Passage, ...]:

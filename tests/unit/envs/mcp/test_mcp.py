@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from envs.mcp.domain import Mcp
 from tests.support.paths import ROOT
 from tests.support.scripted_policy import TOKENIZER, ScriptedPolicy, grow_tree, says
 from trace_async.config import ConfigError
+from trace_async.engines.servers.server import free_port
 from trace_async.method.anchors import Anchor
 from trace_async.rollout.expansion import Expansion
 from trace_async.trees.tree import RolloutTree
@@ -129,9 +129,7 @@ async def test_answers_are_cut_and_endless_rollouts_end(make: Make):
 
 
 async def test_a_server_over_http_serves_as_well(make: Make):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = await asyncio.create_subprocess_exec(*COMMAND, str(port), stderr=asyncio.subprocess.DEVNULL)
     try:
         async with asyncio.timeout(60):
