@@ -155,10 +155,9 @@ class LearnerGroup:
             ).remote(self._config, str(self._policy_path), rank)
             for rank in range(learner.num_ranks)
         ]
-        if learner.num_ranks == 1:
-            await self._all("build")
-            return
-        (meeting_point,) = await self._wait("start", [self._ranks[0].meeting_point.remote()])
+        meeting_point = ()
+        if learner.num_ranks > 1:
+            (meeting_point,) = await self._wait("start", [self._ranks[0].meeting_point.remote()])
         await self._all("build", *meeting_point)
 
     async def update(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
