@@ -116,9 +116,16 @@ class Sandbox:
             self._starting = asyncio.ensure_future(self._start())
         try:
             return await asyncio.shield(self._starting)  # whoever stops waiting does not stop the others
-        except (OSError, RuntimeError) as error:
-            self._starting = None
-            raise EnvError(f"the sandbox cannot start: {error}") from error
+        except (
+            OSError,
+            RuntimeError,
+            LookupError,
+        ) as error:  # LookupError: its program is sought in vain, in a package
+            self._starting = None  # that was installed near the root of the disk (seen: IndexError)
+            raise EnvError(
+                f"the sandbox cannot start: {type(error).__name__}: {error}; the program `monty`, which pip installs "
+                "with pydantic-monty, must be on the PATH or named by MONTY_BIN"
+            ) from error
 
     async def _start(self) -> AsyncMonty:
         pool = AsyncMonty(

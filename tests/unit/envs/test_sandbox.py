@@ -152,6 +152,19 @@ async def test_a_killed_worker_is_our_failure_and_the_next_snippet_works() -> No
     await box.close()
 
 
+async def test_a_sandbox_without_its_program_says_what_is_missing(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(**_: object) -> None:
+        raise IndexError(4)  # what pydantic-monty 1.4 says where it lies near the root of the disk
+
+    with monkeypatch.context() as patched:
+        patched.setattr("envs.math.sandbox.AsyncMonty", missing)
+        with pytest.raises(EnvError, match=r"cannot start: IndexError: 4; the program `monty`.*MONTY_BIN"):
+            await sandbox.run("1", None)
+    assert (await sandbox.run("1", None)).output == "1"
+
+
 async def test_waiting_for_a_worker_ends_as_our_failure() -> None:
     box = Sandbox(SandboxLimits(seconds=2, num_workers=1, wait_s=0.1))
     busy = asyncio.create_task(box.run("while True: pass", None))
