@@ -120,10 +120,13 @@ async def _run_all(
             if not await _run_cell(plan, cell, trainer, parent, limit_s):
                 failed.append(cell.name)
 
-    # The first run goes alone: it builds the start policy that the others find in the cache.
-    await one(waiting[0])
+    first = waiting[0]
+    if not plan.comparison.run_config(first.method, first.seed).policy.path:
+        # It goes alone, since it builds the start policy that the others find in the cache.
+        await one(first)
+        waiting = waiting[1:]
     async with asyncio.TaskGroup() as group:
-        for cell in waiting[1:]:
+        for cell in waiting:
             group.create_task(one(cell))
     return failed
 

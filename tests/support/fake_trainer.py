@@ -1,7 +1,7 @@
 """Stands in for `trace-async train` in tests of the comparison: same arguments, same files, invented figures.
 
 With FAKE_TRAINER_DIES=<run name> the run ends half-way with status 1, the first time; FAKE_TRAINER_HANGS=<run name>: it
-waits for ever.
+waits for ever; FAKE_TRAINER_WAITS="<run name> <other>": it waits until the other has begun.
 """
 
 import argparse
@@ -35,6 +35,9 @@ def main() -> int:
     )
     if os.environ.get("FAKE_TRAINER_HANGS") == config.name:
         time.sleep(600)
+    waits, _, other = os.environ.get("FAKE_TRAINER_WAITS", "").partition(" ")
+    while waits == config.name and not (run_dir.parent / other).is_dir():
+        time.sleep(0.05)
     return train(config, run_dir, resumed=args.resume is not None)
 
 

@@ -140,6 +140,16 @@ def test_a_run_that_hangs_is_stopped(make_plan: Callable[..., Plan], monkeypatch
     assert {cell.name: plan.status(cell) for cell in plan.cells()} == {"grpo-s0": "begun", "trace-s0": "done"}
 
 
+def test_the_first_run_goes_alone_only_where_it_builds_the_start_policy(
+    make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRAINER_WAITS", "grpo-s0 trace-s0")
+    alone = make_plan("seeds=[0]", "name=alone")
+    assert run_cells(alone, FAKE, parallel=2, limit_s=15) == ["grpo-s0"]
+    given = make_plan("seeds=[0]", "overrides=[policy.path=/given]")
+    assert run_cells(given, FAKE, parallel=2, limit_s=60) == []
+
+
 def test_a_run_of_other_settings_is_not_taken_for_this_one(make_plan: Callable[..., Plan]) -> None:
     plan = make_plan("seeds=[0]")
     assert run_cells(plan, FAKE, parallel=1, limit_s=60) == []
