@@ -6,7 +6,7 @@
 Time is one forward, loss and backward over the same trees (no Ray, no DeepSpeed, no optimizer step); on the CPU that
 of one thread's own work, so that a busy machine matters less. Flat and packed take turns within one run; quote ratios.
 On CUDA the model is Qwen3-0.6B in shape and bf16; on the CPU a small Qwen3 in fp32. Weights are random.
-It needs torch and transformers alone, so that it also runs on a borrowed GPU machine without the rest.
+It needs torch, transformers and pydantic alone, so that it also runs on a borrowed GPU machine without the rest.
 """
 
 import argparse
