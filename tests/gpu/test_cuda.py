@@ -79,7 +79,8 @@ def test_the_predictor_learns_and_answers_as_on_the_cpu(tiny_policy_path):
 
 
 @pytest.mark.timeout(300)
-def test_a_run_with_all_parts_on_one_gpu(tiny_policy_path: Path, tmp_path: Path):
+@pytest.mark.parametrize("trunk", ["own", "policy"])
+def test_a_run_with_all_parts_on_one_gpu(trunk: str, tiny_policy_path: Path, tmp_path: Path):
     settings = [
         "env.name=tests.support.parity_domain:Parity",
         f"policy.path={tiny_policy_path}",
@@ -91,6 +92,7 @@ def test_a_run_with_all_parts_on_one_gpu(tiny_policy_path: Path, tmp_path: Path)
         "budget.root_rollouts=32",
         "budget.pool_size=24",
         "eval.num_tasks=20",
+        f"predictor.trunk={trunk}",
     ]
     command = [sys.executable, "-m", "scripts.cli", "train", *settings]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)

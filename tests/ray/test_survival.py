@@ -135,7 +135,7 @@ async def test_each_kind_of_process_is_killed_in_each_phase_and_the_run_ends_who
     )
     state = await trainer.run()
     assert killer.left == []
-    assert (state.num_updates, state.policy_version) == (24, 24)
+    assert state.num_updates == 24
     state.ledger.check(waiting=0, in_flight_roots=0)
     assert (tmp_path / "policy" / "model.safetensors").is_file()
     # Only a rank's loss takes the run back: nobody but it holds the optimizer's state.
