@@ -116,12 +116,9 @@ class Sandbox:
             self._starting = asyncio.ensure_future(self._start())
         try:
             return await asyncio.shield(self._starting)  # whoever stops waiting does not stop the others
-        except (
-            OSError,
-            RuntimeError,
-            LookupError,
-        ) as error:  # LookupError: its program is sought in vain, in a package
-            self._starting = None  # that was installed near the root of the disk (seen: IndexError)
+        except (OSError, RuntimeError, LookupError) as error:
+            # IndexError: pydantic-monty seeks its program in vain, and lies near the root of the disk.
+            self._starting = None
             raise EnvError(
                 f"the sandbox cannot start: {type(error).__name__}: {error}; the program `monty`, which pip installs "
                 "with pydantic-monty, must be on the PATH or named by MONTY_BIN"
