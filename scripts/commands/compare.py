@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy report and figures there, to commit them")
     parser.add_argument("--methods", metavar="NAME,…", help="only these")
     parser.add_argument("--kept", type=Path, metavar="DIR", help="figures kept there count as finished runs")
-    parser.add_argument("overrides", nargs="*", metavar="name=value", help="such as seeds=[0,1,2,3,4]")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="name=value",
+        help="such as seeds=[0,1,2,3,4], or a setting of every run: policy.path=DIR",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

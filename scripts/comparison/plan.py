@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,25 @@ class Comparison:
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
-    """From YAML and `name=value` overrides. `base` is relative to the file. Raises ConfigError."""
+    """From YAML and `name=value` overrides. `base` is relative to the file. Raises ConfigError.
+
+    What is no setting of the comparison, such as `policy.path=DIR`, holds for every run, before its method's own.
+    """
     path = find_config(path)
+    own = {entry.name for entry in fields(Comparison)}
+    of_runs = [override for override in overrides if re.split(r"[.=]", override, maxsplit=1)[0] not in own]
+    if any(override.startswith("seed=") for override in of_runs):
+        raise ConfigError(f"{path}: a run's seed comes from the comparison: seeds=[0,1,2]")
+    of_comparison = [override for override in overrides if override not in of_runs]
     try:
         merged = OmegaConf.merge(
-            OmegaConf.structured(Comparison), OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+            OmegaConf.structured(Comparison), OmegaConf.load(path), OmegaConf.from_dotlist(of_comparison)
         )
         comparison = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: {str(error).strip()}") from error
     assert isinstance(comparison, Comparison)
+    comparison = replace(comparison, overrides=[*comparison.overrides, *of_runs])
     if comparison.base:
         comparison = replace(comparison, base=os.path.normpath(path.parent / comparison.base))
     for method in comparison.methods:

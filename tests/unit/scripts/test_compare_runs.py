@@ -278,6 +278,14 @@ def test_the_comparison_of_engines_differs_in_nothing_but_the_engine() -> None:
         assert replace(config, engine=replace(config.engine, backend="torch")) == runs["torch"]
 
 
+def test_what_is_no_setting_of_the_comparison_holds_for_every_run(make_plan: Callable[..., Plan]) -> None:
+    comparison = make_plan("seeds=[3]", "budget.pool_size=48", "eval.num_tasks=7").comparison
+    assert comparison.seeds == [3]
+    for method, stage1 in (("grpo", "uniform"), ("trace", "beta")):
+        config = comparison.run_config(method, 3)
+        assert (config.budget.pool_size, config.eval.num_tasks, config.budget.stage1) == (48, 7, stage1)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -288,6 +296,7 @@ def test_the_comparison_of_engines_differs_in_nothing_but_the_engine() -> None:
         ("max_generated_tokens=0", "must be > 0"),
         ("max_generated_token=5", "max_generated_token"),
         ("name=a/b", "letters, digits"),
+        ("seed=1", r"seeds=\[0,1,2\]"),
         ("overrides=[eval.temperatures=[1.0]]", "did not find expected"),
         ("methods.bad.overrides=[budget.stage1=best]", "(?s)method bad: .*stage1"),
     ],
