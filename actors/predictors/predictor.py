@@ -20,7 +20,9 @@ from trace_async.trees.tree import RolloutTree
 from trace_async.types import PrefixQuery
 from trace_async.weights import WeightBucket, WeightManifest, WeightUpdate
 
-MAX_RESTARTS = 5
+TASK_RETRIES = 5
+"""How often one call is made again on a process that was started anew. A process may be lost any number of times in a
+run, but a call that kills it each time (for lack of memory, say) fails after these."""
 
 
 class PredictorActor:
@@ -163,7 +165,7 @@ def remote_predictor(config: Config, policy_path: str, checkpoints: str, *, lear
     actor = ray.remote(
         num_cpus=config.predictor.num_threads,
         num_gpus=config.actors.predictor_gpus,
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
+        max_restarts=-1,
+        max_task_retries=TASK_RETRIES,
     )(PredictorActor)
     return actor.remote(config, policy_path, checkpoints, learns=learns)
