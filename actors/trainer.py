@@ -20,16 +20,15 @@ import logging
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import ray
 
 from actors.admission import Admission
 from actors.calls import CallError
 from actors.evaluation import Evaluations, Moment
-from actors.generators.generator import GeneratorStats
+from actors.figures import Clock, RunFigures
 from actors.generators.pool import GeneratorPool
 from actors.generators.scaling import Scaling
 from actors.learner import DeltaRef
@@ -50,7 +49,6 @@ from trace_async.trees.tree import RolloutTree
 from trace_async.types import Task
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 OnMetrics = Callable[[int, Mapping[str, float], Sequence[RolloutTree]], None]
 OnRollback = Callable[[int, BaseException], None]
@@ -76,26 +74,6 @@ class StopRequestedError(Exception):
     def __init__(self, checkpoint: Path | None) -> None:
         super().__init__(f"stopped on request; the newest checkpoint is {checkpoint}")
         self.checkpoint = checkpoint
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds spent per phase since the last `read`; what goes on now is in RUN/phases.json."""
-
-    doing: Phases
-    phases: dict[str, float] = field(default_factory=dict)
-
-    async def time(self, phase: str, work: Awaitable[T]) -> T:
-        start = time.monotonic()
-        try:
-            with self.doing.during(phase):
-                return await work
-        finally:
-            self.phases[phase] = self.phases.get(phase, 0.0) + time.monotonic() - start
-
-    def read(self) -> dict[str, float]:
-        phases, self.phases = self.phases, {}
-        return {f"time/{phase}_s": seconds for phase, seconds in phases.items()}
 
 
 class Trainer:
@@ -148,6 +126,7 @@ class Trainer:
             faults=self.faults,
             doing=self.doing.during,
         )
+        self.figures = RunFigures(self.parts, self.admission, self.clock, self.faults)
         self.scaling = Scaling(self.config, self.parts.pool, self.run_dir, on_change=self.on_resize)
         self.evaluations = Evaluations(
             self.config,
@@ -162,7 +141,6 @@ class Trainer:
         self._started = False
         self._saved_updates = -1
         self._updates_in_session = 0
-        self._stats_before: dict[str, GeneratorStats] = {}
         self._between_updates.set()
 
     @property
@@ -225,14 +203,14 @@ class Trainer:
     async def _train(self, checkpoint: Path | None) -> None:
         if self.pace is not None:
             self.pace.started()
-            self._stats_before = await self.pool.stats()
+            await self.figures.begin()
             await self._train_and_evaluate()
             return
         if checkpoint is None:
             await self._evaluate_and_wait()
         else:
             self.evaluations.resume()
-            self._stats_before = await self.pool.stats()
+            await self.figures.begin()
         if self.evaluations.due(self.state.num_updates):
             await self._evaluate_and_wait()  # the run ended between this checkpoint and its evaluation
         await self._train_and_evaluate()
@@ -305,7 +283,7 @@ class Trainer:
         step_s = time.monotonic() - started
         finite = not learned.get("learner/skipped_steps")
         self.admission.account(trees, updated=updated, finite=finite, elapsed_s=step_s)
-        metrics = tree_metrics(trees, version) | learned | predicted | await self._run_metrics(step_s)
+        metrics = tree_metrics(trees, version) | learned | predicted | await self.figures.of_update(step_s)
         self.on_metrics(self.state.num_updates, metrics, trees)
         await self.scaling.after_update(self.state.num_updates, metrics)
 
@@ -328,46 +306,7 @@ class Trainer:
             serves = await self.parts.predictor.receive_weights(weights)
             assert serves == version, f"the predictor reads with version {serves}, not {version}"
 
-    # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _run_metrics(self, step_s: float) -> dict[str, float]:
-        stats, router = await asyncio.gather(self.pool.stats(), self.prompts.router_stats())
-        phases = self.clock.read()
-        ledger = self.state.ledger
-        estimate_s, self.admission.estimate_s = self.admission.estimate_s, 0.0
-        return (
-            phases
-            | self.admission.market.metrics()
-            | self.faults.read()
-            | {
-                "time/step_s": step_s,
-                "time/estimate_s": estimate_s,
-                "time/elapsed_s": self.state.elapsed_s,
-                "idle/learner_share": phases.get("time/wait_for_trees_s", 0.0) / step_s,
-                "idle/generator_share": self._generator_idle_share(stats),
-                "generators/ready": float(len(self.pool.ready)),
-                "generators/target": float(self.pool.target),
-                "generators/lent": float(len(self.pool.lent)),
-                "generators/lost": float(self.pool.num_lost),
-                "generators/requests_running": float(sum(s.health.num_running for s in stats.values())),
-                "generators/requests_waiting": float(sum(s.health.num_waiting for s in stats.values())),
-                "generators/prompts_moved": float(router.num_moved),
-                "generators/requests_retried": float(router.num_retried),
-                "tokens/generated_total": float(self.state.generated_tokens),
-                "budget/failed_rollouts": float(sum(ledger.failed.values())),
-                "budget/lost_candidates": float(sum(self.state.lost_candidates.values())),
-                "budget/filtered_rollouts": float(sum(ledger.filtered.values())),
-                "budget/trained_rollouts": float(sum(ledger.trained.values())),
-            }
-        )
-
-    def _generator_idle_share(self, stats: Mapping[str, GeneratorStats]) -> float:
-        """Of the seconds since the last update or evaluation, the share in which generators had no request."""
-        before, self._stats_before = self._stats_before, dict(stats)
-        known = [(s, before[name]) for name, s in stats.items() if name in before]
-        busy = sum(now.busy_s - then.busy_s for now, then in known)
-        alive = sum(now.alive_s - then.alive_s for now, then in known)
-        return 1 - busy / alive if alive > 0 else 0.0
+    # ── evaluations ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _moment(self) -> Moment:
         state = self.state
@@ -377,7 +316,7 @@ class Trainer:
         """Evaluate on all generators, while training waits."""
         await self.evaluations.finish()
         await self.evaluations.play(self._moment())
-        self._stats_before = await self.pool.stats()
+        await self.figures.begin()
 
     async def evaluate(self) -> dict[str, float]:
         """Held-out success of the current weights, at every temperature of `eval.temperatures`. Updates must wait."""
