@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 
 from envs.agent.env import AgentEnv
-from envs.contract import Finding
+from envs.contract.plays import Finding
 from trace_async.env import Domain, EnvError, ReplayDivergedError
 from trace_async.types import Json, Prompt, StepResult, Task
 

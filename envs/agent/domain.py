@@ -13,7 +13,7 @@ from envs.agent.runners.fork_runner import ForkRunner
 from envs.agent.runners.runner import CommandRunner, FunctionRunner, Runner
 from envs.agent.session import Session
 from envs.agent.verifier import CommandVerifier, FunctionVerifier
-from envs.contract import Finding
+from envs.contract.plays import Finding
 from envs.lazy_tasks import hold_out
 from trace_async.config import ConfigError
 from trace_async.run.dataset import read_rows

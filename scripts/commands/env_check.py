@@ -4,7 +4,7 @@ import argparse
 import time
 
 from envs import BUILT_IN, load_domain
-from envs.contract import check_domain
+from envs.contract.check import check_domain
 from trace_async.config import load_config
 from trace_async.printable import printable
 

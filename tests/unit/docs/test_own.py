@@ -12,7 +12,7 @@ from docs.own.advantage import LeaveOneOut
 from docs.own.allocation import Band, LastTurnsOfFailures
 from docs.own.data import Questions
 from docs.own.model import make_policy
-from envs.contract import check_domain
+from envs.contract.check import check_domain
 from tests.support.paths import ROOT
 from trace_async.config import Config, ConfigError, load_config
 from trace_async.engines import make_engine

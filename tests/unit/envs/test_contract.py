@@ -1,5 +1,6 @@
 """`env check`: good environments pass, and each broken promise is found and named."""
 
+import asyncio
 import copy
 import importlib.util
 import json
@@ -12,8 +13,10 @@ from random import Random
 
 import pytest
 
-from envs import contract, load_domain
-from envs.contract import Finding, check_domain
+from envs import load_domain
+from envs.contract import plays
+from envs.contract.check import check_domain
+from envs.contract.plays import Finding
 from envs.example import GuessEnv, GuessNumber
 from envs.functions.domain import Functions
 from envs.gymnasium_adapter import Gymnasium
@@ -22,6 +25,7 @@ from envs.mixed import Mixed
 from envs.multihop.domain import MultiHop
 from envs.multihop.qa_files import QaFiles
 from scripts.cli import main
+from tests.support.paths import ROOT
 from trace_async.config import ConfigError, EnvConfig
 from trace_async.env import Domain, EnvError
 from trace_async.types import Message, Prompt, StepResult, Task
@@ -136,7 +140,7 @@ class Leaking(GuessEnv):
 
 class Hanging(GuessEnv):
     async def step(self, action: str, *, truncated: bool = False) -> StepResult:
-        await contract.asyncio.sleep(3600)
+        await asyncio.sleep(3600)
         return await super().step(action)
 
 
@@ -170,7 +174,7 @@ def test_broken_promises_are_named(env: type[GuessEnv], problem: str) -> None:
 
 
 def test_a_step_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "_STEP_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(plays, "_STEP_TIMEOUT_S", 0.01)
     assert "takes longer than 0.01 s" in errors(Broken(Hanging))
 
 
@@ -250,7 +254,7 @@ def test_a_module_in_the_working_directory_is_found_and_its_faults_told(
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
-    example = Path(contract.__file__).with_name("example.py").read_text()
+    example = (ROOT / "envs" / "example.py").read_text()
     (tmp_path / "my_game.py").write_text(example.replace("GuessNumber", "MyGame"))
     assert main(["env", "check", "my_game:MyGame", "--tasks", "1"]) == 0
     assert "my_game:MyGame keeps the contract" in capsys.readouterr().out
@@ -331,6 +335,6 @@ def test_gymnasium_settings_are_named() -> None:
 
 
 def test_the_example_fits_the_readme() -> None:
-    source = Path(contract.__file__).with_name("example.py").read_text()
+    source = (ROOT / "envs" / "example.py").read_text()
     code = [line for line in source.split('"""', 2)[2].splitlines() if line.strip()]
     assert len(code) <= 45

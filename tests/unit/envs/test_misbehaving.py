@@ -2,8 +2,9 @@
 
 import pytest
 
-from envs import contract
-from envs.contract import Finding, check_domain
+from envs.contract import plays
+from envs.contract.check import check_domain
+from envs.contract.plays import Finding
 from tests.support.misbehaving import RELEASED, Misbehaving
 from trace_async.config import load_config
 
@@ -62,7 +63,7 @@ def test_what_is_put_right_is_a_warning(mode: str, words: str) -> None:
 
 @pytest.mark.parametrize("mode", ["init_hangs", "step_hangs", "fork_hangs", "close_hangs", "step_swallows"])
 def test_what_hangs_is_found_once_and_ends_the_check(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "_STEP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(plays, "_STEP_TIMEOUT_S", 0.2)
     monkeypatch.setattr("trace_async.rollout.guard.STOP_GRACE_S", 0.1)
     RELEASED.clear()
     found = findings(mode)

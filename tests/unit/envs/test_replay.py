@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from envs.contract import check_domain
+from envs.contract.check import check_domain
 from envs.example import GuessEnv, GuessNumber
 from envs.gymnasium_adapter import Gymnasium
 from envs.replay import ReplayEnv

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from envs import load_domain
-from envs.contract import check_domain
+from envs.contract.check import check_domain
 from envs.text_worlds.env import TextWorldEnv, WorldSettings, parse_command
 from envs.text_worlds.pool import Game, Seen, SimulatorPool
 from envs.text_worlds.scienceworld import in_order

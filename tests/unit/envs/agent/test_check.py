@@ -9,7 +9,7 @@ import pytest
 
 from envs.agent.check import tool_turns
 from envs.agent.domain import Agent
-from envs.contract import check_domain
+from envs.contract.check import check_domain
 from tests.support.agents import TOOL
 from trace_async.types import Message, Prompt, Task
 
