@@ -50,18 +50,18 @@ class _Check:
         self._num_tasks = num_tasks
         self._rng = Random(seed)
         self._player = Player(domain, self._rng, settings)
-        self._note = self._player.note
+        self._report = self._player.report
 
     async def run(self) -> list[Finding]:
         tasks: list[Task] = []
         try:
             tasks = self._check_tasks()
         except BrokenError as error:
-            self._note("error", str(error))
+            self._report("error", str(error))
         try:
             await self._check_plays(tasks)
         except HangsError:
-            self._note("warning", "the rest was not tried: what hangs once would hold up the check for long")
+            self._report("warning", "the rest was not tried: what hangs once would hold up the check for long")
         close = getattr(self._domain, "close", None)
         if close is not None:
             with contextlib.suppress(HangsError):  # nothing comes after it
@@ -88,11 +88,11 @@ class _Check:
         try:
             await check
         except BrokenError as error:
-            self._note("error", f"{what}: {error}")
+            self._report("error", f"{what}: {error}")
             if isinstance(error, HangsError):
                 raise
         except EnvError as error:
-            self._note("error", f"{what}: the environment itself broke down: {error}")
+            self._report("error", f"{what}: the environment itself broke down: {error}")
 
     def _check_tasks(self) -> list[Task]:
         """Check the lists of tasks. Returns a sample of both splits."""
@@ -103,9 +103,9 @@ class _Check:
         known: dict[str, str] = {}
         for split in ("train", "heldout"):
             tasks = called(f"tasks({split!r})", partial(self._domain.tasks, split), Sequence)
-            self._note("info", f"{len(tasks)} tasks in {split}")
+            self._report("info", f"{len(tasks)} tasks in {split}")
             if not len(tasks):
-                self._note("error", f"the split {split} has no tasks")
+                self._report("error", f"the split {split} has no tasks")
                 continue
             some = [tasks[i] for i in self._rng.sample(range(len(tasks)), min(len(tasks), 200))]
             for task in some:
@@ -114,20 +114,20 @@ class _Check:
             again = self._domain.tasks(split)
             first = range(min(20, len(tasks)))
             if len(again) != len(tasks) or any(_shown(tasks[i]) != _shown(again[i]) for i in first):
-                self._note("error", f"tasks({split!r}) gives other tasks the second time")
+                self._report("error", f"tasks({split!r}) gives other tasks the second time")
             for task in some:
                 shown = shown_task(task)
                 own = [shown.id] + ([repr(shown.data)] if shown.data else [])
                 if any(known.setdefault(name, split) != split for name in own):
-                    self._note("error", f"task {one_line(shown.id)} is in train and in heldout")
+                    self._report("error", f"task {one_line(shown.id)} is in train and in heldout")
             if len({shown_task(task).id for task in some}) < len(some):
-                self._note("error", f"two tasks of {split} have the same id")
+                self._report("error", f"two tasks of {split} have the same id")
             sample += some[: self._num_tasks]
         try:
             for note in load_splits(self._domain).notes:
-                self._note("warning", note)
+                self._report("warning", note)
         except ConfigError as error:
-            self._note("error", str(error))
+            self._report("error", str(error))
         return sample
 
     async def _check_task(self, task: Task) -> None:
@@ -171,14 +171,14 @@ class _Check:
         for odd in _ODD_TEXTS:
             play = await self._player.play(task, [odd], truncated=odd == "done")
             if play.reward:
-                self._note("error", f"task {task.id}: the turn {odd[:20]!r} alone is rewarded with {play.reward}")
+                self._report("error", f"task {task.id}: the turn {odd[:20]!r} alone is rewarded with {play.reward}")
         env = self._player.make_env(task)
         play = await self._player.init(env)
         await self._player.go_on(env, [self._rng.choice(_ODD_TEXTS[:9]) for _ in range(_MAX_TURNS)], play)
         for _ in range(2):
             await self._player.awaited("close", env.close)
         if play.reward is None:
-            self._note(
+            self._report(
                 "error", f"task {task.id}: not over after {_MAX_TURNS} useless turns; end it after a number of turns"
             )
 
@@ -188,9 +188,9 @@ class _Check:
         ]
         share = sum(bool(reward) for reward in lucky) / len(lucky)
         if share > 0.05:
-            self._note("error", f"random turns are rewarded in {share:.0%} of the plays")
+            self._report("error", f"random turns are rewarded in {share:.0%} of the plays")
         if not isinstance(self._domain, Demonstrator):
-            self._note("info", "no demonstrations: needs a policy from policy.path")
+            self._report("info", "no demonstrations: needs a policy from policy.path")
             return
         shown = []
         for task in tasks:
@@ -198,20 +198,20 @@ class _Check:
                 turns = self._player.demonstrate(task, Random(seed))
                 play = await self._player.play(task, turns)
                 if play.reward is None or len(play.results) != len(turns):
-                    self._note("error", f"task {task.id}: a demonstration does not end with the task")
+                    self._report("error", f"task {task.id}: a demonstration does not end with the task")
                 shown.append(play.reward or 0.0)
         mean = sum(shown) / len(shown)
-        self._note("info", f"demonstrations are rewarded with {mean:.2f} on average")
+        self._report("info", f"demonstrations are rewarded with {mean:.2f} on average")
         if mean == 0:
-            self._note("error", "no demonstration is ever rewarded: is the verifier right?")
+            self._report("error", "no demonstration is ever rewarded: is the verifier right?")
         elif mean == 1:
-            self._note("warning", "every demonstration succeeds: a policy taught by them has little left to learn")
+            self._report("warning", "every demonstration succeeds: a policy taught by them has little left to learn")
 
     def _check_leaks(self, before: dict[str, int]) -> None:
         for name, number in _resources().items():
             allowed = before[name] + 2
             if number > allowed:
-                self._note(
+                self._report(
                     "error",
                     f"{name} left open: {number}, after the first tasks {allowed - 2}; give them back in close()",
                 )
@@ -219,9 +219,9 @@ class _Check:
     def _check_time(self) -> None:
         if self._player.seconds:
             mean, worst = sum(self._player.seconds) / len(self._player.seconds), max(self._player.seconds)
-            self._note("info", f"a step takes {1000 * mean:.2f} ms on average, {1000 * worst:.1f} ms at most")
+            self._report("info", f"a step takes {1000 * mean:.2f} ms on average, {1000 * worst:.1f} ms at most")
             if mean > _SLOW_STEP_S:
-                self._note("warning", f"steps take {mean:.1f} s on average: rollouts will wait for the environment")
+                self._report("warning", f"steps take {mean:.1f} s on average: rollouts will wait for the environment")
 
 
 def _shown(task: Task) -> str:

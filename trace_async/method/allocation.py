@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trace_async.method.knapsack import Cut, FloatArray, IntArray, Marginals, cut, hand_out, spend
+from trace_async.method.knapsack import Cut, FloatArray, IntArray, Marginals, cut, fill_in_order, spend
 
 _TOKEN_STEPS = 4096  # resolution of a budget in tokens
 
@@ -66,7 +66,7 @@ def allocate_roots(
             lambda items, width: _root_marginals(v[items], c[items], first, width),
             len(v), units - len(v) * min_rollouts, spare,
         )  # fmt: skip
-        return counts + hand_out(cap - counts, units - int(counts.sum()))
+        return counts + fill_in_order(cap - counts, units - int(counts.sum()))
 
     found = cut(lambda items, width: _root_envelope(v[items], c[items], width), len(v), units, cap)
     return _fill_bundles(found, units, cap)
@@ -102,10 +102,10 @@ def _fill_bundles(found: Cut, units: int, cap: int) -> IntArray:
     """Counts from the envelope's cut: prompts tied at the threshold are opened by twos, as many as the units allow."""
     left = units - int(found.above.sum())
     bundle = (found.above == 0) & (found.tied > 0)
-    opened = hand_out(2 * bundle.astype(np.int64), left - left % 2)
+    opened = fill_in_order(2 * bundle.astype(np.int64), left - left % 2)
     counts = found.above + opened
     room = np.where(counts > 0, found.tied - opened, 0)
-    counts = counts + hand_out(room, units - int(counts.sum()))
+    counts = counts + fill_in_order(room, units - int(counts.sum()))
     left = units - int(counts.sum())
     assert left in (0, 1)
     return _place_last_unit(found, counts, bundle) if left else counts

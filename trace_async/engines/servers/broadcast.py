@@ -44,14 +44,14 @@ class WeightBroadcast:
                 await self._join(join)
             assert self._group is not None
             names = sorted(tensors)
-            told: dict[str, Reply] = {
+            description: dict[str, Reply] = {
                 "group_name": self._name,
                 "names": names,
                 "dtypes": [str(tensors[name].dtype).removeprefix("torch.") for name in names],
                 "shapes": [list(tensors[name].shape) for name in names],
             }
             send = functools.partial(self._group.send, [tensors[name] for name in names])
-            _, reply = await _both(send, receive(told))
+            _, reply = await _both(send, receive(description))
             return reply
         except EngineError:
             await self.close()
@@ -75,14 +75,14 @@ class WeightBroadcast:
             timeout_s=self._timeout_s,
             listener=listener.detach(),
         )
-        told: dict[str, Reply] = {
+        description: dict[str, Reply] = {
             "port": port,
             "name": self._name,
             "world_size": world_size,
             "backend": backend,
             "timeout_s": self._timeout_s,
         }
-        self._group, _ = await _both(make, join(told))
+        self._group, _ = await _both(make, join(description))
 
     async def close(self) -> None:
         group, self._group = self._group, None

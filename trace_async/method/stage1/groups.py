@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trace_async.method.knapsack import FloatArray, IntArray, hand_out
+from trace_async.method.knapsack import FloatArray, IntArray, fill_in_order
 from trace_async.method.posterior import Estimates
 from trace_async.method.stage1.rule import Stage1Rule
 from trace_async.trees.tree import RolloutTree
@@ -62,11 +62,11 @@ class Thompson(Pcl):
 def groups(order: IntArray, budget: int, *, group: int, cap: int) -> IntArray:
     """Groups for the prompts in `order`, best first, until `budget` is spent or all have `cap`."""
     group = min(group, cap)
-    ranked = hand_out(np.full(len(order), group), budget)
+    ranked = fill_in_order(np.full(len(order), group), budget)
     # A lone rollout teaches nothing: it goes on top of a full group instead.
     if (lone := np.flatnonzero(ranked == 1)).size and group > 1 and cap > group and ranked[0] == group:
         ranked[lone] = 0
-    ranked = ranked + hand_out(cap - ranked, budget - int(ranked.sum()))
+    ranked = ranked + fill_in_order(cap - ranked, budget - int(ranked.sum()))
     counts = np.zeros(len(order), dtype=np.int64)
     counts[order] = ranked
     return counts

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trace_async.method.knapsack import FloatArray, IntArray, hand_out, spend
+from trace_async.method.knapsack import FloatArray, IntArray, fill_in_order, spend
 from trace_async.method.posterior import Estimates
 from trace_async.method.stage1.rule import Stage1Rule
 
@@ -27,4 +27,4 @@ class Vip(Stage1Rule):
 
         counts = np.zeros(estimates.size, dtype=np.int64)
         counts[:batch] = least + spend(savings, batch, num_roots - least * batch, cap - least)
-        return counts + hand_out(cap - counts, num_roots - int(counts.sum()))
+        return counts + fill_in_order(cap - counts, num_roots - int(counts.sum()))
