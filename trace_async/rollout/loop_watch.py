@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SLOW_S = 0.5
-"""A method that holds the loop for so long is reported about. Building a small index takes less, a request more."""
+"""A method that holds the loop for so long is reported. Building a small index takes less, a request more."""
 
 
 class LoopWatch:
