@@ -257,10 +257,11 @@ def report(name: str, rows: Sequence[Row], values: np.ndarray, seconds: float) -
 def variants(num_layers: int) -> Iterator[tuple[str, Variant]]:
     chosen = Variant(layers=(num_layers,))
     yield "chosen", chosen
-    for layer in range(1, num_layers + 1):
+    # Of a deep policy seven layers or so, or the table would have a row for each of thirty.
+    some = tuple(range(num_layers, 0, -max(1, num_layers // 6)))[::-1]
+    for layer in some:
         yield f"layer {layer}", replace(chosen, layers=(layer,), prompt_layers=(layer,))
-    every = tuple(range(1, num_layers + 1))
-    yield "all layers", replace(chosen, layers=every, prompt_layers=every)
+    yield f"{len(some)} layers together", replace(chosen, layers=some, prompt_layers=some)
     for pooled in POOLINGS:
         yield f"last {pooled} tokens", replace(chosen, pooled=pooled)
     yield "without features", replace(chosen, with_features=False)
@@ -270,7 +271,7 @@ def variants(num_layers: int) -> Iterator[tuple[str, Variant]]:
     yield "without turns of continuations", replace(chosen, with_continuations=False)
     for window in (8, 16):
         yield f"window of {window}", replace(chosen, window=window)
-    for l2 in (1.0, 30.0, 100.0):
+    for l2 in (1.0, 30.0, 100.0, 300.0, 1000.0):
         yield f"penalty {l2:g}", replace(chosen, l2=l2)
     yield "ridge", replace(chosen, head="ridge", l2=0.1)
     yield "mlp", replace(chosen, head="mlp", l2=0.03)
