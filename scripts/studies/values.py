@@ -1,7 +1,9 @@
 """Compare ways to read V(H) from the policy's states, on the recorded trees of a run.
 
-    trace-async train --config configs/quickstart/multihop.yaml tracking.trees_per_artifact=1000
+    trace-async train --config configs/quickstart/multihop.yaml checkpoint.every_updates=0
     python -m scripts.studies.values runs/quickstart --policy .cache/policies/…
+
+Without checkpoints between its updates a run keeps the schedule of all of them, with every tree.
 
 The learner is run again over the trees, update by update, which gives the weights of every version (its `mismatch_kl`
 says whether they are those of the run). The prefixes of each tree are read under the weights at which the tree began.
@@ -30,7 +32,7 @@ from trace_async.predictor.head import MARGIN, StateHead
 from trace_async.predictor.metrics import ValuedOutcomes
 from trace_async.predictor.questions import lay_out_queries
 from trace_async.predictor.targets import backed_up_targets, learnable
-from trace_async.trees.io import read_trees, tree_files
+from trace_async.run.schedule import Schedule
 from trace_async.trees.tree import ROOT, RolloutTree
 from trace_async.types import PrefixQuery
 
@@ -121,8 +123,12 @@ class Reader:
 
 def read_run(config: Config, run: Path, policy: Path) -> list[Row]:
     """Return all rows of the run; the learner is run over its trees for the weights."""
+    schedule = Schedule(run)
+    numbers = schedule.updates()
+    if numbers[:1] != [1]:
+        raise SystemExit(f"{run}/schedule does not begin with update 1: record a run with checkpoint.every_updates=0")
     learner, reader = Learner(config, policy), Reader(policy)
-    updates = [learnable(list(read_trees(file))) for file in tree_files(run)]
+    updates = [learnable(schedule.read_trees(number)) for number in numbers]
     waiting: dict[int, list[tuple[int, RolloutTree]]] = defaultdict(list)
     for update, trees in enumerate(updates, start=1):
         for tree in trees:
@@ -279,7 +285,7 @@ def variants(num_layers: int) -> Iterator[tuple[str, Variant]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder, recorded with tracking.trees_per_artifact=1000")
+    parser.add_argument("run", type=Path, help="a run's folder, recorded with checkpoint.every_updates=0")
     parser.add_argument("--policy", type=Path, required=True, help="the start policy of that run")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -47,21 +47,7 @@ def random_tree(
             if conversations and rng.random() < conversations:
                 nodes.append(context(parent))
                 parent = len(nodes) - 1
-            length = rng.randint(1, max_turn_tokens)
-            generated = rng.randint(1, length)
-            spans = [VersionSpan(0, rng.randint(policy_version - 2, policy_version))]
-            if generated > 2:
-                spans.append(VersionSpan(rng.randint(1, generated - 1), policy_version))
-            nodes.append(
-                Node(
-                    parent=parent,
-                    rollout=len(rollouts),
-                    token_ids=tuple(rng.randrange(vocab) for _ in range(length)),
-                    num_generated=generated,
-                    logprobs=tuple(rng.uniform(-5, -3) for _ in range(generated)),
-                    version_spans=tuple(spans),
-                )
-            )
+            nodes.append(_turn(rng, parent, len(rollouts), vocab, max_turn_tokens, policy_version))
             parent = len(nodes) - 1
         rollouts.append(Rollout(kind=kind, anchor=anchor, leaf=parent, reward=float(rng.random() < 0.5)))
 
@@ -73,3 +59,20 @@ def random_tree(
         if inner:
             write(rng.choice(inner), "continuation")
     return RolloutTree(task=TASK, nodes=tuple(nodes), rollouts=tuple(rollouts), policy_version_started=policy_version)
+
+
+def _turn(rng: random.Random, parent: int, rollout: int, vocab: int, max_turn_tokens: int, policy_version: int) -> Node:
+    """One turn of 1 … max_turn_tokens tokens, the first of them generated, by one version or two."""
+    length = rng.randint(1, max_turn_tokens)
+    generated = rng.randint(1, length)
+    spans = [VersionSpan(0, rng.randint(policy_version - 2, policy_version))]
+    if generated > 2:
+        spans.append(VersionSpan(rng.randint(1, generated - 1), policy_version))
+    return Node(
+        parent=parent,
+        rollout=rollout,
+        token_ids=tuple(rng.randrange(vocab) for _ in range(length)),
+        num_generated=generated,
+        logprobs=tuple(rng.uniform(-5, -3) for _ in range(generated)),
+        version_spans=tuple(spans),
+    )

@@ -22,32 +22,6 @@ def tree_payload(tree: RolloutTree, decode: Decode, credit: Sequence[float], *, 
     `credit` holds one number per node: the weight with which each of its generated tokens is trained. `stage2` is the
     name of the rule of Stage 2.
     """
-    after = backed_up_values(tree)
-    why = decisions(tree, stage2)
-    nodes: list[Json] = []
-    for view, node in zip(view_nodes(tree, decode, credit), tree.nodes, strict=True):
-        nodes.append(
-            {
-                "parent": view.parent,
-                "rollout": view.rollout,
-                "turn": view.turn,
-                "depth": tree.depths[view.index],
-                "context": view.is_context,
-                "value": _rounded(view.value),
-                "after": _rounded(after[view.index]),
-                "leaves": view.num_leaves,
-                "succeeded": view.num_succeeded,
-                "credit": _rounded(view.credit),
-                "tokens": [printable(piece) for piece in token_pieces(_generated(node), decode)],
-                "logprobs": [_rounded(value) for value in node.logprobs],
-                "versions": [[span.start, span.policy_version] for span in node.version_spans],
-                "seen": _text(view.observation),
-                "prompt_tokens": node.prompt_tokens,
-                "cached_tokens": node.cached_tokens,
-                "reward": _rounded(view.reward),
-                "why": why.get(view.index, ""),
-            }
-        )
     return {
         "task": printable(tree.task.id),
         "kind": printable(tree.task.kind),
@@ -75,8 +49,36 @@ def tree_payload(tree: RolloutTree, decode: Decode, credit: Sequence[float], *, 
             }
             for rollout in tree.rollouts
         ],
-        "nodes": nodes,
+        "nodes": _nodes(tree, decode, credit, stage2=stage2),
     }
+
+
+def _nodes(tree: RolloutTree, decode: Decode, credit: Sequence[float], *, stage2: str) -> list[Json]:
+    after = backed_up_values(tree)
+    why = decisions(tree, stage2)
+    return [
+        {
+            "parent": view.parent,
+            "rollout": view.rollout,
+            "turn": view.turn,
+            "depth": tree.depths[view.index],
+            "context": view.is_context,
+            "value": _rounded(view.value),
+            "after": _rounded(after[view.index]),
+            "leaves": view.num_leaves,
+            "succeeded": view.num_succeeded,
+            "credit": _rounded(view.credit),
+            "tokens": [printable(piece) for piece in token_pieces(_generated(node), decode)],
+            "logprobs": [_rounded(value) for value in node.logprobs],
+            "versions": [[span.start, span.policy_version] for span in node.version_spans],
+            "seen": _text(view.observation),
+            "prompt_tokens": node.prompt_tokens,
+            "cached_tokens": node.cached_tokens,
+            "reward": _rounded(view.reward),
+            "why": why.get(view.index, ""),
+        }
+        for view, node in zip(view_nodes(tree, decode, credit), tree.nodes, strict=True)
+    ]
 
 
 def backed_up_values(tree: RolloutTree) -> list[float | None]:
