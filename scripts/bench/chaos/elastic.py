@@ -19,8 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.cluster_utils import Cluster
-
 from scripts.bench.chaos.__main__ import SMALL
 from scripts.start_policy import ensure_policy
 from trace_async.config import load_config
@@ -106,6 +104,8 @@ def main() -> int:
     parser.add_argument("--updates", type=int, default=8, help="measured at each size")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 1])
     args = parser.parse_args()
+    from ray.cluster_utils import Cluster
+
     policy = ensure_policy(load_config(None, SMALL))
     folder = Path(tempfile.mkdtemp(prefix="elastic-"))
     run_dir = folder / "elastic"

@@ -154,7 +154,7 @@ def test_configs_of_real_models_fit(path):
     assert len(plan.nodes) == (4 if path.parent.name == "cluster" else 1)
     # Nothing of what was rented stands idle.
     rented = config.actors.gpus_per_node * len(plan.nodes)
-    assert rented == {"gpu_smollm2_multihop": 1}.get(config.name, 8 * len(plan.nodes))
+    assert rented == (1 if path.stem.startswith("smollm2") else 8 * len(plan.nodes))
     assert sum(process.count * process.gpus_each for process in plan.processes) == pytest.approx(rented, abs=1e-3)
 
 
