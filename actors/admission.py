@@ -41,22 +41,28 @@ class Prompts(Protocol):
     """What admission asks of the PromptActors; see `PromptGroup`."""
 
     async def run(self, ticket: int, prompt: PendingPrompt, task: Task) -> RolloutTree:
-        """The finished tree. Raises PromptLostError."""
+        """Return the finished tree. Raises PromptLostError when there is none."""
         ...
 
-    async def prompt_queries(self, tasks: Sequence[Task]) -> Sequence[PrefixQuery | LossKind]: ...
+    async def prompt_queries(self, tasks: Sequence[Task]) -> Sequence[PrefixQuery | LossKind]:
+        """Return the predictor's question about each task's prompt, or why it cannot be asked."""
+        ...
 
-    async def measure(self, tasks: Sequence[Task], count: int) -> Sequence[Sequence[float]]: ...
+    async def measure(self, tasks: Sequence[Task], count: int) -> Sequence[Sequence[float]]:
+        """Return the rewards of `count` rollouts of each task, fewer where some broke down."""
+        ...
 
 
 class Estimator(Protocol):
     """What admission asks of the predictor; see `Predictor`."""
 
-    async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates: ...
+    async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
+        """Return what is believed of each candidate prompt."""
+        ...
 
 
 class Admission:
-    """Awaits what the books ask for. `run` goes on beside the updates, which call `take` and `account`."""
+    """Carries out what the books ask for. `run` goes on beside the updates, which call `take` and `account`."""
 
     def __init__(
         self,
@@ -124,7 +130,7 @@ class Admission:
         """Draw candidates, estimate them, spend M root rollouts on them; the others are skipped for this round."""
         budget, number = self.config.budget, self.state.num_rounds
         rule = stage1_rule(budget, number)
-        # Once a pool, also where it is larger than the data or one pass over them ends in its midst.
+        # No task twice in one pool, even where the pool is larger than the data or runs over the end of a pass.
         tasks = self.iterator.pool(budget.pool_size)
         self._leave_out_refused(len(tasks))
         if not tasks:
@@ -160,7 +166,7 @@ class Admission:
             self.rounds.lose_candidates([LossKind.ENV] * len(refused), of=num_good + len(refused))
 
     async def _estimates(self, tasks: list[Task]) -> tuple[list[Task], Estimates]:
-        """The candidates that can be asked about, and what is believed of them; the others are left out and counted."""
+        """Return the candidates that can be asked about, and what is believed of them; the others are counted."""
         started = self._now()
         if self.config.budget.oracle_rollouts:
             rewards = await self.prompts.measure(tasks, self.config.budget.oracle_rollouts)
@@ -219,7 +225,10 @@ class Admission:
     # ── what the updates see ─────────────────────────────────────────────────────────────────────────────────────
 
     async def take(self) -> list[RolloutTree]:
-        """The trees of the next update; none when the budget is spent. NothingToLearnError when it leads nowhere."""
+        """Wait for the trees of the next update, and return them; none when the budget is spent.
+
+        Raises NothingToLearnError when the run leads nowhere.
+        """
         began = self._now()
         while not self.rounds.ready():
             if self.rounds.finished():
@@ -228,12 +237,14 @@ class Admission:
             self.rounds.check_worth(f"{self.log_dir} and in Ray's logs" + (f", such as: {example}" if example else ""))
             self._check_progress(began)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5.0):
+                async with asyncio.timeout(5.0):  # silence wakes nobody, so look for it every 5 s
                     await self._changed.wait()
         return self.rounds.take()
 
     def _check_progress(self, began: float) -> None:
-        """Prompts end or are given up within their limits, so silence for longer means that something hangs.
+        """Raise NothingToLearnError when no prompt has ended for too long.
+
+        Prompts end or are given up within their limits, so silence for longer means that something hangs.
 
         The clock starts with the first prompt, with the last that ended, or with this wait, whichever is latest.
         """
@@ -253,10 +264,11 @@ class Admission:
         self._notify()
 
     def snapshot(self) -> SavedTrainer:
+        """Return what a checkpoint keeps; see `Rounds.snapshot`."""
         return self.rounds.snapshot()
 
     def restore(self, saved: SavedTrainer) -> None:
-        """Go on from a snapshot, before `run`. ValueError when its tasks are not this run's."""
+        """Go on from a snapshot, before `run`. Raises ValueError when its tasks are not this run's."""
         self.iterator.load_state(saved.dataset)
         wanted = {p.task_id for p in saved.pending.values()} | {p.task_id for p in saved.planned}
         self._by_id |= self.iterator.find(wanted)
@@ -270,6 +282,6 @@ class Admission:
             await self._changed.wait()
 
     def _notify(self) -> None:
-        """Wakes whoever waits at this moment. All runs in one event loop: nothing changes between check and wait."""
+        """Wake whoever waits at this moment. All runs in one event loop: nothing changes between check and wait."""
         self._changed.set()
         self._changed = asyncio.Event()

@@ -43,9 +43,10 @@ class PromptLostError(CallError):
 
 
 async def ask(reply: Awaitable[Any], *, who: str, limit_s: float | None = None) -> Any:
-    """What the actor answers. `limit_s` None: for calls whose limit runs in the actor, from when they are served.
+    """Return what the actor answers.
 
-    Raises ActorLostError, CallTimeoutError, or what the method raised.
+    `limit_s`: seconds; None for calls whose limit runs in the actor, from when they are served. Raises ActorLostError,
+    CallTimeoutError, or what the method raised.
     """
     limit = asyncio.timeout(limit_s)
     try:
@@ -71,7 +72,7 @@ async def ask(reply: Awaitable[Any], *, who: str, limit_s: float | None = None) 
 
 
 async def ask_all(replies: Sequence[Awaitable[Any]], *, who: Sequence[str], limit_s: float) -> list[Any]:
-    """All answers in order, each a result or the error that `ask` or the method raised."""
+    """Return all answers in order, each a result or the error that `ask` or the method raised."""
     asked = (ask(reply, who=name, limit_s=limit_s) for reply, name in zip(replies, who, strict=True))
     return await asyncio.gather(*asked, return_exceptions=True)
 
@@ -84,6 +85,6 @@ def cancel(reply: Awaitable[Any]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Ray explains a death in a dozen lines; the first says what it was."""
+    """Return the first line of an error. Ray explains a death in a dozen lines; the first says what it was."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -52,21 +52,31 @@ class Moment:
 class Players(Protocol):
     """What an evaluation asks of the PromptActors; see `PromptGroup`."""
 
-    async def evaluate(self, tasks: Sequence[Task], wanted: HeldOut) -> Sequence[RolloutTree]: ...
+    async def evaluate(self, tasks: Sequence[Task], wanted: HeldOut) -> Sequence[RolloutTree]:
+        """Return one tree per task, in the order of the tasks."""
+        ...
 
 
 class Lender(Protocol):
     """What an evaluation asks of the pool; see `GeneratorPool`."""
 
     @property
-    def ready(self) -> Mapping[str, object]: ...
+    def ready(self) -> Mapping[str, object]:
+        """Return the generators that training has, by name."""
+        ...
 
     @property
-    def loan_lost(self) -> asyncio.Event: ...
+    def loan_lost(self) -> asyncio.Event:
+        """Return the event that is set when the last generator that was lent is gone."""
+        ...
 
-    async def lend(self, num_generators: int) -> int: ...
+    async def lend(self, num_generators: int) -> int:
+        """Lend up to so many generators until `take_back`. Returns how many."""
+        ...
 
-    async def take_back(self) -> None: ...
+    async def take_back(self) -> None:
+        """Give what was lent the current weights, and put it back to training."""
+        ...
 
 
 class Evaluations:
@@ -105,7 +115,7 @@ class Evaluations:
         self.newest = max(heldout, default=-1)
 
     def due(self, num_updates: int) -> bool:
-        """Whether a multiple of `eval.every_updates` has come since the newest evaluation."""
+        """Return whether a multiple of `eval.every_updates` has come since the newest evaluation."""
         every = self.config.eval.every_updates
         return bool(every) and num_updates // every > self.newest // every
 
@@ -151,7 +161,7 @@ class Evaluations:
         await self._begun.join()
 
     async def play(self, moment: Moment, *, share: float = 1.0) -> None:
-        """Evaluate and report the figures. `share`: of all generators, those that are there for it."""
+        """Evaluate and report the figures. `share`: how much of all generators is there for it."""
         figures = await self.figures(moment, share=share)
         self.report(moment.num_updates, figures)
         self.newest = moment.num_updates
@@ -195,14 +205,17 @@ class Evaluations:
 
 
 def _name_in(set_name: str, name: str) -> str:
-    """`heldout/success_t1.0` of the set `hotpot` → `eval/hotpot/success_t1.0`; the run's own set keeps its names."""
+    """Return a figure's name: `heldout/success_t1.0` of the set `hotpot` becomes `eval/hotpot/success_t1.0`.
+
+    The run's own set keeps its names.
+    """
     return f"eval/{set_name}/{name.removeprefix('heldout/')}" if set_name else name
 
 
 def _only_of(policy_version: int, tree: RolloutTree) -> RolloutTree:
     """Return the tree, without its rollouts if other weights wrote any of their tokens.
 
-    So it is with a PromptActor that hung and was not told of the loan. No such rollout may count for this version.
+    This happens when a PromptActor hung and was not told of the loan. No such rollout may count for this version.
     """
     if {span.policy_version for node in tree.nodes for span in node.version_spans} <= {policy_version}:
         return tree
@@ -210,7 +223,7 @@ def _only_of(policy_version: int, tree: RolloutTree) -> RolloutTree:
 
 
 async def evaluate_policy(config: Config, policy_path: Path, log_dir: Path) -> dict[str, float]:
-    """Held-out success of the policy in `policy_path`; needs Ray to be started."""
+    """Return the held-out figures of the policy in `policy_path`. Ray must be started."""
     tasks = heldout_tasks(config)
     prompts = PromptGroup(config, policy_path, predictor=None)
     pool = GeneratorPool(config, policy_path, log_dir, prompts.announce)

@@ -26,6 +26,7 @@ class Clock:
     phases: dict[str, float] = field(default_factory=dict)
 
     async def time(self, phase: str, work: Awaitable[T]) -> T:
+        """Await `work`, and count its seconds under `phase`."""
         start = time.monotonic()
         try:
             with self.doing.during(phase):
@@ -34,6 +35,7 @@ class Clock:
             self.phases[phase] = self.phases.get(phase, 0.0) + time.monotonic() - start
 
     def read(self) -> dict[str, float]:
+        """Return the seconds as figures `time/PHASE_s`, and start to count anew."""
         phases, self.phases = self.phases, {}
         return {f"time/{phase}_s": seconds for phase, seconds in phases.items()}
 
@@ -86,7 +88,7 @@ class RunFigures:
         )
 
     def _generator_idle_share(self, stats: Mapping[str, GeneratorStats]) -> float:
-        """Of the seconds since the last update or evaluation, the share in which generators had no request."""
+        """Return the share of the time since the last update or evaluation in which generators had no request."""
         before, self._stats_before = self._stats_before, dict(stats)
         known = [(s, before[name]) for name, s in stats.items() if name in before]
         busy = sum(now.busy_s - then.busy_s for now, then in known)

@@ -29,7 +29,7 @@ class DeltaRef:
 
 
 class LearnerRankError(CallError):
-    """Report that a learner rank died or did not answer in time; the message names it. The group must be closed."""
+    """A learner rank died or did not answer in time; the message names it. The group must be closed."""
 
 
 class LearnerRank:
@@ -45,7 +45,7 @@ class LearnerRank:
         self._delta: WeightDelta | None = None
 
     def __repr__(self) -> str:
-        """Under this name Ray's dashboard and logs show the actor."""
+        """Return the name under which Ray's dashboard and logs show the actor."""
         return f"{self._config.name} learner rank {self._rank}"
 
     def meeting_point(self) -> tuple[str, int]:
@@ -105,21 +105,25 @@ class LearnerRank:
         return (None, None) if delta is None else (delta.base_version, delta)
 
     def save(self, folder: str) -> None:
+        """Write this rank's share of a checkpoint into `folder`."""
         from trace_async.learner.state import save_learner
 
         save_learner(self._learner, Path(folder))
 
     def load(self, folder: str) -> None:
+        """Go on from what `save` wrote. Raises CheckpointError when it does not fit."""
         from trace_async.learner.state import load_learner
 
         load_learner(self._learner, Path(folder))
 
     def export(self, target: str) -> None:
+        """Write the current policy as a Hugging Face folder with LoRA merged."""
         from trace_async.learner.state import export_learner
 
         export_learner(self._learner, Path(target))
 
     def close(self) -> None:
+        """Leave the group of ranks."""
         from trace_async.learner.deepspeed import leave_ranks
 
         leave_ranks()
@@ -180,7 +184,7 @@ class LearnerGroup:
         return parts[0]
 
     async def checksum(self, weights: Sequence[ray.ObjectRef]) -> str:
-        """The checksum of what `weights` returned."""
+        """Return the checksum of what the method `weights` returned."""
         manifest: WeightManifest = await weights[-1]
         return manifest.checksum
 

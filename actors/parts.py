@@ -29,7 +29,7 @@ class Parts:
 
     @classmethod
     def make(cls, config: Config, run_dir: Path, policy_path: Path) -> "Parts":
-        """Nothing runs yet but the predictor's process, which takes longest to start."""
+        """Make the parts of a run. Nothing runs yet but the predictor, which takes longest to start."""
         checkpoints = run_dir / "checkpoints"
         predictor: Predictor | PredictorGroup
         if config.predictor.num_replicas or config.predictor_trunk == "policy":
@@ -44,14 +44,16 @@ class Parts:
         return cls(LearnerGroup(config, policy_path), predictor, prompts, pool)
 
     async def start(self) -> None:
-        """All of them ready. Raises what the first one that failed said."""
+        """Start all of them, and return when they are ready. Raises what the first one that failed said."""
         self.prompts.start()
         await asyncio.gather(self.pool.start(), self.learner.start(), self.predictor.ready())
 
     async def watch(self) -> None:
-        """Beside all that uses the parts, once they have started: generators and PromptActors that die or hang are
-        replaced, a predictor that was started anew is brought up to date. Ends only by an error of the watches
-        themselves."""
+        """Watch over the parts that have started, beside all that uses them.
+
+        Generators and PromptActors that die or hang are replaced; a predictor that was started anew is brought up to
+        date. This ends only by an error of the watches themselves.
+        """
         assert self.pool.watching is not None, "the pool starts its watch"
         watches = [asyncio.shield(self.pool.watching), self.prompts.watch()]
         if isinstance(self.predictor, PredictorGroup):
@@ -59,6 +61,7 @@ class Parts:
         await asyncio.gather(*watches)
 
     async def close(self) -> None:
+        """Stop everything. A part that does not close is only warned of, so that the others close too."""
         await asyncio.gather(_closed(self.pool.close()), _closed(self.learner.close()))
         self.prompts.close()
         self.predictor.close()

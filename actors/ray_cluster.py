@@ -111,7 +111,7 @@ def _require_listener(address: str) -> None:
 
 
 def _asks_for_token(address: str) -> bool:
-    """Whether the cluster wants to be shown a token: False only where its head answers one who shows none."""
+    """Return whether the cluster wants to be shown a token: False only where its head answers one who shows none."""
     if _host_and_port(address) is None:
         return True  # there is no telling
     with grpc.insecure_channel(address) as channel:
@@ -123,7 +123,7 @@ def _asks_for_token(address: str) -> bool:
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:
-    """The two parts of HOST:PORT; None for "auto", "local" and URLs."""
+    """Return the two parts of HOST:PORT; None for "auto", "local" and URLs."""
     host, _, port = address.rpartition(":")
     return (host.strip("[]"), int(port)) if port.isdigit() and "/" not in host else None
 
@@ -163,7 +163,7 @@ async def on_draining_nodes(actors: Mapping[str, ActorHandle]) -> set[str]:
 
 
 def _own_node(actor: object) -> str:
-    """Run in an actor: the id of its node."""
+    """Return the id of the actor's node; this runs in the actor."""
     return str(ray.get_runtime_context().get_node_id())
 
 

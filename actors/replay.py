@@ -62,7 +62,7 @@ class Replayed:
 
     @property
     def otherwise(self) -> list[str]:
-        """What came out otherwise than in the run: `policy`, `predictor`. Of an update that did not end, nothing."""
+        """Return what came out otherwise than in the run: `policy`, `predictor`. Nothing if the run's did not end."""
         if not self.record.ended:
             return []
         same = {"policy": self.weights == self.record.weights, "predictor": self.predictor == self.record.predictor}
@@ -72,7 +72,7 @@ class Replayed:
 async def replay(
     plan: Plan, schedule: Schedule, learner: ReplayedLearner, predictor: ReplayedPredictor
 ) -> AsyncGenerator[Replayed]:
-    """The updates of `plan`, one after another; both models are fresh, as at the beginning of the run."""
+    """Make the updates of `plan`, one after another; both models are fresh, as at the beginning of the run."""
     if plan.checkpoint is not None:
         await learner.load(plan.checkpoint / "learner")
         await predictor.load(plan.checkpoint / "predictor")
@@ -96,7 +96,7 @@ async def replay(
 
 
 async def replay_run(config: Config, run_dir: Path, policy_path: Path, plan: Plan) -> AsyncGenerator[Replayed]:
-    """`replay` with the run's own kind of processes; needs Ray to be started.
+    """Run `replay` with the run's own kind of processes. Ray must be started.
 
     A predictor that reads the policy's states (`predictor.trunk=policy`) needs no weights of the policy here: what it
     learns from are states that engines and its own trunk have read in the run, and the schedule holds them.

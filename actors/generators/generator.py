@@ -55,7 +55,7 @@ class GeneratorActor:
         self.started = time.monotonic()
 
     def __repr__(self) -> str:
-        """Under this name Ray's dashboard and logs show the actor."""
+        """Return the name under which Ray's dashboard and logs show the actor."""
         return self.name
 
     async def start(self) -> None:
@@ -148,9 +148,9 @@ class GeneratorActor:
 
 
 def checked(completion: Completion) -> Completion:
-    """The completion itself. Raises EngineError when one of its log-probabilities is no finite number.
+    """Return the completion itself. Raises EngineError when one of its log-probabilities is not a finite number.
 
-    Such an engine computes something broken. A tree with its tokens could neither be trained on nor written down.
+    An engine that gives such a number is broken. A tree with its tokens could neither be trained on nor written down.
     """
     for position, logprob in enumerate(completion.logprobs):
         if not isinstance(logprob, int | float) or not math.isfinite(logprob):
@@ -162,7 +162,7 @@ def checked(completion: Completion) -> Completion:
 
 
 def _own_copy(update: WeightUpdate) -> WeightUpdate:
-    """The update with arrays that may be written to: those from the object store are read-only."""
+    """Return the update with arrays that may be written to; those from the object store are read-only."""
     assert update.tensors is not None
     return replace(update, tensors={name: array.copy() for name, array in update.tensors.items()})
 

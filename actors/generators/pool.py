@@ -91,6 +91,7 @@ class GeneratorPool:
     async def _shrink(self) -> None:
         """Let the generators beyond `target` leave, those on nodes that are being drained first."""
         stay = max(1, self.target - len(self.lent))
+        # Those on nodes that are drained come last, and what comes after `stay` leaves.
         names = sorted(self.ready, key=lambda name: name in self.doomed)
         leaving = [(name, self.ready.pop(name)) for name in names[stay:]]
         if leaving:

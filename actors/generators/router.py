@@ -44,6 +44,7 @@ class Generators:
 
     @property
     def for_evaluation(self) -> Mapping[str, ActorHandle]:
+        """Return those that are lent; all that are ready where none is."""
         return self.lent or self.ready
 
 

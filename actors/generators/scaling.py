@@ -1,6 +1,6 @@
-"""Scaling: the number of generators follows what the updates wait for, or what the run's owner asks for.
+"""Scale the generators: their number follows what the updates wait for, or what the run's owner asks for.
 
-Waits for: an update (`after_update`), and every `POLL_S` seconds for an order (`watch`).
+The rule is asked after every update (`after_update`); an order is looked for every `POLL_S` seconds (`watch`).
 """
 
 import asyncio
@@ -24,25 +24,30 @@ class Resizable(Protocol):
     target: int
 
     @property
-    def ready(self) -> Mapping[str, object]: ...
+    def ready(self) -> Mapping[str, object]:
+        """Return the generators that are ready, by name."""
+        ...
 
-    async def resize(self, num_generators: int) -> None: ...
+    async def resize(self, num_generators: int) -> None:
+        """Scale to `num_generators`. Returns before new ones have started."""
+        ...
 
 
 def _needs(config: Config) -> dict[str, float]:
-    """What Ray reserves for one generator."""
+    """Return what Ray reserves for one generator."""
     needs = {"CPU": config.actors.generator_cpus, "GPU": config.actors.generator_gpus}
     return {name: need for name, need in needs.items() if need}
 
 
 def room_for(config: Config) -> int:
-    """How many more generators Ray has room for now."""
+    """Return how many more generators Ray has room for now."""
     there = ray.available_resources()
+    # Generators that reserve nothing always have room.
     return min((int(there.get(name, 0.0) / need) for name, need in _needs(config).items()), default=10**6)
 
 
 def ask_for_nodes(config: Config, num_generators: int) -> None:
-    """Tell Ray's autoscaler what so many generators take; without one nothing happens. 0 takes the wish back."""
+    """Tell Ray's autoscaler, where there is one, what so many generators take. 0 takes the wish back."""
     from ray.autoscaler.sdk import request_resources
 
     request_resources(bundles=[_needs(config)] * num_generators)
@@ -74,7 +79,7 @@ class Scaling:
         self._update = 0
 
     async def after_update(self, update: int, metrics: Mapping[str, float]) -> None:
-        """Let the rule decide; `metrics`: the figures of the update just made."""
+        """Let the rule decide, unless there was an order. `metrics`: the figures of the update just made."""
         self._update = update
         if self._ordered is not None:
             return
@@ -88,7 +93,7 @@ class Scaling:
             await self._change(size)
 
     async def watch(self) -> None:
-        """For ever: carry out what is asked for, at once as far as there is room, the rest when nodes have joined."""
+        """Carry out orders, without end: at once as far as there is room, the rest when nodes have joined."""
         try:
             while True:
                 wanted = await asyncio.to_thread(ordered, self.run_dir)
@@ -101,7 +106,7 @@ class Scaling:
                 self._ask_for_nodes(self.config, 0)
 
     def _due(self, wanted: int) -> bool:
-        """Whether an order is new, or can be carried out further than it was."""
+        """Return whether an order is new, or can be carried out further than it was."""
         if wanted == self.pool.target:
             self._ordered = wanted
             return False

@@ -42,7 +42,7 @@ class Answering:
     """For a call, a restart of the process included."""
 
     async def values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
-        """V at each position of each query (see `ValuePredictor.predict`); one actor answers the whole call.
+        """Return V at each position of each query (see `ValuePredictor.predict`); one actor answers the whole call.
 
         Raises ActorLostError or CallTimeoutError when no answer can be had.
         """
@@ -55,7 +55,10 @@ class Answering:
 
 @dataclass(slots=True)
 class PredictorGroup:
-    """Lives in the trainer's process. Methods raise ActorLostError or CallTimeoutError when no answer can be had."""
+    """All predictors as one, in the trainer's process.
+
+    Methods raise ActorLostError or CallTimeoutError when no answer can be had.
+    """
 
     actor: ActorHandle
     """The one that learns."""
@@ -86,10 +89,11 @@ class PredictorGroup:
 
     @property
     def answering(self) -> Answering:
-        """For those who ask for values."""
+        """Return the actors that answer, for those who ask for values."""
         return Answering(self.replicas or (self.actor,), self.limit_s)
 
     async def ready(self) -> None:
+        """Wait until all have loaded their models. Raises CallTimeoutError."""
         try:
             async with asyncio.timeout(self.start_limit_s):
                 await asyncio.gather(*(self._ask(one, one.ready.remote()) for one in self._all))
@@ -100,7 +104,7 @@ class PredictorGroup:
             ) from None
 
     async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
-        """Beta posteriors of candidate prompts; see `ValuePredictor.estimate`. Replicas share the questions."""
+        """Return Beta posteriors of candidate prompts; see `ValuePredictor.estimate`. Replicas share the questions."""
         if not self.replicas:
             return await self._ask(self.actor, self.actor.estimate.remote(list(task_ids), list(queries)))
         shares = [list(queries[number :: len(self.replicas)]) for number in range(len(self.replicas))]
@@ -111,7 +115,7 @@ class PredictorGroup:
         return await self._ask(self.actor, self.actor.posteriors.remote(list(task_ids), values))
 
     async def train(self, trees: Sequence[RolloutTree], policy_version: int) -> dict[str, float]:
-        """Learn from the trees of one update, then hand on what was learnt; `predictor/…` metrics."""
+        """Learn from the trees of one update, and hand on what was learnt. Returns `predictor/…` metrics."""
         metrics: dict[str, float] = await self._ask(self.actor, self.actor.train.remote(list(trees), policy_version))
         await self._hand_on()
         return metrics | {"predictor/restarts": float(self.num_caught_up)}
@@ -124,14 +128,14 @@ class PredictorGroup:
                 await self.share(learnt)
 
     async def receive_weights(self, weights: Sequence[ObjectRef]) -> int:
-        """All read with these weights when this returns; the version. See `PredictorActor.receive_weights`."""
+        """Let all read with these weights, and return their version; see `PredictorActor.receive_weights`."""
         self.weights = weights
         found = await asyncio.gather(*(self._ask(one, one.receive_weights.remote(*weights)) for one in self._all))
         (version,) = set(found)
         return int(version)
 
     async def watch(self) -> None:
-        """Runs beside the trainer: brings an actor that was started anew up to date."""
+        """Bring every actor that was started anew up to date, without end, beside the trainer."""
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
             for one in self._all:
@@ -148,16 +152,17 @@ class PredictorGroup:
         log.warning("%s was started anew and is up to date", self._name(one))
 
     async def checksum(self) -> str:
-        """Of what the learning one has learnt."""
+        """Return the checksum of what the learning one has learnt."""
         found: str = await self._ask(self.actor, self.actor.checksum.remote())
         return found
 
     async def taught(self) -> Mapping[str, np.ndarray] | None:
-        """See `PredictorActor.taught`."""
+        """Return what the last trees taught the learning one; see `PredictorActor.taught`."""
         found: Mapping[str, np.ndarray] | None = await self._ask(self.actor, self.actor.taught.remote())
         return found
 
     async def save(self, folder: Path) -> None:
+        """Write what the learning one has learnt into `folder`."""
         await self._ask(self.actor, self.actor.save.remote(str(folder)))
 
     async def load(self, folder: Path) -> None:

@@ -24,7 +24,10 @@ from trace_async.types import PrefixQuery
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """Can be sent to other actors. Every method raises ActorLostError or CallTimeoutError when no answer can be had."""
+    """A handle of the PredictorActor, which can be sent to other actors.
+
+    Every method raises ActorLostError or CallTimeoutError when no answer can be had.
+    """
 
     actor: ActorHandle
     start_limit_s: float
@@ -40,6 +43,7 @@ class Predictor:
         return cls(actor, start_s, start_s + config.learner.step_timeout_s)
 
     async def ready(self) -> None:
+        """Wait until the model is loaded. Raises CallTimeoutError."""
         try:
             await ask(self.actor.ready.remote(), who="the predictor", limit_s=self.start_limit_s)
         except CallTimeoutError:
@@ -49,35 +53,37 @@ class Predictor:
             ) from None
 
     async def values(self, queries: Sequence[PrefixQuery]) -> Sequence[np.ndarray]:
-        """V at each position of each query; see `ValuePredictor.predict`."""
+        """Return V at each position of each query; see `ValuePredictor.predict`."""
         return await self._ask(self.actor.values.remote(list(queries)))
 
     async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
-        """Beta posteriors of candidate prompts; see `ValuePredictor.estimate`."""
+        """Return Beta posteriors of candidate prompts; see `ValuePredictor.estimate`."""
         return await self._ask(self.actor.estimate.remote(list(task_ids), list(queries)))
 
     async def train(
         self, trees: Sequence[RolloutTree], policy_version: int, taught: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, float]:
-        """See `PredictorActor.train`."""
+        """Learn from the trees of one update, and return `predictor/…` metrics; see `PredictorActor.train`."""
         return await self._ask(self.actor.train.remote(list(trees), policy_version, taught))
 
     async def taught(self) -> Mapping[str, np.ndarray] | None:
-        """See `PredictorActor.taught`."""
+        """Return what the last trees taught it; see `PredictorActor.taught`."""
         return await self._ask(self.actor.taught.remote())
 
     async def receive_weights(self, weights: Sequence[ray.ObjectRef]) -> int:
-        """The version with which it reads from now on; see `PredictorActor.receive_weights`."""
+        """Let it read with these weights, and return their version; see `PredictorActor.receive_weights`."""
         return await self._ask(self.actor.receive_weights.remote(*weights))
 
     async def checksum(self) -> str:
-        """Of what it has learnt."""
+        """Return the checksum of what it has learnt."""
         return await self._ask(self.actor.checksum.remote())
 
     async def save(self, folder: Path) -> None:
+        """Write what it has learnt into `folder`."""
         await self._ask(self.actor.save.remote(str(folder)))
 
     async def load(self, folder: Path) -> None:
+        """Go on from a checkpoint in `folder`."""
         await self._ask(self.actor.load.remote(str(folder)))
 
     def close(self) -> None:

@@ -26,10 +26,11 @@ run, but a call that kills it each time (for lack of memory, say) fails after th
 
 
 class PredictorActor:
-    """All methods run in the actor's one event loop. Training lets waiting questions in between its steps.
+    """The value model as a Ray actor.
 
-    `learns` False: a replica, which answers with what the learning one has learnt. An actor that was started anew, or
-    has loaded a checkpoint, answers nothing until it is `current`: what it lacks is brought by PredictorGroup.
+    All methods run in the actor's one event loop. Training lets waiting questions in between its steps. With `learns`
+    False it is a replica, which answers with what the learning one has learnt. An actor that was started anew, or has
+    loaded a checkpoint, answers nothing until it is `current`: PredictorGroup brings what it lacks.
     """
 
     def __init__(self, config: Config, policy_path: str, checkpoints: str = "", *, learns: bool = True) -> None:
@@ -54,14 +55,14 @@ class PredictorActor:
             self.current.set()
 
     def __repr__(self) -> str:
-        """Under this name Ray's dashboard and logs show the actor."""
+        """Return the name under which Ray's dashboard and logs show the actor."""
         return self.name
 
     async def ready(self) -> None:
-        """Returns once the model is loaded."""
+        """Return once the model is loaded: Ray calls no method before the constructor has ended."""
 
     async def is_current(self) -> bool:
-        """False after a restart, until `catch_up`."""
+        """Return whether it answers: not after a restart, until it has what it lacks (`catch_up`)."""
         return self.current.is_set()
 
     async def catch_up(self, learnt: WeightUpdate | None, *weights: WeightBucket | WeightManifest) -> None:
@@ -73,7 +74,7 @@ class PredictorActor:
         self.current.set()
 
     async def values(self, queries: Sequence[PrefixQuery]) -> list[np.ndarray]:
-        """V at each position of each query; see `ValuePredictor.predict`."""
+        """Return V at each position of each query; see `ValuePredictor.predict`."""
         await self.current.wait()
         if self.forward is None:
             self.forward = asyncio.create_task(self._answer_waiting())
@@ -88,32 +89,36 @@ class PredictorActor:
         return self.predictor.predict(queries)
 
     async def estimate(self, task_ids: Sequence[str], queries: Sequence[PrefixQuery]) -> Estimates:
-        """Beta posteriors of candidate prompts; see `ValuePredictor.estimate`."""
+        """Return Beta posteriors of candidate prompts; see `ValuePredictor.estimate`."""
         await self.current.wait()
         return self.predictor.estimate(task_ids, queries)
 
     async def posteriors(self, task_ids: Sequence[str], values: np.ndarray) -> Estimates:
-        """The same from values that replicas gave; it knows the counts."""
+        """Return the same from values that replicas gave; the learning one knows the counts."""
         await self.current.wait()
         return self.predictor.posteriors(task_ids, values)
 
     async def learnt(self) -> WeightUpdate:
-        """What it has learnt, for replicas."""
+        """Return what it has learnt, for replicas."""
         return self.predictor.learnt()
 
     async def checksum(self) -> str:
-        """Of what it has learnt."""
+        """Return the checksum of what it has learnt."""
         return self.predictor.learnt().manifest.checksum
 
     async def take_learnt(self, update: WeightUpdate) -> None:
+        """Answer from now on with what the learning one has learnt."""
         self.predictor.take_learnt(update)
 
     async def train(
         self, trees: Sequence[RolloutTree], policy_version: int, taught: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, float]:
-        """Learn from the trees of one update. `predictor/…`: how good the values were before, the loss, and `busy_s`,
-        seconds of all its work since the last call. `taught`: see there; the trees are then learnt again."""
-        if taught is None:
+        """Learn from the trees of one update.
+
+        Returns `predictor/…`: how good the values were before, the loss, and `busy_s`, seconds of all its work since
+        the last call. `taught`: what the method of that name gave of the same trees, which are now learnt again.
+        """
+        if taught is None:  # otherwise the states come along, and no weights are needed to read them
             await self.current.wait()
         async with self.training:
             if isinstance(self.predictor, PolicyTrunkPredictor):
@@ -128,12 +133,14 @@ class PredictorActor:
             return {f"predictor/{name}": value for name, value in metrics.items()}
 
     async def taught(self) -> dict[str, np.ndarray] | None:
-        """With trunk=policy: what the last trees taught, states included (`Rows`). None: the trees alone say it."""
+        """Return, with trunk=policy, what the last trees taught, states and all (`Rows`). None: the trees say it."""
         return self.predictor.taught.arrays() if isinstance(self.predictor, PolicyTrunkPredictor) else None
 
     async def receive_weights(self, *parts: WeightBucket | WeightManifest) -> int:
-        """With trunk=policy: read with the policy's new weights from now on. `parts` as the learner sends them to the
-        generators, buckets and last their manifest. Returns the version that values are of from now on."""
+        """Read with the policy's new weights from now on (trunk=policy). Returns the version that values are now of.
+
+        `parts`: as the learner sends them to the generators, buckets and, last, their manifest.
+        """
         *buckets, manifest = parts
         assert isinstance(self.predictor, PolicyTrunkPredictor), "a trunk of its own takes no weights"
         assert isinstance(manifest, WeightManifest)
@@ -151,13 +158,14 @@ class PredictorActor:
                 raise OSError(f"{directory}: {error}") from error
 
     async def load(self, directory: str) -> None:
+        """Go on from what `save` wrote; values wait for the policy's weights where these are lacking."""
         self.predictor.load(directory)
         if isinstance(self.predictor, PolicyTrunkPredictor) and self.predictor.lacks_weights:
             self.current.clear()
 
 
 def remote_predictor(config: Config, policy_path: str, checkpoints: str, *, learns: bool = True) -> ActorHandle:
-    """Starts the actor; `policy_path`: what its model starts from unless `predictor.path` says otherwise.
+    """Start the actor. `policy_path`: what its model starts from unless `predictor.path` says otherwise.
 
     Ray starts it anew when its process dies, and makes the calls under way again. The one that learns then goes on from
     the newest of the run's `checkpoints`.

@@ -80,7 +80,7 @@ class PromptGroup:
         await self._told("what the predictor has learnt", [actor.take_learnt.remote(learnt) for actor in self._all()])
 
     async def _told(self, what: str, replies: Sequence[Awaitable[Any]]) -> list[Any]:
-        """The actors' answers, a CallError for each that gave none; those with a slot first, then those that leave."""
+        """Return the actors' answers, a CallError for each that gave none; in the order of `_all`."""
         answers = await ask_all(replies, who=self._names(), limit_s=ANNOUNCE_LIMIT_S)
         for answer in answers:
             if isinstance(answer, CallError):
@@ -217,11 +217,11 @@ class PromptGroup:
         ray.kill(actor)
 
     def _all(self) -> list[ActorHandle]:
-        """In the order of the slots, then those that leave."""
+        """Return all actors: in the order of the slots, then those that leave."""
         return [*self.actors, *self.leaving]
 
     def _loads_of_others(self) -> list[dict[str, int]]:
-        """For every actor, in the order of `_all`, what all the others have on each generator."""
+        """Return for every actor, in the order of `_all`, what all the others have on each generator."""
         return loads_of_others([self.loads.get(actor, {}) for actor in self._all()])
 
     def _names(self) -> list[str]:

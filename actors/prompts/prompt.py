@@ -96,7 +96,7 @@ class PromptActor:
         )
 
     def __repr__(self) -> str:
-        """Under this name Ray's dashboard and logs show the actor."""
+        """Return the name under which Ray's dashboard and logs show the actor."""
         return f"{self.config.name} prompts"
 
     async def announce(self, generators: Generators, loads_of_others: Mapping[str, int]) -> dict[str, int]:
@@ -106,7 +106,7 @@ class PromptActor:
         return dict(self.router.loads)
 
     async def take_learnt(self, learnt: WeightUpdate) -> None:
-        """With predictor.trunk=policy: say V from now on with these heads, wherever the engine gave the states."""
+        """Say V with these heads from now on, wherever the engine gave the states (predictor.trunk=policy)."""
         self.heads = Heads.unpacked(learnt)
 
     async def router_stats(self) -> RouterStats:
@@ -156,7 +156,7 @@ class PromptActor:
         )
 
     async def evaluate(self, tasks: Sequence[Task], wanted: HeldOut) -> list[RolloutTree]:
-        """One tree per task, of root rollouts that nobody trains on. They take no slot of a prompt that does grow."""
+        """Return one tree per task, of root rollouts that nobody trains on. They take no slot of a growing prompt."""
         if wanted.set_name not in self.evaluators:
             env = self.config.env_of(wanted.set_name)
             self.evaluators[wanted.set_name] = self._evaluator(make_guard(env, load_domain(env)))
@@ -171,7 +171,7 @@ class PromptActor:
         return await _at_once(tasks, play, asyncio.Semaphore(wanted.tasks_at_once))
 
     async def measure(self, tasks: Sequence[Task], count: int) -> list[list[float]]:
-        """The rewards of `count` rollouts per task: V(prompt) as the oracle knows it."""
+        """Return the rewards of `count` rollouts per task: V(prompt) as the oracle knows it."""
 
         async def play(task: Task) -> list[float]:
             with self.router.hosting(task.id):
@@ -180,8 +180,10 @@ class PromptActor:
         return await _at_once(tasks, play, self.slots)
 
     async def prompt_queries(self, tasks: Sequence[Task]) -> list[PrefixQuery | LossKind]:
-        """The predictor's question for every task's prompt: its tokens, all of them. A LossKind where its environment
-        broke down in every try: that candidate is left out."""
+        """Return the predictor's question about every task's prompt: its tokens, all of them.
+
+        A LossKind stands where the environment broke down in every try: that candidate is left out.
+        """
 
         async def ask(task: Task) -> PrefixQuery | LossKind:
             try:
@@ -220,9 +222,10 @@ async def _at_once(tasks: Sequence[Task], call: Callable[[Task], Awaitable[T]], 
 
 
 def remote_prompt_actor(config: Config, policy_path: str, predictor: Predictor | Answering | None) -> ActorHandle:
+    """Start a PromptActor in a process of its own."""
     actor = ray.remote(PromptActor).options(
-        num_cpus=0,
-        max_concurrency=8192,
+        num_cpus=0,  # it waits most of the time (`ray_cluster.asked_of_ray`)
+        max_concurrency=8192,  # prompts wait for `slots` in the actor, and not in Ray
         enable_task_events=False,  # see remote_generator
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
     )

@@ -58,6 +58,7 @@ async def _check_task(env: AgentEnv, task: Task, rng: Random) -> tuple[int, int]
     for _ in range(_NUM_REPLAYS):
         again = await state.fork()
         await again.close()
+    # The turn that ended the agent comes after `state`, so no replay makes its call.
     num_calls = len(played) - bool(result and result.done)
     return num_calls * _NUM_REPLAYS, sum("<tool_call>" in turn for turn in played[:num_calls]) * _NUM_REPLAYS
 

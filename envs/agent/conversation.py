@@ -1,4 +1,4 @@
-"""Find out where a request goes on: which of the policy's turns it follows, and what is new in it.
+"""Find out where a request goes on: which turn of the policy it follows, and what is new in it.
 
     request 0   system, user                                   → turn 0
     request 1   system, user, assistant, tool                  → follows turn 0; new: tool      → turn 1
@@ -35,9 +35,13 @@ class Conversation:
     """The turns that were given so far, by the digest of what stood before them."""
 
     _given_at: dict[bytes, int] = field(default_factory=dict)
+    """Digest of a request → the turn that was given to it last."""
     _by_text: dict[tuple[bytes, str], int] = field(default_factory=dict)
+    """Digest of a request and text of a turn → the turn: tells apart several that were given to one request."""
     _after: dict[int, bytes] = field(default_factory=dict)
+    """Turn → digest of all up to its end."""
     _tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Text of a turn → its tokens."""
 
     def place(self, request: ModelRequest) -> Place:
         """Return the place of a request. This costs one short digest a message."""

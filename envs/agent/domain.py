@@ -29,19 +29,21 @@ MODEL_ERRORS = (
 
 
 class Agent:
-    """Trains an agent as it is, given as a function (`agent`) or as a program (`command`).
+    """The domain that trains one agent as it is, given as a function (`agent`) or as a program (`command`).
 
-    `agent`: `package.module:function`, a coroutine or a plain function of `task` (a dict, one row of the file),
-    `base_url` and `api_key`, which returns its result. `python`: the interpreter of another environment; then the
-    function runs there, in a process forked for each rollout, and its module is found from `cwd`. `command`: a program
-    that finds its model in the environment (OPENAI_BASE_URL …) and its task on standard input and in TRACE_TASK, and
-    prints its result.
-
-    `tasks`: a JSONL file; rows may have an `id` and a `kind`. `heldout`: another one; without it a sample of
-    `num_heldout` rows of `tasks` is held out. `verifier`: `package.module:function(task, outcome)` → reward in [0, 1],
-    or a command as a list. `max_turns`: requests in a rollout. `turn_timeout_s`: between an answer and the next
-    request. `max_running`: processes at once. `model_errors`: further names of exceptions that are the model's doing.
-    `host`, `advertise`: where the endpoint listens, and by which name agents elsewhere reach it.
+    - `agent`: `package.module:function`, a coroutine or a plain function that returns its result. It is called with
+      those that it takes of `task` (a dict, one row of the file), `base_url` and `api_key`.
+    - `python`: the interpreter of another environment. The function then runs there, in a process forked for each
+      rollout, and its module is found from `cwd`.
+    - `command`: a program, as a list of words. It finds its model in the environment (OPENAI_BASE_URL …) and its task
+      on standard input and in TRACE_TASK, and prints its result.
+    - `tasks`: a JSONL file; rows may have an `id` and a `kind`. `heldout`: another one; without it a sample of
+      `num_heldout` rows of `tasks` is held out.
+    - `verifier`: `package.module:function(task, outcome)` → reward in [0, 1], or a command as a list.
+    - `max_turns`: requests in a rollout. `turn_timeout_s`: seconds between an answer and the next request.
+    - `max_running`: processes at once.
+    - `model_errors`: further names of exceptions that are the model's doing; a rollout that one ends has reward 0.
+    - `host`, `advertise`: where the endpoint listens, and by which name agents elsewhere reach it.
     """
 
     name = "agent"
@@ -104,7 +106,7 @@ class Agent:
         return AgentEnv(task, make_session, self._verifier, self._settings, self._first_requests)
 
     async def check(self, tasks: Sequence[Task]) -> list[Finding]:
-        """Check what `trace-async env check agent` looks at beside the contract of all environments."""
+        """Check that agents can be replayed; `trace-async env check agent` asks this beside the common contract."""
         return await check_replay(self, tasks)
 
     async def close(self) -> None:
@@ -114,7 +116,7 @@ class Agent:
 
 
 def load_function(setting: str, target: str) -> Callable[..., Any]:
-    """Return what `package.module:function` names. Raises ConfigError in words."""
+    """Return the function that `package.module:function` names. Raises ConfigError, which names `setting`."""
     module_name, _, name = target.partition(":")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module_name), name)
@@ -139,7 +141,10 @@ def read_tasks(path: str, domain: str) -> list[Task]:
 
 
 def read_split(path: str, heldout_path: str, num_heldout: int, domain: str) -> dict[Split, list[Task]]:
-    """Return the tasks of two files, or of one, a sample of which is held out."""
+    """Return the tasks of two files, or of one file of which a sample is held out.
+
+    Raises ConfigError when `num_heldout` does not leave both splits a task, and ValueError as `read_tasks` does.
+    """
     rows = read_tasks(path, domain)
     if heldout_path:
         return {"train": rows, "heldout": read_tasks(heldout_path, domain)}
@@ -150,7 +155,7 @@ def read_split(path: str, heldout_path: str, num_heldout: int, domain: str) -> d
 
 
 def words(setting: str, command: Sequence[str]) -> list[str]:
-    """Return `command` as a list. Raises ConfigError when it is a text, as for a shell, or has no words."""
+    """Return `command` as a list. Raises ConfigError when it is one text, as for a shell, or has no words."""
     if isinstance(command, str) or not command or not all(isinstance(word, str) and word for word in command):
         raise ConfigError(f"env.args.{setting}={command!r}: a list of words, such as [python, my_agent.py]")
     return list(command)

@@ -106,6 +106,7 @@ class AgentEnv:
         return await self.answer(PolicyTurn(text=action, truncated=truncated, completion=nothing, decode=lambda _: ""))
 
     async def answer(self, turn: PolicyTurn) -> StepResult:
+        """Answer the request that waits with `turn`, and wait for the agent's next request or its end."""
         pending = await self._live()
         assert self._session is not None
         number = len(self._session.record)
@@ -125,7 +126,7 @@ class AgentEnv:
         return StepResult(messages=_messages(event.request), after=after)
 
     def _prompt(self, request: ModelRequest) -> Prompt:
-        """Return a request that begins a conversation of its own.
+        """Return the prompt of a request that begins a conversation of its own.
 
         What the policy said in an earlier one stays in the tokens in which it was written.
         """

@@ -30,10 +30,12 @@ LOOK: dict[str, Any] = {
 
 
 def question(task: Mapping[str, Any]) -> str:
+    """Return the task as the agent is asked it."""
     return f"go {task['hops']} signs from {task['start']}"
 
 
 def look(task: Mapping[str, Any], place: object) -> str:
+    """Return the place that the sign at `place` points to; `nothing` where there is no such sign."""
     return str(task["signs"].get(place, "nothing"))
 
 
@@ -60,6 +62,7 @@ def arrived(task: Mapping[str, Any], outcome: Outcome) -> bool:
 
 
 def make_task(rng: Random) -> dict[str, Json]:
+    """Draw a task: where each sign points to, a start, and one to four hops."""
     places = [f"p{number}" for number in range(NUM_PLACES)]
     signs = dict(zip(places, rng.sample(places, NUM_PLACES), strict=True))
     start = place = rng.choice(places)
@@ -70,9 +73,12 @@ def make_task(rng: Random) -> dict[str, Json]:
 
 
 class Follow(Agent):
-    """`num_train` tasks and `num_heldout` others from `seed`. `miscount_rate`: of the demonstrations, a hop too few or
-    too many. `final_tool`: the tool whose call is the answer, where the agent's framework takes no words for one
-    (smolagents: `final_answer`). Whatever else `Agent` takes, such as `agent` and `command`."""
+    """The domain of the example: `num_train` tasks and `num_heldout` others, drawn from `seed`.
+
+    `miscount_rate`: the chance that a demonstration goes a hop too few (but never fewer than one) or too many.
+    `final_tool`: the tool whose call is the answer, where the agent's framework takes no words for one (smolagents:
+    `final_answer`). `settings`: whatever else `Agent` takes.
+    """
 
     name = "follow"
 
@@ -110,7 +116,7 @@ class Follow(Agent):
         ]
 
     def demonstrate(self, task: Task, rng: Random) -> Sequence[str]:
-        """Looks from place to place; sometimes a hop too few or too many."""
+        """Return the turns of a player that looks from place to place, sometimes a hop too few or too many."""
         data: dict[str, Any] = dict(task.data)
         hops = data["hops"]
         if rng.random() < self._miscount_rate:

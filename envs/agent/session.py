@@ -65,15 +65,21 @@ class Ended:
 class Receiver(Protocol):
     """Who answers the requests under one secret path."""
 
-    async def receive(self, request: ModelRequest, *, is_retry: bool) -> Answer: ...
+    async def receive(self, request: ModelRequest, *, is_retry: bool) -> Answer:
+        """Return the answer to `request`. Raises RolloutOverError when the rollout has ended."""
+        ...
 
 
 class Endpoint(Protocol):
-    """Opens secret paths; see `endpoint.py`."""
+    """Opens secret paths; see `endpoint/server.py`."""
 
-    async def open(self, receiver: Receiver) -> Access: ...
+    async def open(self, receiver: Receiver) -> Access:
+        """Open a new path to `receiver`. Raises EnvError when there can be none."""
+        ...
 
-    def close(self, access: Access) -> None: ...
+    def close(self, access: Access) -> None:
+        """Forget the path."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,20 +96,27 @@ class Goal:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """Lives in one event loop. `start`, then `next_event` and `give` in turn, then `close`."""
+    """One run of an agent, in one event loop: `start`, then `next_event` and `give` in turn, then `close`."""
 
     endpoint: Endpoint
     runner: Runner
     task: Mapping[str, Json]
     timeout_s: float
+    """Seconds that the agent may take from an answer to its next request or its end."""
     record: list[Exchange] = field(default_factory=list)
+    """What was answered so far, in order."""
     _conversation: Conversation = field(default_factory=Conversation)
     _goal: Goal | None = None
     _open: set[int] = field(default_factory=set)
+    """Of the exchanges to be replayed, those that the agent has not asked for yet."""
     _waiting: "deque[Pending]" = field(default_factory=deque)
+    """Live requests that nobody has taken yet."""
     _asked: list[Pending] = field(default_factory=list)
+    """All live requests so far."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a request, an answer from the record or the agent's end may be what somebody waits for."""
     _parted: str = ""
+    """How a replay parted from the recorded run; empty while it has not."""
     _access: Access | None = None
     _running: Running | None = None
     _end: "asyncio.Task[Ended] | None" = None
@@ -124,7 +137,7 @@ class Session:
             self._changed.set()
 
     async def replay(self, goal: Goal) -> Pending:
-        """Start the agent and bring it to the state of `goal`. Returns the request that is live.
+        """Start the agent, bring it to the state of `goal`, and return the request that is live.
 
         Raises ReplayDivergedError when the agent asks something else, or ends before.
         """

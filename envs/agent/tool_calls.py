@@ -1,6 +1,6 @@
-"""From a turn's text to what an agent is told: reasoning, content and tool calls, in the syntax of the model.
+"""Read a turn's text as an agent is told it: reasoning, content and tool calls, in the syntax of the model.
 
-By a tokenizer's own response template where it has one (read by transformers); else by the syntaxes that models use:
+A tokenizer's own response template is used where it has one (read by transformers), else the syntaxes of known models:
 
     Hermes, Qwen 2.5, Qwen 3   <tool_call> {"name": …, "arguments": {…}} </tool_call>
     Qwen 3 Coder               <tool_call> <function=name> <parameter=key> value </parameter> </function> </tool_call>

@@ -36,6 +36,7 @@ class FunctionVerifier:
         self._timeout_s = timeout_s
 
     async def reward(self, task: Mapping[str, Json], outcome: Outcome) -> float:
+        """Return the reward, in [0, 1]. Raises EnvError when the verifier fails, is too slow or gives anything else."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 if inspect.iscoroutinefunction(self._function):
@@ -62,6 +63,7 @@ class CommandVerifier:
         self._timeout_s = timeout_s
 
     async def reward(self, task: Mapping[str, Json], outcome: Outcome) -> float:
+        """Return the reward, in [0, 1]. Raises EnvError when the verifier fails, is too slow or gives anything else."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command,
@@ -100,7 +102,7 @@ class CommandVerifier:
 
 
 def _checked(reward: object) -> float:
-    """Return a reward in [0, 1]. Anything else is the verifier's fault, and nobody's reward: EnvValueError."""
+    """Return the reward as a float. Raises EnvValueError unless it is a number in [0, 1]."""
     if not isinstance(reward, bool | int | float) or not 0 <= reward <= 1:
         raise EnvValueError(f"the verifier gave {reward!r}; a reward is a number from 0 to 1")
     return float(reward)

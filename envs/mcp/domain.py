@@ -98,6 +98,7 @@ class McpEnv:
             restored.add(name)
         for number, made in enumerate(self._made):
             server = self._domain.server_of.get(made.call.name)
+            # Nothing to repeat: no server answered, or its state is restored, or it has none.
             if server is None or server in restored or servers[server].config.stateless:
                 continue
             again = await servers[server].call(made.call.name, json.loads(made.call.arguments))
@@ -131,13 +132,14 @@ class McpEnv:
         return twin
 
     async def close(self) -> None:
+        """End the servers of this rollout; those that all rollouts share stay."""
         live, self._live = self._live, None
         owned = [connection for connection in (live or {}).values() if not connection.config.stateless]
         await asyncio.gather(*(connection.close() for connection in owned))
 
 
 class Mcp:
-    """Lets a model solve tasks with the tools of MCP servers.
+    """The domain in which a model solves tasks with the tools of MCP servers.
 
     `servers`: name → `command` (a list) or `url`, and what else `ServerConfig` has. `tasks`: a JSONL file whose rows
     have a `prompt`. `heldout`, `num_heldout`, `verifier`: as in the domain `agent`. `tools`: the names of those that
@@ -181,7 +183,7 @@ class Mcp:
             self.verifier = CommandVerifier(words("verifier", verifier), verifier_timeout_s)
         self.instructions = instructions
         self.max_turns = max_turns
-        self.server_of: dict[str, str] = {}
+        self.server_of: dict[str, str] = {}  # tool → server; filled by `listed_tools`
         self._shown = tuple(tools)
         self._limits = CallLimits(start_s=start_timeout_s, call_s=call_timeout_s, max_chars=max_observation_chars)
         self._tools: dict[str, dict[str, Json]] | None = None

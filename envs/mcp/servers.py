@@ -47,6 +47,7 @@ class ServerConfig:
     """Its own tool that takes such a text as `state` and goes on from there."""
 
     def target(self) -> "StdioServerParameters | str":
+        """Return what the SDK's client connects to."""
         if self.url:
             return self.url
         first, *rest = self.command
@@ -77,6 +78,7 @@ class Connection:
 
     async def _live(self) -> None:
         try:
+            # Twice as long, so that `_within` gives up first and names the setting.
             async with Client(self.config.target(), read_timeout_seconds=2 * self._limits.call_s) as client:
                 if not self._ready.done():
                     self._ready.set_result(client)
@@ -84,7 +86,7 @@ class Connection:
         except Exception as error:  # noqa: BLE001 the server and its SDK are somebody else's code
             if not self._ready.done():
                 self._ready.set_exception(EnvError(f"MCP server {self.config.name} cannot be used: {error!r}"))
-                self._ready.exception()
+                self._ready.exception()  # looked at, so that asyncio does not complain where nobody waits for it
 
     async def _client(self) -> Client:
         try:
@@ -141,6 +143,7 @@ class Connection:
                     await asked
 
     async def close(self) -> None:
+        """End the connection and its server. One that takes too long is cancelled."""
         self._stop.set()
         await asyncio.wait({self._task}, timeout=self._limits.call_s)
         if not self._task.done():

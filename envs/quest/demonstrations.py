@@ -13,14 +13,12 @@ from envs.quest.world import Barrier, World
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
-    """How a demonstrating player errs.
-
-    `misstep`: chance, at each crux, to go down unlit, to bring the guard what is precious, to add the last first.
-    `dawdle`: chance, in each room that is entered, of a turn that brings nothing.
-    """
+    """How a demonstrating player errs."""
 
     misstep: float = 0.0
+    """Chance, at each crux, to go down unlit, to bring the guard what is precious, or to add the last first."""
     dawdle: float = 0.0
+    """Chance, in each room that is entered, of a turn that brings nothing."""
 
 
 def demonstrate(world: World, habits: Habits, rng: Random) -> list[str]:

@@ -93,7 +93,7 @@ class QuestEnv:
 
 
 class Quest:
-    """Generated quests, for small policies; the domain can demonstrate them.
+    """The domain `quest`: generated quests for small policies, which it can also demonstrate.
 
     `mix`: share of each kind of quest (KINDS), in proportion; of those demonstrated: `demonstration_mix`.
     `misstep_rate`, `dawdle_rate`: of the demonstrating player (Habits). `max_turns`: where a quest ends unwon.
@@ -103,7 +103,7 @@ class Quest:
     """
 
     name = "quest"
-    in_random_order = True
+    in_random_order = True  # so the first held-out tasks are a sample (`envs.tasks.heldout_sample`)
 
     def __init__(
         self,

@@ -27,28 +27,34 @@ COMMANDS = ("go", "take", "drop", "use", "give", "add", "light", "look", "bag", 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where a quest stands. `opened`: how many barriers of the line are behind or open; `added`: told to the witch.
-
-    `lying`: things by room; `outcome`: "" while it goes on, else what ended it ("won", or an answer of ANSWERS).
-    """
+    """Where a quest stands."""
 
     room: str
+    """Where the player is."""
     seen: frozenset[str]
+    """The rooms that the player has entered."""
     lying: Mapping[str, tuple[str, ...]]
+    """Room → the things that lie there."""
     held: tuple[str, ...] = ()
+    """The things that the player holds."""
     opened: int = 0
+    """How many barriers of the line are open; they open in order."""
     added: int = 0
+    """How many ingredients the witch has."""
     lit: bool = False
+    """The lamp burns."""
     outcome: str = ""
+    """Empty while the quest goes on, else what ended it: "won", or one of ANSWERS."""
 
 
 def start(world: World) -> State:
+    """Return the state in which a quest begins."""
     first = world.line[0]
     return State(first, frozenset([first]), {name: room.things for name, room in world.rooms.items()})
 
 
 def describe(world: World, state: State) -> str:
-    """What is seen of the room: exits in order, with barriers and the rooms that are known; then what lies here."""
+    """Return what is seen of the room: exits in order, with barriers and known rooms; then what lies here."""
     barrier = _closed_barrier(world, state)
     exits = []
     for direction, to in world.rooms[state.room].exits.items():
@@ -96,7 +102,7 @@ def valid_commands(world: World, state: State) -> list[str]:
 
 
 def progress(world: World, state: State) -> float:
-    """Share of the way: barriers that are open and the treasure; 1 when the quest is won."""
+    """Return the share of the way that is made: barriers that are open, and the treasure. 1 when the quest is won."""
     return (state.opened + (state.outcome == "won")) / (len(world.barriers) + 1)
 
 

@@ -55,23 +55,22 @@ KINDS = tuple(SHAPES)
 
 @dataclass(frozen=True, slots=True)
 class Barrier:
-    """What closes the way out of a room of the line.
-
-    `needs`: what has to be held, in the order in which it is used. `lure`: what a greedy traveller takes instead.
-    """
+    """What closes the way out of a room of the line."""
 
     kind: BarrierKind
     needs: tuple[str, ...]
+    """What has to be held, in the order in which it is used."""
     lure: str = ""
+    """What a greedy traveller takes instead; only a guard has one."""
 
     @property
     def name(self) -> str:
-        """As it is called in the quest's outline: `red door`, `guard`."""
+        """Return what it is called in the quest's outline: `red door`, `guard`."""
         return f"{self.needs[0].split()[0]} door" if self.kind == "door" else self.kind
 
     @property
     def sight(self) -> str:
-        """As it is seen from the room: it says what is wanted."""
+        """Return how it is seen from the room; a guard or a witch says what is wanted."""
         if self.kind == "guard":
             return f"guard who wants {self.needs[0]}"
         if self.kind == "witch":
@@ -81,27 +80,35 @@ class Barrier:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """`exits`: direction → room, in the order in which they are seen; `things`: what lies there at the start."""
+    """One room of a world."""
 
     name: str
     exits: Mapping[str, str]
+    """Direction → room, in the order in which they are seen."""
     things: tuple[str, ...]
+    """What lies there at the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """`line`: the rooms from the start to the treasure; `barriers[i]` closes the way from `line[i]` to the next one."""
+    """The rooms, barriers and treasure of one quest. It never changes."""
 
     rooms: Mapping[str, Room]
+    """Name → room."""
     line: tuple[str, ...]
+    """Names of the rooms from the start to the treasure."""
     barriers: tuple[Barrier, ...]
+    """`barriers[i]` closes the way from `line[i]` to `line[i + 1]`."""
     treasure: str
+    """What lies in the last room; taking it wins."""
 
     @property
     def outline(self) -> str:
+        """Return the names of the barriers, in order."""
         return " , ".join(barrier.name for barrier in self.barriers)
 
     def barrier_at(self, room: str) -> Barrier | None:
+        """Return the barrier on the way out of `room`; None for a side room and the last one."""
         index = self.line.index(room) if room in self.line[:-1] else -1
         return self.barriers[index] if index >= 0 else None
 
@@ -139,7 +146,8 @@ def make_world(kind: str, rng: Random) -> World:
 
 
 def _barriers(shape: str, rng: Random) -> tuple[Barrier, ...]:
-    """One barrier a letter; no door of a colour, tool, wish or ingredient comes twice."""
+    """Return one barrier for each letter. No door of a colour, tool, wish or ingredient comes twice."""
+    # Stairs come once at most: a lamp that burns goes on burning, so they would be no crux again.
     cruxes = [*rng.sample(CRUXES, len(CRUXES)), *rng.sample(CRUXES[1:], len(CRUXES) - 1)]
     pools = {name: iter(rng.sample(pool, len(pool))) for name, pool in _POOLS.items()}
     used: set[BarrierKind] = set()
@@ -186,7 +194,7 @@ def split_of(world: World) -> Split:
 
 
 def world_to_json(world: World) -> dict[str, Json]:
-    """Plain values, for a task's data."""
+    """Return the world in plain values, for a task's data."""
     return {
         "rooms": {name: {"exits": dict(room.exits), "things": list(room.things)} for name, room in world.rooms.items()},
         "line": list(world.line),

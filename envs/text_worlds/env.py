@@ -104,7 +104,9 @@ class TextWorldEnv:
 class GuidedSimulator(Simulator, Protocol):
     """A simulator that also knows a way to the full score."""
 
-    def gold_actions(self, game: Game) -> list[str]: ...
+    def gold_actions(self, game: Game) -> list[str]:
+        """Return a way to the full score."""
+        ...
 
 
 G = TypeVar("G", bound=GuidedSimulator)

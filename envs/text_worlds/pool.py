@@ -30,18 +30,27 @@ class Seen:
     score: float
     """In [0, 1], so far."""
     done: bool = False
+    """The game is over."""
 
 
 class Simulator(Protocol):
     """One running simulator. Its methods block; whatever they raise is its breakdown."""
 
-    def reset(self, game: Game) -> Seen: ...
+    def reset(self, game: Game) -> Seen:
+        """Begin `game`, and return what is seen first."""
+        ...
 
-    def step(self, action: str) -> Seen: ...
+    def step(self, action: str) -> Seen:
+        """Carry out one action."""
+        ...
 
-    def valid_actions(self) -> str: ...
+    def valid_actions(self) -> str:
+        """Return, in words, what can be done now."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the simulator's process."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,7 @@ class Position:
     past: tuple[tuple[str, str], ...] = ()
 
     def after(self, action: str, seen: Seen) -> "Position":
+        """Return the position to which `action` leads, when `seen` is the answer."""
         return Position(self.game, (*self.past, (action, seen.text)))
 
 
@@ -69,7 +79,9 @@ class SimulatorPool(Generic[S]):
     """At most `size` simulators; another is started only when all that run are busy."""
 
     make: Callable[[], S]
+    """Starts a simulator."""
     size: int
+    """The most simulators that run at once, 1 to 64."""
     _idle: list[_Seat[S]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -85,6 +85,7 @@ class ScienceWorld(TextWorld[ScienceWorldSimulator]):
     ) -> None:
         if variations < 1:
             raise ConfigError(f"env.args.variations={variations}: must be ≥ 1")
+        # The pool starts simulators when they are needed; what is missing is told now.
         load_package("scienceworld", "scienceworld==1.2.3")
         super().__init__(
             SimulatorPool(lambda: ScienceWorldSimulator(simplifications), num_simulators),

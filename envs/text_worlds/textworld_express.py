@@ -40,6 +40,7 @@ class TextWorldExpressSimulator:
         return " , ".join(self._valid)
 
     def seeds(self, split: Split) -> list[int]:
+        """Return the package's own seeds for training, or those for testing as held out."""
         return list(self._env.getValidSeedsTrain() if split == "train" else self._env.getValidSeedsTest())
 
     def gold_actions(self, game: Game) -> list[str]:
@@ -80,6 +81,7 @@ class TextWorldExpress(TextWorld[TextWorldExpressSimulator]):
         for setting, count in {"num_train": num_train, "num_heldout": num_heldout}.items():
             if count < 1:
                 raise ConfigError(f"env.args.{setting}={count}: must be ≥ 1")
+        # The pool starts simulators when they are needed; what is missing is told now.
         load_package("textworld_express", "textworld-express==1.1.0")
         super().__init__(
             SimulatorPool(lambda: TextWorldExpressSimulator(game, params), num_simulators),

@@ -1,4 +1,4 @@
-"""Methods of an environment that blocks, run off the event loop: each call on a thread of its own.
+"""Run the methods of an environment that blocks off the event loop, each call on a thread of its own.
 
 Threads are daemons and made per call: one that cannot be stopped (it sleeps inside a C function) then costs a thread
 and nothing else. It keeps no slot of a pool, and no process waits for it at its end.
@@ -26,14 +26,14 @@ class CallStoppedError(BaseException):
 
 
 class CallThreads:
-    """At most `at_once` calls run; further ones wait for their turn, and that wait does not count against a limit."""
+    """Runs at most `at_once` calls. Further ones wait for their turn, which does not count against their limit."""
 
     def __init__(self, at_once: int = 64) -> None:
         self._free = asyncio.Semaphore(at_once)
         self.num_abandoned = 0
 
     async def run(self, call: Callable[[], Awaitable[T] | T], limit_s: float) -> T:
-        """The answer of `call`, awaited in a loop of its thread's own. Raises OutranLimitError after `limit_s`."""
+        """Return the answer of `call`, awaited in its thread's own loop. Raises OutranLimitError after `limit_s`."""
         async with self._free:
             job = _Job(call, asyncio.get_running_loop())
             try:
@@ -79,6 +79,7 @@ class _Job:
             result, error = asyncio.run(self._main()), None
         except BaseException as raised:  # noqa: BLE001 - somebody else's code; it goes to who asked
             result, error = None, raised
+        # These would end the loop of whoever asked, or be taken for its own cancellation.
         if isinstance(
             error, CallStoppedError | asyncio.CancelledError | SystemExit | KeyboardInterrupt | GeneratorExit
         ):

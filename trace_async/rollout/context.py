@@ -16,15 +16,19 @@ from trace_async.types import StepResult
 
 
 class Context(NamedTuple):
-    """`follows`: a depth on the line, or -1: the tokens begin a conversation."""
+    """The node of context that leads to the next turn."""
 
     follows: int
+    """The depth on the line after which the tokens go on, or -1: they begin a conversation."""
     token_ids: tuple[int, ...]
+    """What comes between there and the turn."""
 
 
 def place_context(line: Sequence[Node], result: StepResult, renderer: Renderer) -> Context:
-    """The context that `result` asks for, on the line of a rollout by depth. Raises EnvValueError when there is no
-    turn `result.after`."""
+    """Return the context that `result` asks for. `line`: the nodes of the rollout, by depth.
+
+    Raises EnvValueError when there is no turn `result.after`.
+    """
     if result.prompt is not None:
         tokens = renderer.render_prompt(result.prompt)
         for depth, node in enumerate(line):

@@ -51,7 +51,7 @@ class Grower:
         root_value: float | None = None,
         temperature: float | None = None,
     ) -> RolloutTree:
-        """The whole life of one prompt. The tree has no rollouts when all broke down (`failures` says of what)."""
+        """Live the whole life of one prompt. Its tree has no rollouts when all broke down (`failures` says of what)."""
         run = PromptRun(
             task,
             self.guard,
@@ -70,12 +70,12 @@ class Grower:
             await run.close()
 
     async def measure(self, task: Task, count: int) -> list[float]:
-        """The rewards of `count` rollouts, fewer where some broke down: V(prompt) as an oracle knows it."""
+        """Return the rewards of `count` rollouts, fewer where some broke down: V(prompt) as an oracle knows it."""
         tree = await self.grow(task, count)
         return [rollout.reward for rollout in tree.rollouts]
 
     async def ask(self, task: Task) -> PrefixQuery:
-        """The predictor's question about the task's prompt: its tokens, all of them. Raises EnvError."""
+        """Return the predictor's question about the task's prompt: its tokens, all of them. Raises EnvError."""
         prompt_ids = self._prompts.get(task.id)
         if prompt_ids is None:
             prompt_ids = await self._render(task)
@@ -126,7 +126,7 @@ def make_grower(
     max_retries: int | None = None,
     playing: Playing = uncounted,
 ) -> Grower:
-    """A grower of a domain's tasks as the config says; `max_retries` in place of `actors.max_rollout_retries`."""
+    """Make a grower as the config says. `max_retries`: in place of `actors.max_rollout_retries`."""
     limits = rollout_limits(config, renderer.stop_token_ids)
     if max_retries is not None:
         limits = replace(limits, max_retries=max_retries)

@@ -1,4 +1,4 @@
-"""A guard around every method of an environment: what somebody else's code does is an EnvError with words, or plain.
+"""Guard every method of an environment: of somebody else's code comes a plain value, or an EnvError with words.
 
 | an environment may  | then                                                                                   |
 |---------------------|----------------------------------------------------------------------------------------|
@@ -40,7 +40,7 @@ from trace_async.types import LossKind, PolicyTurn, Prompt, StepResult, Task, Tu
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# What an environment raises may be of a class of its own; of ours is the class that counts in the same way.
+# An environment may raise an EnvError of a class of its own; it becomes the class of ours with the same kind of loss.
 _OURS: dict[LossKind, type[EnvError]] = {
     kind.loss: kind for kind in (EnvTimeoutError, EnvValueError, PromptTooLongError, ReplayDivergedError)
 }
@@ -48,26 +48,27 @@ _OURS: dict[LossKind, type[EnvError]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvLimits:
-    """What is asked of an environment, as the settings of `env` say it: seconds that each method may take.
-
-    `init_s` holds for `make_env` too, `step_s` for `answer` and `next_limits`.
-    """
+    """What is asked of an environment, as the settings of `env` say it. Times are seconds for each call."""
 
     init_s: float = 120.0
+    """For `make_env` and for `init`."""
     step_s: float = 120.0
+    """For `step`, `answer` and `next_limits`."""
     fork_s: float = 60.0
     close_s: float = 30.0
     blocking: bool = False
+    """Its methods hold the thread that they run in, so each call gets one of its own."""
     reward_range: RewardRange = (0.0, 1.0)
+    """The lowest and the highest reward; rewards are mapped from there to [0, 1]."""
 
     def of(self, method: str) -> tuple[str, float]:
-        """The setting that bounds a method, and the seconds."""
+        """Return the setting that bounds a method, and the seconds."""
         setting = {"make_env": "init", "answer": "step", "next_limits": "step"}.get(method, method)
         return f"env.{setting}_timeout_s", getattr(self, f"{setting}_s")
 
 
 def make_guard(settings: EnvConfig, domain: Domain) -> "EnvGuard":
-    """The guard of a domain, as the settings of `env` and the domain itself ask for it."""
+    """Make the guard of a domain, as the settings of `env` and the domain itself ask for it."""
     low, high = settings.reward_range
     limits = EnvLimits(
         init_s=settings.init_timeout_s,
@@ -91,7 +92,7 @@ class EnvGuard:
         self._notes: dict[str, Fault] = {}
 
     async def make(self, task: Task) -> "GuardedEnv":
-        """A fresh environment. Raises EnvError."""
+        """Make a fresh environment. Raises EnvError."""
         original = task.original if isinstance(task, ConvertedTask) else task
         env = await self.call(task, "make_env", partial(self._make_env, original), partial(self._checked_env, task))
         return GuardedEnv(self, task, env)
@@ -109,7 +110,7 @@ class EnvGuard:
         *,
         in_loop: bool = False,
     ) -> T:
-        """The checked answer of one method. `in_loop`: also where others get a thread. Raises EnvError."""
+        """Return the checked answer of one method. `in_loop`: also where others get a thread. Raises EnvError."""
         where = f"{named(task)}: {method}()"
         setting, limit_s = self.limits.of(method)
         try:
@@ -137,7 +138,7 @@ class EnvGuard:
         self._notes[what] = replace(before, count=before.count + 1)
 
     def take_notes(self) -> dict[str, Fault]:
-        """What was noted since this was last asked."""
+        """Return what was noted since this was last asked."""
         notes, self._notes = self._notes, {}
         return notes
 
@@ -165,7 +166,7 @@ class GuardedEnv:
         return await self._call("init", self._env.init, checked_prompt)
 
     async def next_limits(self) -> TurnLimits:
-        """What the environment asks of the next turn; nothing where it leaves all to the run."""
+        """Return what the environment asks of the next turn; nothing where it leaves all to the run."""
         if self._asking is None:
             return TurnLimits()
         return await self._call("next_limits", self._asking.next_limits, _checked_limits)
@@ -183,7 +184,7 @@ class GuardedEnv:
         return GuardedEnv(self._guard, self._task, env)
 
     async def close(self) -> None:
-        """Never raises: a reward that the verifier gave stays, whatever becomes of the state afterwards."""
+        """Close it. Never raises: a reward that the verifier gave stays, whatever becomes of the state afterwards."""
         try:
             await self._call("close", self._env.close, lambda _: None)
         except EnvError as error:
@@ -194,7 +195,7 @@ class GuardedEnv:
 
 
 def whole_env(env: Env) -> Env:
-    """The environment itself, when it has all that one must have. Raises EnvValueError."""
+    """Return the environment itself, when it has all methods that one must have. Raises EnvValueError."""
     lacks = [name for name in ("init", "step", "fork", "close") if not callable(getattr(env, name, None))]
     if lacks:
         raise EnvValueError(f"gives a {type(env).__name__} without {', '.join(lacks)}")
@@ -202,7 +203,7 @@ def whole_env(env: Env) -> Env:
 
 
 async def invoked(call: Callable[[], Awaitable[T] | T]) -> T:
-    """`call()`, awaited where it is a coroutine; both what it does at once and what it awaits."""
+    """Return what `call` gives, awaited where it can be. Raises EnvError for what would end the loop."""
     try:
         answer = call()
         return await answer if isinstance(answer, Awaitable) else answer
@@ -216,8 +217,10 @@ async def invoked(call: Callable[[], Awaitable[T] | T]) -> T:
 
 
 async def within(limit_s: float, work: Coroutine[Any, Any, T]) -> T:
-    """As asyncio.wait_for, but also where the work does not let itself be cancelled, and without the time in which it
-    waits for room."""
+    """Return what `work` gives. Raises OutranLimitError after `limit_s` seconds, not counting those it waits for room.
+
+    Unlike asyncio.wait_for it also comes back when the work does not let itself be cancelled.
+    """
     task, clock = begun(work)
     try:
         await wait_for_work(task, clock, limit_s)
@@ -236,10 +239,12 @@ async def within(limit_s: float, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def cancel_for_good(task: "asyncio.Task[Any]") -> None:
+    """Cancel `task`, and leave it behind if it goes on all the same."""
     task.cancel()
     await asyncio.wait({task}, timeout=STOP_GRACE_S)
     if not task.done():
         log.error("a call of an environment swallows its cancellation, and is left behind")
+    # Its error is looked at, so that asyncio does not complain that nobody has.
     task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
 
@@ -250,7 +255,7 @@ def _checked_limits(limits: object) -> TurnLimits:
 
 
 def words_of(error: BaseException) -> str:
-    """What was raised, whatever its own words do."""
+    """Return what was raised as text, even where its own words raise."""
     try:
         text = str(error)
     except Exception as inner:  # noqa: BLE001 - somebody else's __str__
@@ -259,5 +264,5 @@ def words_of(error: BaseException) -> str:
 
 
 def named(task: Task) -> str:
-    """A task as errors name it; ids are data and may hold anything."""
+    """Return a task as errors name it; ids are data and may hold anything."""
     return f"environment {one_line(str(task.domain))}, task {one_line(str(task.id))}"

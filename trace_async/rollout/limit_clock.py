@@ -37,6 +37,7 @@ class LimitClock:
         self._waits_since = None
 
     def worked_s(self) -> float:
+        """Return the seconds since the start in which it did not wait for room."""
         now = time.monotonic() if self._waits_since is None else self._waits_since
         return now - self._started - self._waited_s
 
@@ -46,7 +47,7 @@ _CLOCK: ContextVar[LimitClock | None] = ContextVar("limit_clock", default=None)
 
 @asynccontextmanager
 async def waits_for_room() -> AsyncIterator[None]:
-    """The limit of the call that this runs in stands still inside. Without such a limit it does nothing."""
+    """Let the limit of the call that this runs in stand still inside. Without such a limit it does nothing."""
     clock = _CLOCK.get()
     if clock is None or clock.waits:
         yield
@@ -59,7 +60,7 @@ async def waits_for_room() -> AsyncIterator[None]:
 
 
 def begun(work: Coroutine[Any, Any, T]) -> "tuple[asyncio.Task[T], LimitClock]":
-    """`work` in a task, and the clock of that task."""
+    """Start `work` in a task. Returns the task and its clock, which `waits_for_room` finds in it."""
     clock = LimitClock()
     token = _CLOCK.set(clock)
     try:
@@ -69,6 +70,7 @@ def begun(work: Coroutine[Any, Any, T]) -> "tuple[asyncio.Task[T], LimitClock]":
 
 
 async def wait_for_work(task: "asyncio.Task[Any]", clock: LimitClock, limit_s: float) -> None:
-    """Until `task` has ended, or has worked for `limit_s`."""
+    """Wait until `task` has ended, or has worked for `limit_s` seconds."""
+    # While it waits for room it uses up no time: look again after `limit_s`.
     while not task.done() and (left_s := limit_s - clock.worked_s()) > 0:
         await asyncio.wait({task}, timeout=limit_s if clock.waits else left_s)

@@ -15,14 +15,16 @@ class RolloutLimits:
     max_retries: int
 
     def at(self, temperature: float) -> "RolloutLimits":
-        """The same at another temperature, for rollouts that nobody trains on; at 0 (greedy) top-p and top-k say
-        nothing."""
+        """Return the same at another temperature, for rollouts that nobody trains on.
+
+        At 0 (greedy) top-p and top-k say nothing and are off.
+        """
         sampling = replace(self.sampling, temperature=temperature, read_layers=None)
         return replace(self, sampling=sampling if temperature > 0 else replace(sampling, top_p=1.0, top_k=0))
 
 
 def rollout_limits(config: Config, stop_token_ids: tuple[int, ...]) -> RolloutLimits:
-    """What the config says of a rollout in training."""
+    """Return what the config says of a rollout in training."""
     sampling, predictor = config.sampling, config.predictor
     return RolloutLimits(
         sampling=SamplingParams(

@@ -1,4 +1,4 @@
-"""Which environment holds up the event loop that all prompts of a process share.
+"""Find out which environment holds up the event loop that all prompts of a process share.
 
 A method that waits with `await` lets the others go on. One that calls `time.sleep` or `requests.get` lets nobody: all
 prompts of the process, its heartbeats and its limits stand still until it returns, and no time-out can end it.
@@ -34,21 +34,23 @@ class LoopWatch:
         self._held: tuple[str, float, float] | None = None
 
     async def drive(self, where: str, awaitable: Awaitable[T]) -> T:
-        """The answer of `awaitable`, every stretch of it measured."""
+        """Return the answer of `awaitable`, every stretch of which is measured."""
         return await _Driven(self, where, awaitable)
 
     def enter(self, where: str) -> None:
+        """Note that `where` has the loop to itself from now on."""
         if self._core_wait is None:
             self._core_wait = _CoreWait()  # here, in the thread of the loop
         self._held = (where, time.monotonic(), self._core_wait.seconds())
 
     def leave(self) -> None:
+        """Note that it has not any more, and report a slow stretch."""
         held, self._held = self._held, None
         if held is not None and (held_s := self._held_s(held)) >= self._slow_s:
             self._on_slow(held[0], held_s)
 
     def _held_s(self, held: tuple[str, float, float]) -> float:
-        """Seconds since it was entered, but for those in which the thread could have run and had no core."""
+        """Return the seconds since it was entered, but for those in which the thread could have run and had no core."""
         assert self._core_wait is not None
         return time.monotonic() - held[1] - (self._core_wait.seconds() - held[2])
 

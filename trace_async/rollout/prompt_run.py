@@ -50,6 +50,7 @@ Playing = Callable[[Task], AbstractContextManager[None]]
 
 
 def uncounted(task: Task) -> AbstractContextManager[None]:
+    """Count nothing: the `Playing` of whoever does not ask."""
     return nullcontext()
 
 
@@ -100,6 +101,7 @@ class PromptRun:
         self._faults: dict[str, Fault] = {}
 
     async def roots(self, count: int) -> None:
+        """Play `count` root rollouts from the prompt."""
         await _run_all(self._attempt("root", ROOT) for _ in range(count))
 
     async def expand(self, expansion: Expansion) -> int:
@@ -163,7 +165,7 @@ class PromptRun:
             await state.close()
 
     async def _ask_values(self, value: Value) -> None:
-        """One question per rollout: the value at the end of each of its turns that can be continued."""
+        """Ask one question per conversation: the value at the end of each of its turns that can be continued."""
         builder = self._builder
         missing = [node for node in self._states if builder.nodes[node].value is None]
         rollouts = sorted({builder.nodes[node].rollout for node in missing})
@@ -192,7 +194,7 @@ class PromptRun:
                     builder.set_value(node, float(estimate))
 
     async def _measure_values(self, count: int) -> None:
-        """V of every turn that can be continued: the mean outcome of `count` continuations from it."""
+        """Measure V of every turn that can be continued: the mean outcome of `count` continuations from it."""
         rewards: dict[int, list[float]] = {node: [] for node in self._states if self._builder.nodes[node].value is None}
         await _run_all(self._measure(node, found) for node, found in rewards.items() for _ in range(count))
         for node, found in rewards.items():
@@ -200,7 +202,7 @@ class PromptRun:
                 self._builder.set_value(node, float(np.mean(found)))
 
     async def _measure(self, node: int, rewards: list[float]) -> None:
-        """A rollout of the oracle: it leaves its reward in `rewards` and nothing in the tree."""
+        """Play a rollout of the oracle, which leaves its reward in `rewards` and nothing in the tree."""
         try:
             outcome, states = await self._play(Branch("continuation", node), keep_states=False)
         except (EngineError, EnvError) as error:
@@ -210,7 +212,7 @@ class PromptRun:
             rewards.append(outcome.reward)
 
     async def _attempt(self, kind: RolloutKind, anchor: int, round_number: int = 0) -> None:
-        """One allocated rollout: it enters the tree, or is counted as failed once all its tries broke down."""
+        """Play one allocated rollout. It enters the tree, or is counted as failed once all its tries broke down."""
         for _ in range(self._limits.max_retries + 1):
             branch = Branch(kind, anchor, round_number)
             try:
@@ -281,7 +283,7 @@ class PromptRun:
         self._builder.set_prompt(prompt_ids)
 
     async def _turn(self, env: GuardedEnv, branch: Branch, history: list[int], clock: "_Lap") -> _Outcome | None:
-        """One turn of the policy, and what the environment says to it.
+        """Play one turn of the policy, and hear what the environment says to it.
 
         `history`, what the policy sees, grows by both, or becomes that of another conversation of the rollout.
         """
@@ -319,8 +321,11 @@ class PromptRun:
         return None
 
     def _conversations(self, rollout: int) -> list[tuple[list[int], list[int]]]:
-        """Of each conversation of a rollout: the nodes whose tokens the policy saw up to the last one that can be
-        continued, and the last of them, from the first on that can be. Of most rollouts there is one."""
+        """Return two lists of nodes for each conversation of a rollout; most rollouts have one conversation.
+
+        The first holds the nodes whose tokens the policy saw, up to the last that can be continued. The second is the
+        end of the first, from the first node on that can be continued.
+        """
         left = {node for node in self._builder.fresh_nodes(rollout) if node in self._states}
         found = []
         for node in sorted(left, reverse=True):
@@ -332,7 +337,7 @@ class PromptRun:
         return found
 
     def _readable(self, result: StepResult) -> StepResult:
-        """Beyond the context nothing is read, so of a text of many megabytes only its beginning is tokenised."""
+        """Cut texts to what the context can hold, so that of many megabytes only the beginning is tokenised."""
         most = self._limits.max_context_tokens * MAX_CHARS_PER_TOKEN
 
         def cut(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -343,7 +348,7 @@ class PromptRun:
         return replace(result, messages=cut(result.messages))
 
     async def _sampling(self, env: GuardedEnv, room: int) -> SamplingParams:
-        """The run's sampling within what is left of the context and what the environment asks for."""
+        """Return the run's sampling within what is left of the context and what the environment asks for."""
         sampling = self._limits.sampling
         asked = await env.next_limits()
         most = min(sampling.max_new_tokens, room)
@@ -353,8 +358,10 @@ class PromptRun:
 
 
 def start_prompt(task: Task, prompt: Prompt, renderer: Renderer, limits: RolloutLimits) -> tuple[int, ...]:
-    """The prompt's tokens. Raises PromptTooLongError where they leave no room for a turn, EnvValueError where the chat
-    template refuses them."""
+    """Return the prompt's tokens. Raises PromptTooLongError where they leave no room for a turn.
+
+    Raises EnvValueError where the chat template refuses the messages.
+    """
     num_chars = sum(len(message.content) for message in prompt.messages)
     most = limits.max_context_tokens * MAX_CHARS_PER_TOKEN
     length = f"{num_chars} characters"
@@ -373,7 +380,7 @@ def start_prompt(task: Task, prompt: Prompt, renderer: Renderer, limits: Rollout
 
 @contextmanager
 def _template_errors(task: Task, method: str) -> Iterator[None]:
-    """What the chat template refuses (a role, a tool's schema) is told as the environment's, which gave it."""
+    """Turn what the chat template refuses (a role, a tool's schema) into an error of the environment that gave it."""
     try:
         yield
     except ValueError as error:
@@ -381,7 +388,7 @@ def _template_errors(task: Task, method: str) -> Iterator[None]:
 
 
 async def _run_all(attempts: Iterable[Coroutine[None, None, None]]) -> None:
-    """All at once; when one raises, the others are cancelled and its error is raised plainly."""
+    """Run all at once. When one raises, the others are cancelled and its error is raised plainly."""
     try:
         async with asyncio.TaskGroup() as group:
             for attempt in attempts:

@@ -1,4 +1,4 @@
-"""Messages to tokens and a turn's tokens to text, through the chat template of any Hugging Face tokenizer.
+"""Turn messages into tokens and a turn's tokens into text, through the chat template of any Hugging Face tokenizer.
 
 Token-in, token-out: what the model wrote is never tokenised again; only the text around it is. Contents are data: they
 are put through the template as sentinels and encoded apart from it, so that no content can become a control token.
@@ -19,8 +19,8 @@ from trace_async.types import Json, Message, Prompt, Role
 _REPLACEMENT = "\ufffd"
 
 MAX_CHARS_PER_TOKEN = 64
-"""Texts are cut by characters before they are tokenised, at so many for each token that is kept of them: tokenising 28
-MB takes half a minute, and no text of use has longer tokens on average."""
+"""Before a text is tokenised it is cut to so many characters for each token that may be kept of it: tokenising 28 MB
+takes half a minute, and no text of use has longer tokens on average."""
 
 
 class Renderer:
@@ -70,7 +70,7 @@ class Renderer:
         self.vocab_size: int = len(tokenizer)
 
     def render_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """The tokens of the prompt up to and including the generation prompt."""
+        """Return the tokens of the prompt up to and including the generation prompt."""
         self._check_tools(prompt.tools)
         tools = json.dumps([dict(tool) for tool in prompt.tools])
         pieces = self._template_pieces(_roles(prompt.messages), tools)
@@ -82,7 +82,7 @@ class Renderer:
         return self._encode(pieces, prompt.messages)
 
     def render_observation(self, messages: Sequence[Message], *, turn_ended: bool) -> tuple[int, ...]:
-        """The tokens between the model's turn and its next one, next generation prompt included.
+        """Return the tokens between the model's turn and its next one, next generation prompt included.
 
         `turn_ended`: the turn's own tokens end with the end-of-turn token; otherwise (cut at its limit) it comes first.
         """
@@ -95,7 +95,7 @@ class Renderer:
         return token_ids[start:]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a turn without its end-of-turn token."""
+        """Return the text of a turn without its end-of-turn token."""
         end = len(token_ids)
         while end and token_ids[end - 1] in self.stop_token_ids:
             end -= 1
@@ -103,7 +103,7 @@ class Renderer:
         return text
 
     def read_message(self, token_ids: Sequence[int]) -> dict[str, Json] | None:
-        """A turn as the tokenizer's response template reads it (role, content, tool_calls, …), where it has one."""
+        """Return a turn as the tokenizer's response template reads it (role, content, tool_calls, …), if it has one."""
         if getattr(self._tokenizer, "response_template", None) is None:
             return None
         try:
@@ -113,7 +113,8 @@ class Renderer:
         return message if isinstance(message, dict) else None
 
     def encode_data(self, text: str) -> list[int]:
-        """Tokens of `text` as data: no id of an added token ever comes out, whatever the text spells."""
+        """Return the tokens of `text` as data: no id of an added token ever comes out, whatever the text spells."""
+        # A lone surrogate, which UTF-8 cannot hold, becomes "?": offsets stay those of `text`.
         encoding = self._data_core.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
         token_ids = encoding.ids
         if self._control_ids.isdisjoint(token_ids):
@@ -146,7 +147,7 @@ class Renderer:
         return tuple(token_ids)
 
     def _encode_content(self, text: str, max_tokens: int) -> list[int]:
-        """Tokens of a text, at most `max_tokens` (0: no limit); what was cut ends with the mark."""
+        """Return the tokens of a text, at most `max_tokens` (0: no limit); what was cut ends with the mark."""
         if not max_tokens:
             return self.encode_data(text)
         most_chars = max_tokens * MAX_CHARS_PER_TOKEN
@@ -159,7 +160,7 @@ class Renderer:
         return tuple(self._tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
 
     def _make_template_pieces(self, roles: tuple[Role, ...], tools: str) -> list[tuple[str, int | None]]:
-        """Template text and, after each piece but the last, the index of the message whose content follows."""
+        """Return the template's text in pieces, each but the last with the index of the message that follows it."""
         sentinels = [f"content{index}of{len(roles)}x7f3a9c" for index in range(len(roles))]
         chat = [{"role": role, "content": mark} for role, mark in zip(roles, sentinels, strict=True)]
         try:

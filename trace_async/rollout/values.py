@@ -1,4 +1,4 @@
-"""What an environment may give: converted where the meaning is plain, refused in words that name the field elsewhere.
+"""Check what an environment gives: convert it where the meaning is plain, else refuse it in words that name the field.
 
 Somebody else's code gives numpy scalars, truth values, integer ids, None. A reward of `True` plainly is 1; a reward of
 NaN is nothing, and would spread through predictor, checkpoint and weights. Nothing leaves here that cannot be written
@@ -37,7 +37,7 @@ class ConvertedTask(Task):
 
 
 def checked_task(task: object) -> Task:
-    """The task in plain values: itself where it has only those. Raises EnvValueError."""
+    """Return the task in plain values: itself where it has only those. Raises EnvValueError."""
     if not isinstance(task, Task):
         raise EnvValueError(f"a task must be a Task, not {_kind(task)}")
     if isinstance(task, ConvertedTask):
@@ -53,7 +53,7 @@ def checked_task(task: object) -> Task:
 
 
 def shown_task(task: Task) -> Task:
-    """As `checked_task`; of a task that is refused only what can be shown."""
+    """Return the task as `checked_task` does; of one that it refuses, only what can be shown."""
     try:
         plain = checked_task(task)
     except EnvValueError:
@@ -62,7 +62,7 @@ def shown_task(task: Task) -> Task:
 
 
 def checked_prompt(prompt: object) -> Prompt:
-    """Raises EnvValueError."""
+    """Return the prompt in plain values. Raises EnvValueError."""
     if not isinstance(prompt, Prompt):
         raise EnvValueError(f"gives {_kind(prompt)} instead of a Prompt")
     tools = plain_json(prompt.tools, "tools")
@@ -75,7 +75,7 @@ def checked_prompt(prompt: object) -> Prompt:
 
 
 def checked_result(result: object, reward_range: RewardRange) -> StepResult:
-    """The result with its reward mapped from `reward_range` to [0, 1]. Raises EnvValueError."""
+    """Return the result with its reward mapped from `reward_range` to [0, 1]. Raises EnvValueError."""
     if not isinstance(result, StepResult):
         raise EnvValueError(f"gives {_kind(result)} instead of a StepResult")
     if not result.done:
@@ -87,7 +87,7 @@ def checked_result(result: object, reward_range: RewardRange) -> StepResult:
 
 
 def checked_metrics(metrics: object) -> dict[str, float]:
-    """Finite numbers by names that are not ours. Raises EnvValueError."""
+    """Return the metrics as finite numbers, by names that are not ours. Raises EnvValueError."""
     if not isinstance(metrics, Mapping):
         raise EnvValueError(f"metrics must be a mapping of numbers, not {_kind(metrics)}")
     if len(metrics) > MAX_METRICS:
@@ -103,7 +103,10 @@ def checked_metrics(metrics: object) -> dict[str, float]:
 
 
 def plain_number(value: object, field: str) -> float:
-    """A finite float of whatever plainly is a number: truth values, integers, numpy and torch scalars."""
+    """Return a finite float for whatever plainly is a number: truth values, integers, numpy and torch scalars.
+
+    Raises EnvValueError, which names `field`.
+    """
     number = _unwrapped(value)
     if isinstance(number, Real | Decimal):
         try:
@@ -116,7 +119,7 @@ def plain_number(value: object, field: str) -> float:
 
 
 def plain_json(value: object, field: str, depth: int = 0) -> Json:
-    """The value as JSON holds it. Raises EnvValueError naming the field inside of which something is not."""
+    """Return the value as JSON holds it. Raises EnvValueError, which names the field that JSON cannot hold."""
     if depth > 100:
         raise EnvValueError(f"{field} is nested more than 100 deep")
     value = _unwrapped(value)
@@ -183,7 +186,7 @@ def _metric_name(name: object) -> str:
 
 
 def _name(value: object, field: str) -> str:
-    """Text, or an integer as text."""
+    """Return text, or an integer as text."""
     value = _unwrapped(value)
     if isinstance(value, str) and value:
         return str(value)
@@ -193,14 +196,14 @@ def _name(value: object, field: str) -> str:
 
 
 def _unwrapped(value: object) -> object:
-    """The Python value of a numpy or torch scalar; anything else as it is."""
+    """Return the Python value of a numpy or torch scalar; anything else as it is."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return value
 
 
 def _is_plain(value: object) -> bool:
-    """Whether all that stands in `value` is of JSON's own types: numpy's compare equal to them and are not."""
+    """Return whether all in `value` is of JSON's own types: numpy's types are not, though they compare equal."""
     if type(value) is dict:
         return all(type(key) is str and _is_plain(item) for key, item in value.items())
     if type(value) is list:
@@ -213,7 +216,7 @@ def _kind(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """The value in few characters, whatever it is."""
+    """Return the value in few characters, whatever it is."""
     if isinstance(value, str | bytes):
         return repr(value[:60]) + ("…" if len(value) > 60 else "")
     try:

@@ -12,44 +12,46 @@ from trace_async.trees.tree import RolloutTree
 
 
 def finished_roots(tree: RolloutTree) -> int:
-    """Root rollouts of Stage 1 that were not lost: M of them make an update, whatever Stage 2 adds to them."""
+    """Return the root rollouts of Stage 1 that were not lost: M of them make an update, whatever Stage 2 adds."""
     return sum(rollout.from_stage1 for rollout in tree.rollouts)
 
 
 @dataclass(slots=True)
 class TreeBuffer:
-    """Finished trees, and which admitted prompts are still growing.
-
-    `roots_per_update`: an update takes trees of so many finished root rollouts (M), or all there is.
-    """
+    """Finished trees, and which admitted prompts are still growing."""
 
     roots_per_update: int
+    """An update takes trees of so many finished root rollouts (M), or all there is."""
     max_staleness: int
+    """Weight versions that a tree may lag when it is trained on."""
     waiting: list[RolloutTree] = field(default_factory=list)
-    growing: dict[int, int] = field(default_factory=dict)  # prompt ticket → version at admission
+    """Finished trees."""
+    growing: dict[int, int] = field(default_factory=dict)
+    """Ticket of a prompt → learner version at its admission."""
 
     def admit(self, ticket: int, policy_version: int) -> None:
+        """Note that a prompt grows from now on."""
         self.growing[ticket] = policy_version
 
     def finish(self, ticket: int, tree: RolloutTree | None) -> None:
-        """A prompt has ended; `None` or a tree without rollouts: all of it was lost."""
+        """Take in a prompt that has ended. None, or a tree without rollouts: nothing of it is to be trained on."""
         del self.growing[ticket]
         if tree is not None and tree.rollouts:
             self.waiting.append(tree)
 
     def ready(self, policy_version: int, *, more_to_come: bool) -> bool:
-        """Whether an update can be taken now. `more_to_come`: another prompt can be admitted at this version."""
+        """Return whether an update can be taken now. `more_to_come`: another prompt can be admitted at this version."""
         due = any(version + self.max_staleness <= policy_version for version in self.growing.values())
         if due or not self.waiting:
             return False
         return self.waiting_roots >= self.roots_per_update or not (self.growing or more_to_come)
 
     def exhausted(self) -> bool:
-        """Nothing waits and nothing grows."""
+        """Return whether nothing waits and nothing grows."""
         return not self.waiting and not self.growing
 
     def take(self, policy_version: int, *, everything: bool = False) -> list[RolloutTree]:
-        """The trees of one update, oldest first; call only when `ready`. `everything`: of the last update."""
+        """Return the trees of one update, oldest first; only when `ready`. `everything`: all, for the last update."""
         self.waiting.sort(key=lambda tree: tree.policy_version_started)
         taken, roots = 0, 0
         while taken < len(self.waiting) and (

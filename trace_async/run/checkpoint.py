@@ -7,7 +7,7 @@
         manifest.json        every file with its size and xxh3 checksum
         trainer.json, learner/…, predictor/…      what the parts of a run wrote
 
-The store does not know what the files mean; the parts write their own (run_state.py, learner_state.py, predictor.py).
+The store does not know what the files mean; the parts write their own (run/state.py, learner/state.py, predictor/).
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class CheckpointStore:
 
     @contextlib.asynccontextmanager
     async def saving(self, version: int) -> AsyncIterator[Path]:
-        """A folder to write into; it becomes the checkpoint of `version` when the block ends without an error.
+        """Give a folder to write into; it becomes the checkpoint of `version` when the block ends without an error.
 
         A block that fails leaves nothing behind, and the checkpoints before are as they were. Raises CheckpointError
         when the disk does not take it.
@@ -67,12 +67,12 @@ class CheckpointStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def all(self) -> list[Path]:
-        """Checkpoints, oldest first. What was being written at a kill is not among them."""
+        """Return all checkpoints, oldest first. What was being written at a kill is not among them."""
         found = [(match, entry) for entry in self._entries() if (match := _NAME.fullmatch(entry.name))]
         return [entry for _, entry in sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)))]
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, unchecked; None when there is none."""
+        """Return the newest checkpoint, unchecked; None when there is none."""
         return next(reversed(self.all()), None)
 
     def _entries(self) -> list[Path]:
@@ -92,7 +92,7 @@ class CheckpointStore:
         for path in [*folder.rglob("*"), folder]:
             _to_disk(path)
         target, again = self._root / f"{version:06d}", 0
-        while target.exists():
+        while target.exists():  # the version was saved before, and that checkpoint is left alone
             again += 1
             target = self._root / f"{version:06d}.{again}"
         folder.rename(target)
@@ -119,13 +119,16 @@ def _delete(folder: Path) -> None:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint under `root`, checked file by file; None when there is none. Raises CheckpointError."""
+    """Return the newest checkpoint under `root`, checked file by file, or None. Raises CheckpointError."""
     newest = CheckpointStore(root, keep=1).newest()
     return check(newest) if newest is not None else None
 
 
 def check(checkpoint: Path) -> Path:
-    """The checkpoint itself when every file is there and unchanged; CheckpointError naming the first that is not."""
+    """Return the checkpoint itself when every file is there and unchanged.
+
+    Raises CheckpointError, which names the first file that is not.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:

@@ -12,7 +12,7 @@ from trace_async.types import Json, Task
 class TaskIterator:
     """Endless passes over `tasks`, each in a new order that depends only on `seed` and the pass (epoch).
 
-    A task that is made when it is asked for may turn out to be none: it is left out, and `refused` has the words.
+    A task may be made only when it is asked for. One that cannot be made is left out, and `refused` says why.
     """
 
     def __init__(self, tasks: Sequence[Task], *, seed: int) -> None:
@@ -28,7 +28,7 @@ class TaskIterator:
         """Why tasks that were drawn are left out; whoever reads it clears it."""
 
     def take(self, n: int) -> list[Task]:
-        """The next `n` tasks; every task comes once per epoch."""
+        """Return the next `n` tasks; every task comes once per epoch."""
         drawn: list[int] = []
         while len(drawn) < n:
             if self._position == len(self._order):
@@ -39,10 +39,10 @@ class TaskIterator:
         return self._made(drawn)
 
     def pool(self, n: int) -> list[Task]:
-        """The next `n` tasks, none of them twice; all there are where there are fewer.
+        """Return the next `n` tasks, none of them twice; all there are where there are fewer.
 
-        A pool that needs the end of one epoch and the beginning of the next keeps what it has of the first out of the
-        beginning: those come last in the new epoch.
+        A pool may need the end of one epoch and the beginning of the next. The tasks that it has from the end then come
+        last in the new epoch.
         """
         n = min(n, len(self._tasks))
         ending = self._order[self._position :]
@@ -53,7 +53,7 @@ class TaskIterator:
         return self._made([*ending, *self._order[: self._position]])
 
     def find(self, task_ids: Collection[str]) -> dict[str, Task]:
-        """The tasks with these ids, as far as they are in the data."""
+        """Return id → task for those of these ids that are in the data."""
         wanted, found = set(task_ids), {}
         for index in range(len(self._tasks) if wanted else 0):
             for task in self._made([index]):
@@ -73,7 +73,7 @@ class TaskIterator:
         return made
 
     def state(self) -> dict[str, Any]:
-        """Where it stands; plain numbers, for a checkpoint."""
+        """Return where it stands, in plain numbers, for a checkpoint."""
         return {
             "seed": self._seed,
             "num_tasks": len(self._tasks),
@@ -83,7 +83,7 @@ class TaskIterator:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; ValueError when it belongs to another seed or data set."""
+        """Go on where `state` was taken. Raises ValueError when it belongs to another seed or data set."""
         for name, own in (("seed", self._seed), ("num_tasks", len(self._tasks))):
             if state[name] != own:
                 raise ValueError(f"the checkpoint's task order has {name}={state[name]}, this run has {own}")
@@ -96,7 +96,7 @@ class TaskIterator:
         self._order = self._shuffled()
 
     def _shuffled(self) -> list[int]:
-        """The order of this epoch; what was held back comes last, in its new order."""
+        """Return the order of this epoch; what was held back comes last, in its new order."""
         order = list(range(len(self._tasks)))
         Random(f"{self._seed}/{self._epoch}").shuffle(order)
         late = set(self._held_back)
@@ -104,12 +104,12 @@ class TaskIterator:
 
 
 def read_json(path: str | Path) -> Json:
-    """One JSON document. Raises ValueError naming the file, and the line of a syntax error."""
+    """Read one JSON document. Raises ValueError naming the file, and the line of a syntax error."""
     return _parse(_read(path), f"{path}")
 
 
 def read_rows(path: str | Path, required: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Json]]:
-    """Objects of a JSON array or of JSON lines, each with the `required` fields of the given types.
+    """Read the objects of a JSON array or of JSON lines, each with the `required` fields of the given types.
 
     Raises ValueError naming the file and the line (JSON lines) or row (array).
     """

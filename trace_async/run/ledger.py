@@ -9,28 +9,32 @@ from trace_async.types import LossKind
 
 
 def in_words(counts: Mapping[str, int]) -> str:
-    """`2 env_error, 5 tree_timeout`."""
+    """Return counts in words: `2 env_error, 5 tree_timeout`."""
     return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Where every allocated root rollout and continuation went. What Stage 2 bought is entered when its tree arrives,
-    all of it as continuations.
+    """Where every allocated root rollout and continuation went.
 
-    At any moment allocated = trained + failed + waiting in the buffer + in flight (`check`).
+    What Stage 2 bought is entered when its tree arrives, all of it as continuations. At any moment
+    allocated = trained + failed + filtered + waiting in the buffer + in flight (`check`).
     """
 
     allocated: Counter[str] = field(default_factory=Counter)
+    """By kind of rollout."""
     trained: Counter[str] = field(default_factory=Counter)
+    """By kind of rollout."""
     failed: Counter[str] = field(default_factory=Counter)
+    """By kind of loss."""
     filtered: Counter[str] = field(default_factory=Counter)
+    """By kind of rollout."""
 
     def allocate_roots(self, count: int) -> None:
         self.allocated["root"] += count
 
     def arrive(self, tree: RolloutTree) -> None:
-        """A prompt has ended: its continuations become known, and what broke down is entered by kind."""
+        """Enter a prompt that has ended: its continuations become known, and what broke down is counted by kind."""
         self.allocated["continuation"] += tree.num_continuations_allocated
         lost = sum(tree.failures.values())
         done = len(tree.rollouts)
@@ -40,18 +44,18 @@ class Ledger:
             self.failed[kind] += count
 
     def lose_tree(self, num_roots: int, kind: LossKind) -> None:
-        """A whole prompt was lost (its actor died, it outran its limit): its roots failed."""
+        """Enter a prompt that was lost whole (its actor died, it outran its limit): its roots failed."""
         self.failed[kind] += num_roots
 
     def train(self, tree: RolloutTree) -> None:
         self.trained.update(rollout.kind for rollout in tree.rollouts)
 
     def filter(self, tree: RolloutTree) -> None:
-        """The selection rule leaves the tree out (DAPO: its rollouts agree); it was generated and is charged."""
+        """Enter a tree that the selection rule leaves out (DAPO: its rollouts agree). It is charged all the same."""
         self.filtered.update(rollout.kind for rollout in tree.rollouts)
 
     def check(self, *, waiting: int, in_flight_roots: int) -> None:
-        """The sums must be equal: rollouts waiting in the buffer and roots of prompts under way included."""
+        """Assert that the sums are equal, rollouts waiting in the buffer and roots of prompts under way included."""
         allocated = sum(self.allocated.values())
         found = sum(self.trained.values()) + sum(self.failed.values()) + waiting + in_flight_roots
         found += sum(self.filtered.values())

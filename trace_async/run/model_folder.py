@@ -13,7 +13,7 @@ from pathlib import Path
 from trace_async.config import Config, ConfigError
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# Of the head, which the learner calls by itself: a factor that is neutral at 1, a cap that is off when empty.
+# The learner calls the head by itself, so it must know of these: a factor is neutral at 1, a cap is off when empty.
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier", "mup_width_multiplier")
 # Heads of which transformers' code says what it does with that factor: model_type → entry, power of the factor.
 _SCALED_HEADS = {
@@ -27,7 +27,7 @@ _SINKS = ("gpt_oss",)
 
 
 def read_config(path: str | Path) -> dict[str, object]:
-    """The folder's config.json. Raises ValueError when it cannot be read."""
+    """Return the content of the folder's config.json. Raises ValueError when it cannot be read."""
     file = Path(path) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def require_plain_decoder(content: Mapping[str, object], setting: str) -> None:
 
 
 def logit_factor(content: Mapping[str, object]) -> float:
-    """By what a model's head multiplies its logits, from its config.json; 1 for most, NaN where that says no number."""
+    """Return by what a model's head multiplies its logits, from its config.json: 1 for most, NaN for no number or 0."""
     name, power = _SCALED_HEADS.get(str(content.get("model_type")), ("", 1))
     value = content.get(name, 1.0)
     return float(value) ** power if isinstance(value, int | float) and value else math.nan

@@ -37,14 +37,14 @@ class ModelShape:
     qk_norm: bool
 
     def num_adapter_parameters(self, rank: int) -> int:
-        """Of LoRA on every linear layer but the head: rank · (in + out) each."""
+        """Return the parameters of LoRA on every linear layer but the head: rank · (in + out) each."""
         h, d = self.hidden_size, self.head_dim
         attention = 2 * (h + self.num_heads * d) + 2 * (h + self.num_kv_heads * d)
         return rank * self.num_layers * (attention + 3 * (h + self.intermediate_size))
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the whole model, tied embeddings once."""
+        """Return the number of weights of the whole model, tied embeddings once."""
         h, d = self.hidden_size, self.head_dim
         attention = h * (self.num_heads + 2 * self.num_kv_heads) * d + self.num_heads * d * h
         norms = 2 * h + (2 * d if self.qk_norm else 0)
@@ -52,10 +52,13 @@ class ModelShape:
         return (1 if self.tied else 2) * self.vocab_size * h + self.num_layers * layer + h
 
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Return the bytes of one token's keys and values in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_bytes
 
     def activation_bytes(self, num_tokens: int, dtype_bytes: int, *, checkpointing: bool) -> int:
-        """What the backward pass needs of `num_tokens` at once; with checkpointing each layer's input and one layer.
+        """Return the bytes that the backward pass needs of `num_tokens` at once.
+
+        With checkpointing it needs each layer's input and the whole of one layer, else the whole of all layers.
 
         A layer keeps, per token: inputs of both norms and of both blocks' projections (4 h), queries, keys, values and
         attention's output (2·heads + 2·kv_heads) d, and gate, up, their activation and product (4 i).
@@ -88,7 +91,10 @@ KNOWN_SHAPES: dict[str, ModelShape] = {
 
 
 def shape_of(path: str, setting: str) -> ModelShape:
-    """From the directory's config.json, or, when it is not on this machine, from the known models by its name."""
+    """Read a model's sizes from its config.json or, when it is not on this machine, from KNOWN_SHAPES by its name.
+
+    Raises ConfigError, which names `setting`.
+    """
     file = Path(path) / "config.json"
     if file.is_file():
         content = read_config(path)
@@ -101,7 +107,7 @@ def shape_of(path: str, setting: str) -> ModelShape:
 
 
 def shape_from_json(content: Mapping[str, object], setting: str = "policy.path") -> ModelShape:
-    """Sizes of a dense decoder. Raises ConfigError naming `setting` and the entry that is missing or no number."""
+    """Read the sizes of a dense decoder. Raises ConfigError, which names `setting` and the entry that is wrong."""
 
     def size(name: str) -> int:
         value = content.get(name)
@@ -124,12 +130,14 @@ def shape_from_json(content: Mapping[str, object], setting: str = "policy.path")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessPlan:
-    """One kind of process: how many, what each holds, in bytes by part (on each of its GPUs, or in its memory)."""
+    """What processes of one kind take."""
 
     name: str
     count: int
     gpus_each: float
+    """GPUs of each; less than 1 is a share of one, 0 is the CPU."""
     parts: Mapping[str, int]
+    """Part → bytes that it takes on each GPU of a process, or in its memory where it has none."""
 
     @property
     def num_bytes(self) -> int:
@@ -144,14 +152,18 @@ class ProcessPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What `plan_run` found; prints as a table. `nodes`: what runs on each node (empty without GPUs)."""
+    """What `plan_run` found; prints as a table."""
 
     config: Config
+    """The settings as placed on the machines."""
     num_parameters: int
+    """Of the policy."""
     processes: tuple[ProcessPlan, ...]
     nodes: tuple[tuple[str, ...], ...]
+    """What runs on each node; empty without GPUs."""
     rollouts_per_update: int
     trajectory_equivalents: float
+    """Whole rollouts whose tokens an update costs, a continuation counted as half a one."""
     max_tokens_per_update: int
     max_micro_batches_per_rank: int
 
@@ -172,7 +184,7 @@ class Plan:
 
 
 def plan_run(config: Config) -> Plan:
-    """The plan of a run. Raises ConfigError, naming the setting, when it cannot fit or does not add up."""
+    """Work out the plan of a run. Raises ConfigError, naming the setting, when it cannot fit or does not add up."""
     config = place(config, config.actors.num_nodes * (config.actors.gpus_per_node or num_gpus_here()))
     policy = _policy_shape(config)
     processes = (_learner(config, policy), _generator(config, policy), _predictor(config, policy))
@@ -240,10 +252,10 @@ def _learner(config: Config, policy: ModelShape) -> ProcessPlan:
 
 
 def _gathered_numbers(config: Config, policy: ModelShape) -> int:
-    """Numbers that attention on the CPU keeps beside the layers' own: keys and values of each segment's whole path.
+    """Return how many numbers attention on the CPU keeps beside the layers' own: keys and values of whole paths.
 
-    A segment is about a turn, its path half a rollout on average, and every query head has a copy of its own. With
-    checkpointing one layer has them at a time.
+    Each segment has those of its whole path. A segment is about a turn, its path half a rollout on average, and every
+    query head has a copy of its own. With checkpointing one layer has them at a time.
     """
     learner, sampling = config.learner, config.sampling
     copies = max(1.0, sampling.max_context_tokens / (2 * sampling.max_turn_tokens))
@@ -281,7 +293,7 @@ def _generator(config: Config, policy: ModelShape) -> ProcessPlan:
 
 
 def _predictor(config: Config, policy: ModelShape) -> ProcessPlan:
-    """A trunk without a language head: trained in fp32 (trunk=own), or only read (trunk=policy)."""
+    """Plan the predictor: a trunk without a language head, trained in fp32 (trunk=own) or only read (trunk=policy)."""
     predictor = config.predictor
     shape = shape_of(predictor.path, "predictor.path") if predictor.path else policy
     if shape.vocab_size < policy.vocab_size:
@@ -324,7 +336,10 @@ def _require_memory(config: Config, processes: tuple[ProcessPlan, ...]) -> None:
 
 
 def _place(config: Config, processes: tuple[ProcessPlan, ...]) -> tuple[tuple[str, ...], ...]:
-    """First fit, largest first: a process has all its GPUs on one node. ConfigError when they do not suffice."""
+    """Return what runs on each node: first fit, largest first, all GPUs of a process on one node.
+
+    Raises ConfigError when the nodes do not suffice.
+    """
     actors = config.actors
     wanted = sorted((p for p in processes if p.gpus_each), key=lambda p: -p.gpus_each)
     if not wanted:

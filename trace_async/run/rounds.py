@@ -5,17 +5,15 @@
                                                 └─────► lost (counted by kind, and replaced)
 
 How M, the pool and the price are kept. A round is what the method says: `pool_size` fresh candidates, and exactly M
-root rollouts bought among them by Stage 1, at the price at which its knapsack cuts. What is not whole any more is the
-moment: the prompts that a round bought start one by one as capacity comes free, and when few of them are left, the pool
-is refilled with the next candidates and the next M. So M of every `pool_size` candidates are bought, as before, and
-an estimate is at most about a round old when its prompt starts.
+root rollouts bought among them by Stage 1, at the price at which its knapsack cuts. But its prompts do not start
+together. They start one by one as capacity comes free, and when few of them are left, the next round is planned. So M
+of every `pool_size` candidates are bought, and an estimate is at most about a round old when its prompt starts.
 
-When a prompt may start. Outstanding roots (growing, waiting or in training) stay below (max_staleness + 1)·M, as
-whole rounds of M would have it: more could not be trained in time. With max_staleness ≥ 1 at most max_staleness·M of
-them *grow* at a time. All that grew at the last version is due before an update can be taken, so the more of it there
-is, the longer the learner waits for the last one while admission is at its bound and the generators stand idle; the
-fewer, the smaller the engine's batches. What was lost or filtered is outstanding no more, so others take its place and
-updates keep their size.
+When a prompt may start. Outstanding roots (growing, waiting or in training) stay below (max_staleness + 1)·M: more
+could not be trained in time. With max_staleness ≥ 1 at most max_staleness·M of them *grow* at a time. All that grew at
+the last version is due before an update can be taken. So the more of it there is, the longer the learner waits for the
+last one, while admission is at its bound and the generators stand idle; the less there is, the smaller are the engine's
+batches. What was lost or filtered is outstanding no more, so others take its place and updates keep their size.
 
 Example, M = 64, max_staleness = 1, prompts of 4: sixteen prompts (64 roots) start; whenever one ends the next starts;
 after 64 roots have ended an update is taken; during it prompts go on starting until 128 roots are outstanding.
@@ -86,7 +84,7 @@ class Rounds:
     # ── Stage 1 ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def wants_round(self) -> bool:
-        """Whether the next round is to be planned now: little of the last one is left, and its first may start."""
+        """Return whether to plan the next round now: little of the last one is left, and its first may start."""
         planned = sum(prompt.num_roots for prompt in self.planned)
         if self.limits.max_staleness and 4 * planned >= self.limits.roots_per_update:
             return False
@@ -99,7 +97,7 @@ class Rounds:
         self.state.num_rounds += 1
 
     def lose_candidates(self, kinds: Sequence[LossKind], *, of: int) -> None:
-        """Of a pool of `of` candidates these could not be started, so that nothing is allocated to them.
+        """Enter the candidates of a pool of `of` that could not be started. Nothing is allocated to them.
 
         Raises NothingToLearnError when that is all of several pools in a row.
         """
@@ -114,7 +112,7 @@ class Rounds:
     # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def may_start(self) -> bool:
-        """Whether the next planned prompt may start now."""
+        """Return whether the next planned prompt may start now."""
         return bool(self.planned) and self._room() and self.growing_roots < self.limits.growing_roots
 
     def start(self) -> tuple[int, PendingPrompt]:
@@ -137,7 +135,7 @@ class Rounds:
         return ticket, prompt
 
     def arrive(self, ticket: int, tree: RolloutTree, *, keep: bool = True) -> None:
-        """A prompt has ended. `keep` false: the rule of Stage 1 filters it out; it was generated and is charged."""
+        """Enter a prompt that has ended. `keep` false: the rule of Stage 1 filters it out, though it is charged."""
         del self.pending[ticket]
         self.state.ledger.arrive(tree)
         self.state.generated_tokens += tree.num_generated_tokens
@@ -149,7 +147,7 @@ class Rounds:
         self.buffer.finish(ticket, tree if keep else None)
 
     def lose(self, ticket: int, kind: LossKind) -> None:
-        """A prompt has ended without a tree."""
+        """Enter a prompt that has ended without a tree."""
         num_roots = self.pending.pop(ticket).num_roots
         self.state.ledger.lose_tree(num_roots, kind)
         self._since_update.failed += num_roots
@@ -158,13 +156,13 @@ class Rounds:
     # ── updates ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def ready(self) -> bool:
-        """Whether an update can be taken now. The last one waits for all that grows and takes all there is."""
+        """Return whether an update can be taken now. The last one waits for all that grows and takes all there is."""
         if self._is_last and (self.pending or self._more_to_come()):
             return False
         return self.buffer.ready(self.state.policy_version, more_to_come=self._more_to_come())
 
     def take(self) -> list[RolloutTree]:
-        """The trees of the next update, oldest first; only when `ready`. `account` must follow."""
+        """Return the trees of the next update, oldest first; only when `ready`. `account` must follow."""
         trees = self.buffer.take(self.state.policy_version, everything=self._is_last)
         self._roots_in_training = sum(map(finished_roots, trees))
         return trees
@@ -190,12 +188,12 @@ class Rounds:
         self.check_ledger()
 
     def finished(self) -> bool:
-        """Nothing is left to train on, and nothing more will come."""
+        """Return whether nothing is left to train on and nothing more will come."""
         done = self.state.num_updates >= self.limits.num_updates
         return done or (self.spent() and self.buffer.exhausted() and not self._roots_in_training)
 
     def spent(self) -> bool:
-        """The run's updates are done, or its tokens are generated: nothing more is started."""
+        """Return whether the run's updates are done or its tokens generated, so that nothing more is started."""
         limit = self.limits.max_generated_tokens
         done = self.state.num_updates >= self.limits.num_updates
         return done or 0 < limit <= self.state.generated_tokens
@@ -237,7 +235,7 @@ class Rounds:
     # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def snapshot(self) -> SavedTrainer:
-        """For a checkpoint, between updates; nothing of it changes afterwards."""
+        """Return what a checkpoint keeps, between updates. Nothing of it changes afterwards."""
         assert not self._roots_in_training, "a checkpoint is taken between updates"
         return SavedTrainer(
             state=self.state.copy(),
@@ -267,12 +265,12 @@ class Rounds:
 
     @property
     def outstanding_roots(self) -> int:
-        """Started, and neither trained nor lost nor filtered."""
+        """Return how many roots have started and are neither trained nor lost nor filtered."""
         return self.growing_roots + self.buffer.waiting_roots + self._roots_in_training
 
     @property
     def _outstanding_limit(self) -> int:
-        """Near the end no more than the updates that are left can take."""
+        """Return the bound of outstanding roots; near the end, what the updates that are left can take."""
         updates = min(self.limits.max_staleness + 1, self.limits.num_updates - self.state.num_updates)
         return updates * self.limits.roots_per_update
 
@@ -284,5 +282,5 @@ class Rounds:
         return not self.spent() and self.outstanding_roots < self._outstanding_limit
 
     def _more_to_come(self) -> bool:
-        """Whether a further prompt can start before the next update, now or when a growing one has ended."""
+        """Return whether a further prompt can start before the next update, now or when a growing one has ended."""
         return self._room()

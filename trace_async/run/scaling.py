@@ -1,4 +1,4 @@
-"""How many generators a run should have: the rule, and the word of whoever runs it. Pure but for two small files.
+"""Say how many generators a run should have: by a rule, or by order of whoever runs it. Pure but for two small files.
 
     RUN/scale.json      what `trace-async scale RUN N` asked for; the run reads it
     RUN/generators.json the sizes so far, each with its reason; the run writes it, `trace-async status RUN` reads it
@@ -66,7 +66,7 @@ class ScalingRule:
             wanted = size + math.ceil(size / 2)
             reason = f"the learner waited {wait:.0%} of the time and the generators were idle {idle:.0%}"
         elif idle > IDLE_SHARE:
-            wanted = math.ceil(size * (1 - idle) + 0.5)
+            wanted = math.ceil(size * (1 - idle) + 0.5)  # those that were busy, and half a one to spare
             reason = f"the generators were idle {idle:.0%} of the time"
         wanted = max(self.minimum, min(self.maximum, wanted))
         if wanted == size:
@@ -76,12 +76,12 @@ class ScalingRule:
 
 
 def order(run_dir: Path, num_generators: int) -> None:
-    """Ask a run for so many generators; it changes within seconds, and its rule is off from then on."""
+    """Ask a run for so many generators. It changes within seconds, and its rule is off from then on."""
     write_whole(run_dir / ORDER_FILE, json.dumps({"num_generators": num_generators}))
 
 
 def ordered(run_dir: Path) -> int | None:
-    """What was asked for last; None: nothing."""
+    """Return what was asked for last; None: nothing."""
     path = run_dir / ORDER_FILE
     if not path.is_file():
         return None
@@ -92,9 +92,11 @@ def ordered(run_dir: Path) -> int | None:
 
 
 def keep_sizes(run_dir: Path, sizes: list[Size]) -> None:
+    """Write the sizes so far, for `trace-async status` and for a resumed run."""
     write_whole(run_dir / SIZES_FILE, json.dumps([asdict(size) for size in sizes], indent=1))
 
 
 def kept_sizes(run_dir: Path) -> list[Size]:
+    """Return what `keep_sizes` wrote; empty before."""
     path = run_dir / SIZES_FILE
     return [Size(**size) for size in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else []

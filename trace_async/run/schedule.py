@@ -106,11 +106,11 @@ class Schedule:
                 self._taught(number).unlink(missing_ok=True)
 
     def updates(self) -> list[int]:
-        """The updates that are kept, in order."""
+        """Return the numbers of the updates that are kept, in order."""
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
 
     def read(self, number: int) -> UpdateRecord:
-        """Raises ConfigError, which names the file."""
+        """Return the record of an update. Raises ConfigError, which names the file."""
         path = self._record(number)
         try:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -122,14 +122,17 @@ class Schedule:
             raise ConfigError(f"{path}: no record of an update ({error})") from error
 
     def read_trees(self, number: int) -> list[RolloutTree]:
-        """The trees that the update was given, in order. Raises ConfigError, which names the file."""
+        """Return the trees that the update was given, in order. Raises ConfigError, which names the file."""
         try:
             return list(read_trees(self._trees(number)))
         except (OSError, ValueError) as error:
             raise ConfigError(str(error)) from error
 
     def read_taught(self, number: int) -> dict[str, np.ndarray] | None:
-        """What the update's trees taught the predictor. None: nothing that they do not hold. Raises ConfigError."""
+        """Return what the update's trees taught the predictor; None: nothing that they do not hold.
+
+        Raises ConfigError, which names the file.
+        """
         path = self._taught(number)
         try:
             return load_file(path) if path.is_file() else None
@@ -164,7 +167,7 @@ class Plan:
 
 
 def plan_replay(run_dir: Path, update: int) -> Plan:
-    """From the newest checkpoint before `update` to it. Raises ConfigError in words when something of that is gone."""
+    """Plan the way from the newest checkpoint before `update` to it. Raises ConfigError when something is gone."""
     kept = Schedule(run_dir).updates()
     saved = CheckpointStore(run_dir / "checkpoints", keep=1).all()
     checkpoints = {int(path.name.partition(".")[0]): path for path in saved}

@@ -42,7 +42,7 @@ class Session:
         return cls(host=socket.gethostname(), pid=os.getpid(), process_started=psutil.Process().create_time())
 
     def is_alive(self) -> bool:
-        """Whether the process is still there; of one on another machine we cannot know, and say yes."""
+        """Return whether the process is still there; of one on another machine we cannot know, and say yes."""
         if self.host != socket.gethostname():
             return True
         try:
@@ -83,7 +83,7 @@ def _write_new(path: Path, content: bytes) -> None:
 
 
 def free_name(wanted: Path) -> Path:
-    """The folder that `claim_new` would make now."""
+    """Return the folder that `claim_new` would make now."""
     candidate, number = wanted, 1
     while (candidate / "config.yaml").exists():
         number += 1
@@ -92,14 +92,14 @@ def free_name(wanted: Path) -> Path:
 
 
 def last_session(run_dir: Path) -> Session | None:
-    """The session that did not take its mark away: it is at work, or it ended without a word."""
+    """Return the session that did not take its mark away: it is at work, or it ended without a word."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Session(**json.loads((run_dir / SESSION_FILE).read_text(encoding="utf-8")))
     return None
 
 
 def require_free(run_dir: Path) -> None:
-    """RunFolderError when another process works on the run."""
+    """Raise RunFolderError when another process works on the run."""
     session = last_session(run_dir)
     if session is not None and session.pid != os.getpid() and session.is_alive():
         raise RunFolderError(
@@ -132,7 +132,7 @@ class Phases:
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """The phase `name` is under way in the block. That a disk does not take the note ends no run."""
+        """Note that the phase `name` is under way in the block. A disk that does not take the note ends no run."""
         self._since[name] = time.time()
         self._keep()
         try:
@@ -148,7 +148,7 @@ class Phases:
 
 
 def phases_of(run_dir: Path) -> dict[str, float]:
-    """Name of every phase that is under way → Unix seconds at which it began; empty when that is not known."""
+    """Return phase under way → Unix seconds at which it began; empty when that is not known."""
     try:
         return {str(name): float(at) for name, at in json.loads((run_dir / PHASES_FILE).read_text("utf-8")).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -156,7 +156,7 @@ def phases_of(run_dir: Path) -> dict[str, float]:
 
 
 def how_it_ended(run_dir: Path) -> str | None:
-    """Words about a session that ended without any; None when the last one ended in order or is still at work."""
+    """Describe a session that ended without a word; None when the last one ended in order or is at work."""
     session = last_session(run_dir)
     if session is None or session.is_alive():
         return None
@@ -171,11 +171,11 @@ def how_it_ended(run_dir: Path) -> str | None:
 
 
 def resume_command(run_dir: Path) -> str:
-    """The command that goes on with a run."""
+    """Return the command that goes on with a run."""
     return f"trace-async train --resume {shlex.quote(str(run_dir))}"
 
 
 def abandoned(output_dir: Path) -> list[Path]:
-    """Runs under `output_dir` whose process is gone and that nobody goes on with."""
+    """Return the runs under `output_dir` whose process is gone and that nobody goes on with."""
     marks = output_dir.glob(f"*/{SESSION_FILE}")
     return sorted(mark.parent for mark in marks if how_it_ended(mark.parent) is not None)

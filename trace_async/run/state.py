@@ -95,6 +95,7 @@ class SavedTrainer:
 
 
 def save_trainer(folder: Path, saved: SavedTrainer) -> None:
+    """Write the trainer's part of a checkpoint into `folder`."""
     # Not asdict: before Python 3.12 it makes a Counter of pairs out of a Counter.
     counters = {one.name: getattr(saved.state, one.name) for one in fields(saved.state) if one.name != "ledger"}
     record = {
@@ -110,7 +111,7 @@ def save_trainer(folder: Path, saved: SavedTrainer) -> None:
 
 
 def load_trainer(folder: Path) -> SavedTrainer:
-    """What `save_trainer` wrote. Raises CheckpointError when another version of this program wrote it."""
+    """Return what `save_trainer` wrote. Raises CheckpointError when another version of this program wrote it."""
     path = folder / "trainer.json"
     record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if record.get("format") != FORMAT:

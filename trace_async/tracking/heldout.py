@@ -78,7 +78,7 @@ def _num_turns(tree: RolloutTree, leaf: int) -> int:
 
 
 def _passes(trees: Sequence[RolloutTree], suffix: str, num_samples: int) -> dict[str, float]:
-    """pass@k over the tasks that have k rollouts; the others, which lost some, say nothing about it."""
+    """Return pass@k over the tasks that have k rollouts; the others, which lost some, say nothing about it."""
     figures = {}
     for k in sorted({2**power for power in range(1, num_samples.bit_length())} | {num_samples}):
         known = [tree for tree in trees if len(tree.rollouts) >= k]

@@ -1,7 +1,7 @@
 """Hand MLflow what its pages show besides figures: rollouts as traces, datasets, the policy as a model.
 
-MLflow keeps one tracking address for a whole process, and its traces and models go there; it is set for as long as
-this takes, and put back.
+MLflow keeps one tracking address for a whole process, and sends traces and models there. The address is set for as
+long as this takes, and then put back.
 """
 
 import json
@@ -23,7 +23,7 @@ _ADDRESS = threading.Lock()
 
 @contextmanager
 def tracking_address(uri: str) -> Iterator[None]:
-    """MLflow's own address is `uri` inside; one thread at a time."""
+    """Make `uri` MLflow's own address inside; one thread at a time."""
     import mlflow
 
     with _ADDRESS:
@@ -36,7 +36,7 @@ def tracking_address(uri: str) -> Iterator[None]:
 
 
 def log_trace(uri: str, rollout: RolloutRecord, client: "MlflowClient", run_id: str) -> None:
-    """The rollout as a trace of the run: a span for each turn of the policy and one for what came back.
+    """Log the rollout as a trace of the run: a span for each turn of the policy and one for what came back.
 
     Its times are those at which it is logged.
     """
@@ -88,7 +88,7 @@ def _send(client: "MlflowClient", experiment: str, run_id: str, rollout: Rollout
 
 
 def log_datasets(datasets: Sequence[DatasetRecord], client: "MlflowClient", run_id: str) -> None:
-    """The run's datasets, by the name of the environment."""
+    """Log the run's datasets, by the name of the environment."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = [
@@ -108,7 +108,7 @@ def log_datasets(datasets: Sequence[DatasetRecord], client: "MlflowClient", run_
 
 
 def log_policy(uri: str, run_id: str, config: Config, folder: Path) -> None:
-    """The policy in `folder` as a model of the run: `mlflow.transformers.load_model` gives a pipeline."""
+    """Log the policy in `folder` as a model of the run: `mlflow.transformers.load_model` gives a pipeline."""
     import mlflow
     from mlflow.models import infer_signature
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -235,7 +235,7 @@ class MlflowTracker:
             raise error
 
     def _next_metrics(self) -> tuple[int, list["Metric"]]:
-        """The next points, about a request of them, and what MLflow lacks of them; a point may be of any size."""
+        """Return how many points come next, about a request of them, and the figures of these that MLflow lacks."""
         from mlflow.entities import Metric
 
         metrics: list[Metric] = []

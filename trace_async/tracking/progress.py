@@ -175,7 +175,7 @@ class Progress:
         self._live.update(self.table(), refresh=True)
 
     def _note(self, update_index: int, metrics: Mapping[str, float], seconds: float) -> bool:
-        """Whether it was an update, not an evaluation alone. `seconds`: what it took, where `metrics` does not say."""
+        """Return whether it was an update. `seconds`: what that took, where `metrics` does not say."""
         self._note_heldout(metrics)
         if "time/eval_s" in metrics:
             self._eval_s, self._evaluated = metrics["time/eval_s"], update_index
@@ -196,9 +196,11 @@ class Progress:
             self._rewards.append(metrics["train/reward"])
 
     def seconds_left(self) -> float | None:
-        """Estimate the seconds until the run ends: the updates, or the token budget where it ends first, and the
-        evaluations that training waits for, the last one included, each by what it took so far. What is under way
-        counts what is left of its usual time. Saving and closing count nothing: they take seconds.
+        """Estimate the seconds until the run ends.
+
+        Counted are the updates (or the token budget where it ends first) and the evaluations that training waits for,
+        the last one included, each by what it took so far. What is under way counts what is left of its usual time.
+        Saving and closing count nothing: they take seconds.
 
         Returns None while it is not known: before the first update and the first evaluation, while the actors start,
         and when the last thing to be done takes longer than it usually does.
@@ -222,14 +224,14 @@ class Progress:
         return seconds - min(taken_s, under_way_s)
 
     def _evaluations_left(self, last_update: float) -> int:
-        """Those between the newest update and the last one, and the one after it."""
+        """Return how many evaluations are left between the newest update and the last one, and after that."""
         every = self._eval_every
         between = int(last_update // every - self._update // every) if every else 0
         ends_with_one = bool(every) and last_update % every == 0 and between > 0
         return between + int(not ends_with_one and self._evaluated < last_update)
 
     def _name(self, phase: str) -> str:
-        """The phase in words; of evaluations, which one it is."""
+        """Return the phase in words; of evaluations, which one it is."""
         if phase == "eval" and self._evaluated < 0 and self._update == 0:
             return "first evaluation"
         if phase == "eval" and self._update > 0 and self._updates_are_done():

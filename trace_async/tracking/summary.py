@@ -40,7 +40,7 @@ def heldout_changes(points: Sequence[Point]) -> list[Change]:
 
 
 def _shown(name: str) -> str:
-    """`heldout/success_t1.0/middle` → `t1.0/middle`, `heldout/domain_t1.0/math` → `t1.0/domain math`."""
+    """Shorten `heldout/success_t1.0/middle` to `t1.0/middle`, `heldout/domain_t1.0/math` to `t1.0/domain math`."""
     what, _, rest = name.removeprefix("heldout/").partition("_")
     return rest if what == "success" else rest.replace("/", "/domain ", 1)
 

@@ -11,7 +11,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardTracker:
-    """Figures as scalars, rollouts and texts as texts. Files, datasets and the policy stay in the run's directory."""
+    """Writes figures as scalars and rollouts as texts. All else stays in the run's directory."""
 
     def __init__(self, run: TrackedRun) -> None:
         try:

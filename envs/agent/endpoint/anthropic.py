@@ -46,7 +46,7 @@ class _Request(_Model):
 
 
 def read_anthropic(body: Mapping[str, Any]) -> tuple[ModelRequest, list[str]]:
-    """As `chat.read_chat`."""
+    """Return the request, and what of it is not done as asked; see `chat.read_chat`. Raises RequestError."""
     try:
         asked = _Request.model_validate(body)
     except ValidationError as error:
@@ -74,7 +74,10 @@ def read_anthropic(body: Mapping[str, Any]) -> tuple[ModelRequest, list[str]]:
 
 
 def _read_message(message: _Message, where: str) -> list[ChatMessage]:
-    """One message, or several: results of tools stand in a user's message there, and are messages of their own here."""
+    """Return one message as one or several.
+
+    Anthropic puts results of tools into a user's message; here each is a message of its own.
+    """
     if message.role not in ("user", "assistant"):
         raise RequestError(f"{where}.role: user or assistant, not {message.role}")
     role: Role = "user" if message.role == "user" else "assistant"
@@ -108,7 +111,7 @@ def _text(content: "str | list[_Block] | None", where: str) -> str:
 def _arguments(call: Call) -> Any:
     try:
         return json.loads(call.arguments)
-    except ValueError:
+    except ValueError:  # a response template may give text that is not JSON, for which this dialect has no place
         return {}
 
 
@@ -133,7 +136,7 @@ def write_anthropic(answer: Answer, model: str) -> dict[str, Any]:
 
 
 def stream_anthropic(answer: Answer, model: str) -> Iterator[str]:
-    """The same answer as server-sent events."""
+    """Yield the same answer as server-sent events."""
     whole = write_anthropic(answer, model)
 
     def event(kind: str, **data: Any) -> str:

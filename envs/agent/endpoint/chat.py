@@ -65,7 +65,10 @@ class _ChatRequest(_Model):
 
 
 def read_chat(body: Mapping[str, Any]) -> tuple[ModelRequest, list[str]]:
-    """The request, and what of it is not done as asked, in words. Raises RequestError for what cannot be done."""
+    """Return the request, and in words what of it is not done as asked.
+
+    Raises RequestError for what cannot be done.
+    """
     try:
         asked = _ChatRequest.model_validate(body)
     except ValidationError as error:
@@ -92,7 +95,10 @@ def in_words(error: ValidationError) -> str:
 
 
 def ignored_sampling(body: Mapping[str, Any]) -> list[str]:
-    """The run's own sampling settings win over a request's: the gradient is that of the distribution sampled from."""
+    """Return a note for each sampling setting of a request, none of which is used.
+
+    The run's own settings win, because the gradient is that of the distribution that was sampled from.
+    """
     return [f"{name}={body[name]} is not used, the run's own sampling is" for name in _SAMPLING if body.get(name)]
 
 
@@ -106,6 +112,7 @@ def read_tool_choice(choice: str | Mapping[str, Any] | None) -> tuple[bool, list
 
 
 def positive(name: str, value: int | None) -> int | None:
+    """Return the value of a request's field `name`. Raises RequestError when it is below 1."""
     if value is not None and value < 1:
         raise RequestError(f"{name}={value}: must be ≥ 1")
     return value
@@ -150,6 +157,7 @@ def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def finish_reason(answer: Answer) -> str:
+    """Return why the turn ended, in OpenAI's words."""
     if answer.calls:
         return "tool_calls"
     return "length" if answer.is_cut else "stop"
@@ -204,8 +212,10 @@ def write_chat(answer: Answer, model: str) -> dict[str, Any]:
 
 
 def stream_chat(answer: Answer, model: str, *, include_usage: bool) -> Iterator[str]:
-    """The same answer as server-sent events. The turn is whole before the first of them: its end decides what is a
-    tool call."""
+    """Yield the same answer as server-sent events.
+
+    The turn is whole before the first of them, because only its end decides what is a tool call.
+    """
 
     def event(choices: Sequence[Mapping[str, Any]], **more: Any) -> str:
         head = {"id": f"chatcmpl-{answer.number}", "object": "chat.completion.chunk", "created": answer.created}

@@ -1,5 +1,7 @@
-"""OpenAI's responses: a request read, an answer written, whole or as a stream. Nothing is stored: a request brings all
-of its history, and `previous_response_id` is refused."""
+"""OpenAI's responses: a request read, an answer written, whole or as a stream.
+
+Nothing is stored: a request brings all of its history, and `previous_response_id` is refused.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -50,7 +52,7 @@ class _Request(_Model):
 
 
 def read_responses(body: Mapping[str, Any]) -> tuple[ModelRequest, list[str]]:
-    """As `chat.read_chat`."""
+    """Return the request, and what of it is not done as asked; see `chat.read_chat`. Raises RequestError."""
     try:
         asked = _Request.model_validate(body)
     except ValidationError as error:
@@ -85,7 +87,7 @@ def _read_tool(tool: _Tool) -> dict[str, Any]:
 
 
 def _add_item(messages: list[ChatMessage], item: _Item, where: str) -> None:
-    """A turn of the policy is several items here: what it says, and each call."""
+    """Add an item to the messages. A turn of the policy is several items: what it says, and each call."""
     if item.type == "message":
         if item.role not in _ROLES:
             raise RequestError(f"{where}.role: {', '.join(_ROLES)}, not {item.role!r}")
@@ -149,7 +151,7 @@ def write_responses(answer: Answer, model: str, body: Mapping[str, Any]) -> dict
 
 
 def stream_responses(answer: Answer, model: str, body: Mapping[str, Any]) -> Iterator[str]:
-    """The same answer as server-sent events."""
+    """Yield the same answer as server-sent events."""
     whole = write_responses(answer, model, body)
     events: list[dict[str, Any]] = [
         {"type": "response.created", "response": {**whole, "status": "in_progress", "output": [], "usage": None}}

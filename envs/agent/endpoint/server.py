@@ -71,19 +71,20 @@ PROTOCOLS = {
 
 @dataclass(slots=True, eq=False)
 class HttpEndpoint:
-    """Starts with the first path that is opened, in the loop that opens it.
-
-    `host`: where it listens. Other than loopback asks for `advertise`, the name by which agents reach it.
-    """
+    """The HTTP server of a process. It starts when the first path is opened, in the loop that opens it."""
 
     host: str = "127.0.0.1"
+    """Where it listens. Anything but loopback needs `advertise`."""
     advertise: str = ""
+    """The name by which agents reach it; empty: `host`."""
     _receivers: dict[str, tuple[Receiver, str]] = field(default_factory=dict)
+    """Secret of a path → who answers there, and the key of the rollout."""
     _runner: web.AppRunner | None = None
     _loop: asyncio.AbstractEventLoop | None = None
     _starting: asyncio.Lock | None = None
     _port: int = 0
     _noted: set[str] = field(default_factory=set)
+    """Notes that are in the log already."""
 
     def __post_init__(self) -> None:
         if not self.is_loopback and not self.advertise:
@@ -108,8 +109,8 @@ class HttpEndpoint:
         return Access(base_url=f"http://{f'[{host}]' if ':' in host else host}:{self._port}/{secret}/v1", api_key=key)
 
     def close(self, access: Access) -> None:
-        """From now on the path is unknown."""
-        self._receivers.pop(access.base_url.rsplit("/", 2)[1], None)
+        """Forget the path: whoever asks there from now on is told that the rollout has ended."""
+        self._receivers.pop(access.base_url.rsplit("/", 2)[1], None)  # …/SECRET/v1
 
     async def _ensure_started(self) -> None:
         loop = asyncio.get_running_loop()
@@ -133,6 +134,7 @@ class HttpEndpoint:
             self._runner, self._port = runner, runner.addresses[0][1]
 
     async def shut_down(self) -> None:
+        """Stop the server. One that another loop started has ended with that loop."""
         if self._runner is not None and self._loop is asyncio.get_running_loop():
             await self._runner.cleanup()
         self._runner, self._loop = None, None
@@ -170,13 +172,14 @@ class HttpEndpoint:
         except (ValueError, RecursionError) as error:
             return _error(400, f"the body is not JSON: {error}")
         try:
+            # The clients of OpenAI and Anthropic count their tries in this header.
             answer = await receiver.receive(asked, is_retry=request.headers.get("x-stainless-retry-count", "0") != "0")
         except RolloutOverError:
             return _error(404, "this rollout has ended")
         return await self._write(request, protocol.write(answer, body), self._told(notes))
 
     def _told(self, notes: Iterable[str]) -> dict[str, str]:
-        """Say what was not done as asked: in a header of each answer, and once in the log."""
+        """Return a header that says what was not done as asked, and log each note once."""
         for note in set(notes) - self._noted:
             self._noted.add(note)
             log.warning("agent endpoint: %s", note)

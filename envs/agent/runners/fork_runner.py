@@ -1,4 +1,4 @@
-"""Runs an agent's function in an interpreter of its own, with a fork for every rollout (`fork_server.py`)."""
+"""Run an agent's function in an interpreter of its own, with a fork for every rollout (`fork_server.py`)."""
 
 import asyncio
 import contextlib
@@ -14,13 +14,16 @@ from trace_async.env import EnvError
 from trace_async.rollout.limit_clock import waits_for_room
 from trace_async.types import Json
 
+# In bytes. A result may be longer than asyncio's own limit for a line, 64 KiB.
 _LONGEST_LINE = 64 * 1024**2
 
 
 class ForkRunner:
-    """For `agent: package.module:function` with `python: …/bin/python`: the interpreter imports the module once, with
-    `cwd` on its path, and forks for each rollout, at most `max_running` at once. The function is called as in the
-    trainer's own process; it also finds its model in the environment variables of a command.
+    """Runs `agent: package.module:function` with `python: …/bin/python`.
+
+    The interpreter imports the module once, with `cwd` on its path, and forks for each rollout, at most `max_running`
+    at once. The function is called as in the trainer's own process. It also finds its model in the environment
+    variables of a command.
     """
 
     def __init__(self, target: str, python: str, cwd: str, max_running: int) -> None:
@@ -58,7 +61,7 @@ class ForkRunner:
 
 
 class _Server:
-    """One fork server under way. Belongs to the event loop that made it."""
+    """One fork server under way. It belongs to the event loop that made it."""
 
     def __init__(self, command: list[str], cwd: str | None, keeper: Keeper) -> None:
         self._loop = asyncio.get_running_loop()
@@ -90,7 +93,7 @@ class _Server:
             await self._process.stdin.drain()
 
     async def close(self) -> None:
-        """End it, and the rollouts that are under way in it."""
+        """End the fork server, and the rollouts that are under way in it."""
         await asyncio.shield(self._ready)
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()

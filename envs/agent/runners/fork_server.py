@@ -1,4 +1,4 @@
-"""Imports an agent once, in the agent's own interpreter, and forks for every rollout. Standard library only.
+"""Import an agent once, in the agent's own interpreter, and fork for every rollout. Standard library only.
 
     python fork_server.py package.module:function < jobs > news
 
@@ -70,7 +70,7 @@ class Server:
         self._forks: dict[int, tuple[int, int, bytearray]] = {}  # end of its pipe → (id, pid, what it said so far)
 
     def serve(self) -> None:
-        """Until there are no more jobs; rollouts under way end with it."""
+        """Fork for each job until there are no more, then end the rollouts that are still under way."""
         os.set_blocking(self._jobs.fileno(), True)
         self._selector.register(self._jobs.fileno(), selectors.EVENT_READ)
         unread = b""
@@ -137,12 +137,13 @@ class Server:
 
 
 def _lead_a_group(pid: int) -> None:
-    """Both sides of a fork ask for it, so that neither has to wait for the other."""
+    """Make `pid` (0: this process) lead a group. Both sides of a fork do so, so that neither waits for the other."""
     with contextlib.suppress(OSError):
         os.setpgid(pid, pid)
 
 
 def main(target: str) -> None:
+    """Load the agent's function, say whether that worked, and serve jobs from standard input."""
     jobs = os.fdopen(os.dup(0), "rb", buffering=0)
     news = os.fdopen(os.dup(1), "wb")
     # What an agent prints must not be taken for news, and what it reads is not for it.

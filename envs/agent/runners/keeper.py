@@ -73,6 +73,7 @@ def _are_left(groups: Iterable[int]) -> bool:
 
 
 def main(grace_s: float) -> None:
+    """Note which groups run until the owner is gone, then end those that are left."""
     if os.fork():
         os._exit(0)  # no child of the owner any more: Ray kills an actor's children first
     groups: set[int] = set()

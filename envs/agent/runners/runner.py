@@ -1,4 +1,4 @@
-"""Runs an agent: a coroutine, a plain function, or a command. It knows its task and where its model is, nothing else.
+"""Run an agent: a coroutine, a plain function, or a command. It knows its task and where its model is, nothing else.
 
 Coroutines of all rollouts share one event loop in a thread of its own, so that an agent that blocks its loop stops
 neither the endpoint nor the engine; plain functions get a thread each; commands a process group each.
@@ -25,14 +25,15 @@ from trace_async.types import Json
 
 log = logging.getLogger(__name__)
 
-_KEPT_OUTPUT = 1_000_000
+_KEPT_OUTPUT = 1_000_000  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Where an agent finds its model: `base_url` ends with /v1."""
+    """Where an agent finds its model."""
 
     base_url: str
+    """Ends with /v1."""
     api_key: str
 
 
@@ -47,7 +48,7 @@ def access_variables(access: Access) -> dict[str, str]:
 
 
 class AgentFailed(Exception):
-    """The agent ended with an error. `names`: the classes of the exception, the most special one first."""
+    """The agent ended with an error. `names`: the classes of the exception, the most specific one first."""
 
     def __init__(self, names: Sequence[str], text: str) -> None:
         super().__init__(text)
@@ -58,18 +59,24 @@ class Running(Protocol):
     """An agent under way."""
 
     async def result(self) -> Json:
-        """Waits for the end and gives what the agent returned; raises AgentFailed."""
+        """Wait for the end and return what the agent returned. Raises AgentFailed."""
         ...
 
     async def stop(self) -> None:
-        """Ends it; may be called twice."""
+        """End the agent. May be called twice."""
         ...
 
 
 class Runner(Protocol):
-    async def start(self, task: Mapping[str, Json], access: Access) -> Running: ...
+    """Starts agents of one kind."""
 
-    async def close(self) -> None: ...
+    async def start(self, task: Mapping[str, Json], access: Access) -> Running:
+        """Start the agent on `task`, once there is room for it. Raises EnvError when it cannot be started."""
+        ...
+
+    async def close(self) -> None:
+        """End what the rollouts of this runner share."""
+        ...
 
 
 def _failed(error: BaseException) -> AgentFailed:
@@ -78,7 +85,7 @@ def _failed(error: BaseException) -> AgentFailed:
 
 
 class FunctionRunner:
-    """For `agent: package.module:function`, called with `task`, `base_url` and `api_key`, as many as it takes."""
+    """Runs `agent: package.module:function`, called with those that it takes of `task`, `base_url` and `api_key`."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -175,8 +182,11 @@ class _RunningThread(_RunningFunction):
 
 
 class CommandRunner:
-    """For `command: [python, my_agent.py]`: the task as JSON on standard input and in TRACE_TASK, the model in
-    OPENAI_BASE_URL, OPENAI_API_KEY, ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY. What it prints is its result."""
+    """Runs `command: [python, my_agent.py]`. What the command prints is its result.
+
+    It finds its task as JSON on standard input and in TRACE_TASK, and its model in OPENAI_BASE_URL, OPENAI_API_KEY,
+    ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY.
+    """
 
     def __init__(self, command: Sequence[str], cwd: str, max_running: int) -> None:
         self._command = tuple(command)
